@@ -1,0 +1,22 @@
+"""Mean Shift (MSF, ICCV 2021) for self-supervised learning, as parts that plug into any training loop."""
+
+from msf_core import schedules
+from msf_core.ema import EMATarget
+from msf_core.loss import MeanShiftLoss, mean_shift_loss
+from msf_core.memory_bank import MemoryBank, Neighbors
+from msf_core.metrics import embedding_spread, knn_classify, neighbor_purity
+from msf_core.search import available_backends
+
+__all__ = [
+    "EMATarget",
+    "MeanShiftLoss",
+    "MemoryBank",
+    "Neighbors",
+    "available_backends",
+    "embedding_spread",
+    "knn_classify",
+    "mean_shift_loss",
+    "neighbor_purity",
+    "schedules",
+]
+__version__ = "0.1.0"

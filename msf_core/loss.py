@@ -1,0 +1,209 @@
+"""The loss of MSF (paper section 2): pull v towards the k nearest neighbours of u."""
+
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from msf_core.memory_bank import UNKNOWN_LABEL, MemoryBank, Neighbors, check_labels
+from msf_core.schedules import Schedule
+
+
+def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
+    """Mean over the batch of (1/k) Σⱼ ‖v − zⱼ‖², for v the unit vector along each prediction.
+
+    With k = 1 this is BYOL's ‖v̂ − û‖², to the last bit. For the gradient only the mean neighbour counts, as
+    the paper remarks (section 2): Σⱼ ‖v − zⱼ‖² / k = ‖v − z̄‖² + Σⱼ ‖zⱼ − z̄‖² / k, where v is in the first
+    term alone. The code computes the right-hand side.
+
+    Args:
+        prediction: [B, D], any float dtype and scale; computed in float32, under autocast too.
+        neighbors: [B, k, D], unit vectors. No gradient flows into them.
+
+    Returns:
+        A float32 scalar in [0, 4].
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or an empty batch.
+        TypeError: tensors that are not floating.
+
+    >>> v, z = torch.tensor([[0.0, 2.0]]), torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+    >>> mean_shift_loss(v, z)
+    tensor(1.)
+    """
+    _check_prediction(prediction)
+    if neighbors.ndim != 3 or neighbors.shape[1] < 1 or neighbors.shape[::2] != prediction.shape:
+        raise ValueError(
+            f"neighbors must be [B, k, D] beside a prediction {list(prediction.shape)}, got {list(neighbors.shape)}"
+        )
+    if not neighbors.is_floating_point():
+        raise TypeError(f"neighbors must be floating, got {neighbors.dtype}")
+    if neighbors.device != prediction.device:
+        raise ValueError(f"neighbors must be on the prediction's device, {prediction.device}, got {neighbors.device}")
+
+    with torch.autocast(prediction.device.type, enabled=False):
+        v = F.normalize(prediction.float(), dim=1)  # [B, D]
+        z = neighbors.detach().float()  # [B, k, D]
+        z_mean = z.mean(dim=1)  # [B, D]
+        spread = (z - z_mean[:, None]).pow(2).sum(dim=2).mean(dim=1)  # [B]
+        return ((v - z_mean).pow(2).sum(dim=1) + spread).mean()
+
+
+class MeanShiftLoss(nn.Module):
+    """Push u into the bank, find its k nearest neighbours there, and return their `mean_shift_loss` with v.
+
+    u is its own first neighbour by construction: the set is the exact u and the k − 1 nearest other rows.
+    So k = 1 is BYOL's loss to the last bit, with no search. While the bank holds fewer than k rows, those
+    there are serve; where fewer than k of them are finite, u stands in. In ``eval()`` mode nothing is pushed,
+    so a validation loss leaves the bank as it was.
+
+    Args:
+        bank: the `MemoryBank`; None is allowed with ``k=1``.
+        k: neighbours that serve, u included: an int, or a schedule of the number of training forwards so far
+            (rounded; the count is saved in the ``state_dict``). The paper uses 5 (section 3.1).
+
+    Raises:
+        ValueError: k below 1 or above the bank's size, or no bank with another k than 1.
+        TypeError: k neither an int nor callable.
+
+    >>> bank = MemoryBank(size=128, dim=16)
+    >>> criterion = MeanShiftLoss(bank, k=5)
+    >>> v = torch.randn(8, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    >>> loss = criterion(v, target=v.detach())
+    >>> loss.backward()
+    >>> len(bank), 0 <= loss.item() <= 4
+    (8, True)
+    """
+
+    def __init__(self, bank: MemoryBank | None, k: int | Schedule = 5) -> None:
+        super().__init__()
+        if isinstance(k, bool) or not (isinstance(k, int) or callable(k)):
+            raise TypeError(f"k must be an int or a schedule of the step, got {k!r}")
+        if isinstance(k, int):
+            _check_k(k, bank)
+        elif bank is None:
+            raise ValueError("a schedule of k needs a bank; bank=None goes with k=1")
+        self.bank = bank
+        self.k = k
+        self.steps = 0
+
+    @overload
+    def forward(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        labels: Tensor | None = None,
+        *,
+        return_neighbors: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, prediction: Tensor, target: Tensor, labels: Tensor | None = None, *, return_neighbors: Literal[True]
+    ) -> tuple[Tensor, Neighbors]: ...
+
+    def forward(
+        self, prediction: Tensor, target: Tensor, labels: Tensor | None = None, *, return_neighbors: bool = False
+    ) -> Tensor | tuple[Tensor, Neighbors]:
+        """Return the loss of a batch, and push its targets.
+
+        Args:
+            prediction: v [B, D], the online side: predictor(encoder(view)). Any float dtype and scale.
+            target: u [B, D], the target side. Detached; normalized in float32.
+            labels: [B] integers that are kept beside the rows; for purity only, the loss never sees them.
+            return_neighbors: also return the `Neighbors` that served, u first.
+
+        Returns:
+            The loss, a float32 scalar in [0, 4]; with ``return_neighbors`` a pair (loss, `Neighbors`).
+
+        Raises:
+            ValueError: shapes or devices that do not fit, an empty batch, a schedule's k out of range.
+            TypeError: tensors that are not floating, labels that are not integers.
+            ImportError: the bank's backend does not work on its device.
+        """
+        k = self.k if isinstance(self.k, int) else round(self.k(self.steps))
+        self._check(prediction, target, labels, k)
+        with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
+            u = F.normalize(target.detach().float(), dim=1)  # [B, D]
+            neighbors = self._find_neighbors(u, labels, k)
+        if self.training:
+            self.steps += 1
+        loss = mean_shift_loss(prediction, neighbors.embedding)
+        return (loss, neighbors) if return_neighbors else loss
+
+    def _find_neighbors(self, u: Tensor, labels: Tensor | None, k: int) -> Neighbors:
+        slots = torch.full((u.shape[0],), -1, device=u.device)
+        if self.bank is not None and self.training:
+            slots = self.bank.push(u, labels)
+        own = Neighbors(
+            similarity=torch.ones(u.shape[0], 1, device=u.device),
+            index=slots[:, None],
+            embedding=u[:, None],
+            label=torch.full_like(slots, UNKNOWN_LABEL)[:, None] if labels is None else labels[:, None].long(),
+        )
+        if self.bank is None or k == 1 or len(self.bank) < 2:
+            return own
+        found = self.bank.search(u, min(k, len(self.bank)))
+        others = _without(found, slots)  # [B, k − 1]
+        absent = (others.index < 0)[..., None]
+        others = others._replace(embedding=torch.where(absent, u[:, None], others.embedding))
+        return Neighbors(*(torch.cat(pair, dim=1) for pair in zip(own, others, strict=True)))
+
+    def _check(self, prediction: Tensor, target: Tensor, labels: Tensor | None, k: int) -> None:
+        """Raise before anything changes."""
+        _check_prediction(prediction)
+        _check_k(k, self.bank)
+        if target.shape != prediction.shape:
+            raise ValueError(f"target must be {list(prediction.shape)} as the prediction, got {list(target.shape)}")
+        if not target.is_floating_point():
+            raise TypeError(f"target must be floating, got {target.dtype}")
+        if target.device != prediction.device:
+            raise ValueError(f"target must be on the prediction's device, {prediction.device}, got {target.device}")
+        check_labels(labels, target)
+        if self.bank is not None:
+            self.bank.check("target", target)
+            self.bank.resolve_backend()
+
+    def get_extra_state(self) -> Tensor:
+        """Return the number of training forwards so far, for the ``state_dict``."""
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the saved number of training forwards over."""
+        self.steps = int(state)
+
+    def extra_repr(self) -> str:
+        """Describe k."""
+        return f"k={self.k}"
+
+
+def _without(found: Neighbors, slots: Tensor) -> Neighbors:
+    """Leave each query's own slot out of its k neighbours; where it is not among them, the last one goes."""
+    k = found.index.shape[1]
+    own = (found.index == slots[:, None]) & (slots[:, None] >= 0)  # [B, k], at most one a row
+    # Places before the own slot stay, later ones move up by one.
+    place = torch.arange(k - 1, device=slots.device) + own.cumsum(dim=1)[:, : k - 1]  # [B, k − 1]
+    wide = place[..., None].expand(-1, -1, found.embedding.shape[2])
+    return Neighbors(
+        similarity=found.similarity.gather(1, place),
+        index=found.index.gather(1, place),
+        embedding=found.embedding.gather(1, wide),
+        label=found.label.gather(1, place),
+    )
+
+
+def _check_prediction(prediction: Tensor) -> None:
+    if prediction.ndim != 2 or prediction.shape[0] < 1:
+        raise ValueError(f"prediction must be [B, D] with at least one row, got {list(prediction.shape)}")
+    if not prediction.is_floating_point():
+        raise TypeError(f"prediction must be floating, got {prediction.dtype}")
+
+
+def _check_k(k: int, bank: MemoryBank | None) -> None:
+    if bank is None and k != 1:
+        raise ValueError(f"bank=None goes with k=1 (BYOL), got k={k}")
+    if k < 1 or (bank is not None and k > bank.size):
+        raise ValueError(
+            f"k must be between 1 and the bank's size{f', {bank.size}' if bank is not None else ''}, got {k}"
+        )

@@ -1,0 +1,123 @@
+"""How well neighbours and embeddings do: purity, spread, and nearest-neighbour classification."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msf_core.memory_bank import UNKNOWN_LABEL
+from msf_core.search import SearchBackend, choose_backend, load_backend
+
+
+def neighbor_purity(neighbor_labels: Tensor, labels: Tensor) -> Tensor:
+    """Share of the neighbours 2 to k that have the query's label, averaged over the queries (paper section 3.4).
+
+    The first column, u itself, is left out. So are unknown labels (−1): such neighbours do not count for their
+    query, and a query with an unknown label, or without a known neighbour, does not count at all.
+
+    Args:
+        neighbor_labels: [B, k] integers, nearest first: `Neighbors.label`.
+        labels: [B] integers.
+
+    Returns:
+        A float32 scalar in [0, 1] on the device of the labels; NaN where no query counts, as for k = 1.
+        Does not wait for the device.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    >>> neighbor_purity(torch.tensor([[3, 3, 4], [5, -1, 5]]), torch.tensor([3, 5]))
+    tensor(0.7500)
+    """
+    if neighbor_labels.ndim != 2 or labels.shape != neighbor_labels.shape[:1]:
+        raise ValueError(
+            "neighbor_labels and labels must be [B, k] and [B], "
+            f"got {list(neighbor_labels.shape)} and {list(labels.shape)}"
+        )
+    others = neighbor_labels[:, 1:]  # [B, k − 1]
+    known = (others != UNKNOWN_LABEL) & (labels[:, None] != UNKNOWN_LABEL)
+    same = (others == labels[:, None]) & known
+    share = same.sum(dim=1) / known.sum(dim=1)  # [B], NaN where a query does not count
+    return share.nanmean()
+
+
+def embedding_spread(embeddings: Tensor) -> Tensor:
+    """Deviation over the batch of the normalized embeddings, mean over the dimensions, times √D.
+
+    Near 1 where the embeddings fill the sphere, 0 where all are the same: the number that tells collapse
+    (the training curve of SimSiam, Chen & He 2021, figure 2).
+
+    Args:
+        embeddings: [B, D], any float dtype and scale, at least two rows.
+
+    Returns:
+        A float32 scalar on their device. Does not wait for the device.
+
+    Raises:
+        ValueError: another shape.
+
+    >>> embedding_spread(torch.eye(4))
+    tensor(1.)
+    >>> embedding_spread(torch.ones(8, 4))
+    tensor(0.)
+    """
+    if embeddings.ndim != 2 or embeddings.shape[0] < 2:
+        raise ValueError(f"embeddings must be [B, D] with at least two rows, got {list(embeddings.shape)}")
+    unit = F.normalize(embeddings.detach().float(), dim=1)  # [B, D]
+    return unit.std(dim=0).mean() * unit.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def knn_classify(
+    queries: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    k: int = 20,
+    *,
+    backend: str | SearchBackend = "auto",
+    chunk: int = 1024,
+) -> Tensor:
+    """Label queries by the vote of their k most similar features (paper section 3.2: k = 1 and k = 20).
+
+    Args:
+        queries: [Q, D] floats of any scale.
+        features: [n, D] floats of any scale; both are normalized in float32.
+        labels: [n] integers, 0 or above.
+        k: votes, between 1 and n. A tie goes to the label with the larger sum of similarities.
+        backend: as of `MemoryBank`.
+        chunk: queries at a time; extra memory is about chunk × (k + number of classes) × 4 bytes, beside a
+            normalized copy of the features.
+
+    Returns:
+        [Q] int64.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown label, k or chunk out of range.
+
+    >>> knn_classify(torch.tensor([[2.0, 0.1]]), torch.eye(2), torch.tensor([5, 9]), k=1)
+    tensor([5])
+    """
+    if queries.ndim != 2 or features.ndim != 2 or queries.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"queries and features must be [Q, D] and [n, D], got {list(queries.shape)} and {list(features.shape)}"
+        )
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must be [{features.shape[0]}], one a feature, got {list(labels.shape)}")
+    if not 1 <= k <= features.shape[0] or chunk < 1:
+        raise ValueError(f"k must be between 1 and {features.shape[0]} and chunk at least 1, got k={k}, chunk={chunk}")
+    if labels.min() < 0:
+        raise ValueError(f"labels must be 0 or above: unknown ones cannot vote, got {int(labels.min())}")
+    if backend == "auto":
+        search = choose_backend(features.device)
+    else:
+        search = load_backend(backend, features.device) if isinstance(backend, str) else backend
+    unit = F.normalize(features.float(), dim=1)
+    classes = int(labels.max()) + 1
+    return torch.cat([_vote(part, unit, labels.long(), k, classes, search) for part in queries.split(chunk)])
+
+
+def _vote(queries: Tensor, features: Tensor, labels: Tensor, k: int, classes: int, search: SearchBackend) -> Tensor:
+    similarity, index = search.topk(F.normalize(queries.float(), dim=1), features, k)  # [q, k] each
+    # One vote each, plus less than half a vote in all for similarity: it decides ties and nothing else.
+    weight = 1 + similarity / (4 * k)
+    votes = weight.new_zeros(queries.shape[0], classes).scatter_add_(1, labels[index], weight)  # [q, classes]
+    return votes.argmax(dim=1)

@@ -1,0 +1,78 @@
+"""Values that change over training: functions of a step, for the target's momentum and for k.
+
+A schedule is any callable ``step -> float`` with ``step = 0, 1, 2, …``. The ones here are frozen dataclasses,
+so they print, compare, pickle, and hold no state of their own: whoever asks saves the step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Schedule = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class constant:
+    """The same ``value`` at every step.
+
+    >>> constant(0.99)(1000)
+    0.99
+    """
+
+    value: float
+
+    def __call__(self, step: int) -> float:
+        """Return ``value``."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Ramp:
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def _progress(self, step: int) -> float:
+        return min(max(step / self.steps, 0.0), 1.0)
+
+
+class linear(_Ramp):
+    """A straight line from ``start`` at step 0 to ``end`` at step ``steps``, and ``end`` from there on.
+
+    The paper names raising k during training as future work (section 3.4): ``k=linear(1, 10, steps=50_000)``.
+
+    Raises:
+        ValueError: ``steps`` is below 1.
+
+    >>> rising = linear(1, 5, steps=100)
+    >>> [rising(step) for step in (0, 50, 100, 200)]
+    [1.0, 3.0, 5.0, 5.0]
+    """
+
+    def __call__(self, step: int) -> float:
+        """Return the value at ``step``."""
+        t = self._progress(step)
+        return (1 - t) * self.start + t * self.end
+
+
+class cosine(_Ramp):
+    """Half a cosine from ``start`` at step 0 to ``end`` at step ``steps``, and ``end`` from there on.
+
+    BYOL's momentum is ``cosine(0.996, 1.0, steps=total_steps)``.
+
+    Raises:
+        ValueError: ``steps`` is below 1.
+
+    >>> rising = cosine(0.0, 1.0, steps=100)
+    >>> [round(rising(step), 3) for step in (0, 25, 50, 100, 200)]
+    [0.0, 0.146, 0.5, 1.0, 1.0]
+    """
+
+    def __call__(self, step: int) -> float:
+        """Return the value at ``step``."""
+        t = (1 - math.cos(math.pi * self._progress(step))) / 2
+        return (1 - t) * self.start + t * self.end

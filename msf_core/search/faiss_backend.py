@@ -1,0 +1,76 @@
+"""Exact search by FAISS brute force: `faiss.knn` on the CPU, `faiss.knn_gpu` on CUDA tensors.
+
+Both work on the memory of the tensors they are given. Importing this module imports FAISS.
+"""
+
+from typing import Any
+
+import faiss
+import torch
+from torch import Tensor
+
+from msf_core.search.base import RunningTopk, check_topk_arguments
+
+# FAISS on the CPU takes float32 alone: half-precision rows go through a buffer of this many.
+CPU_CHUNK_ROWS = 4096
+# Scratch memory of FAISS on a GPU. Its own default takes 1.5 GB.
+CUDA_SCRATCH_BYTES = 48 << 20
+CUDA_MAX_K = 2048
+
+
+def has_cuda() -> bool:
+    """Tell whether the FAISS installed here can search CUDA tensors."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+class FaissSearch:
+    """`SearchBackend` on FAISS."""
+
+    def __init__(self) -> None:
+        self._resources: dict[int, Any] = {}  # device index -> faiss.StandardGpuResources
+
+    def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `SearchBackend.topk`. On CUDA, k is at most 2,048."""
+        check_topk_arguments(queries, rows, k)
+        queries, rows = queries.detach().contiguous(), rows.detach()
+        if rows.is_cuda:
+            return self._topk_cuda(queries, rows, k)
+        if rows.device.type != "cpu":
+            raise ValueError(f"the faiss backend searches CPU and CUDA tensors, got {rows.device}")
+        return _topk_cpu(queries, rows, k)
+
+    def _topk_cuda(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        if not has_cuda():
+            raise ValueError("this FAISS has no GPU support: pip install 'msf_core[faiss-gpu]', or backend='torch'")
+        if k > CUDA_MAX_K:
+            raise ValueError(f"faiss.knn_gpu finds at most {CUDA_MAX_K} neighbors, got k={k}")
+        import faiss.contrib.torch_utils
+
+        device = rows.device.index
+        with torch.cuda.device(device):
+            if device not in self._resources:
+                self._resources[device] = faiss.StandardGpuResources()
+                self._resources[device].setTempMemory(CUDA_SCRATCH_BYTES)
+            similarity, index = faiss.knn_gpu(
+                self._resources[device], queries, rows, k, metric=faiss.METRIC_INNER_PRODUCT, device=device
+            )
+        return similarity.masked_fill_(index < 0, -torch.inf), index
+
+
+def _topk_cpu(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if rows.dtype == torch.float32:
+        return _knn(queries, rows, k)
+    best = RunningTopk(queries, k)
+    queries = queries.float()
+    for start in range(0, rows.shape[0], CPU_CHUNK_ROWS):
+        chunk = rows[start : start + CPU_CHUNK_ROWS].float()
+        similarity, index = _knn(queries, chunk, min(k, chunk.shape[0]))
+        best.merge(similarity, index + start)
+    return best.result()
+
+
+def _knn(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """FAISS over the tensors' own memory, [Q, k] each; it skips rows with NaN and gives index −1 instead."""
+    found = faiss.knn(queries.numpy(), rows.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    similarity, index = map(torch.from_numpy, found)
+    return similarity.masked_fill_(index < 0, -torch.inf), index
