@@ -1,0 +1,245 @@
+"""Train an encoder by Mean Shift (MSF, ICCV 2021), and show what its neighbours have become.
+
+Needs: pip install 'msf_core[examples]'
+
+    python examples/imagenet_train.py                    scikit-learn's digits on the CPU, about a minute
+    python examples/imagenet_train.py --data IMAGENET    ResNet50 with the paper's settings (a GPU is advised)
+    python examples/imagenet_train.py --resume RUN       go on with a run that was stopped
+
+Where it departs from the paper: the target is updated after the step rather than before the next one (the same
+sequence), one process drives one GPU, and on a GPU the encoders run in bfloat16 autocast, channels last.
+Labels serve purity and evaluation alone; a folder of images without labels works.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from msf_core.search import choose_backend
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.data import UNKNOWN, DataSource, Digits, Photos, open_folder, open_torchvision, seed_of
+from training.evaluation import PROBE_LIMIT, evaluate, extract, nearest_neighbour_accuracy, warmed_up
+from training.models import export_backbone
+from training.report import Row, draw_curves, draw_neighbors, table, write_csv
+from training.settings import Settings, build_parser, complete, resumed, run_folder
+from training.trainer import StopRequest, Trainer
+
+SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
+COLLAPSED = 0.2  # a spread below this
+
+
+def main() -> int:
+    """Run the script; return its exit status."""
+    parser = build_parser(__doc__.partition("\n\n")[0])
+    given = vars(parser.parse_args())
+    try:
+        settings, state, folder = prepare(given)
+        device = choose_device(settings.device)
+        source = open_source(settings, device)
+        trainer = Trainer(settings, source, device)
+        if state is not None:
+            trainer.load_state_dict(state)
+    except (ValueError, ImportError, RuntimeError) as error:
+        parser.error(str(error))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    return run(trainer, folder)
+
+
+def prepare(given: dict[str, Any]) -> tuple[Settings, dict[str, Any] | None, Path]:
+    """Return settings, the state to go on from if any, and the folder of the run."""
+    if "resume" not in given:
+        settings = complete(given)
+        return settings, None, run_folder(settings)
+    path = Path(given["resume"])
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    state = load_checkpoint(path)
+    settings = resumed(state["settings"], given)
+    return settings, state, Path(given.get("out", path.parent))
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    return device
+
+
+def open_source(settings: Settings, device: torch.device) -> DataSource:
+    """Return the images that the settings ask for."""
+    s = settings
+    if s.dataset == "digits":
+        return Digits(s.augmentation, s.batch_size, s.seed, device)
+    options: dict[str, Any] = {
+        "size": s.image_size,
+        "augmentation": s.augmentation,
+        "batch_size": s.batch_size,
+        "workers": s.workers,
+        "seed": s.seed,
+        "device": device,
+    }
+    if s.dataset == "folder":
+        train, val, has_labels = open_folder(Path(s.data))
+        return Photos(train, val, has_labels=has_labels, **options)
+    train, gallery, val = open_torchvision(s.dataset, Path(s.data))
+    return Photos(train, val, gallery=gallery, has_labels=True, **options)
+
+
+def run(trainer: Trainer, folder: Path) -> int:
+    """Train, and report; return the exit status."""
+    announce(trainer, folder)
+    source, settings = trainer.source, trainer.settings
+    if trainer.step == 0:
+        trainer.notes["before"] = rows_before(trainer)
+    stop = StopRequest()
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step)
+
+    def after_epoch(row: Row) -> None:
+        last = trainer.step == trainer.total_steps
+        due = settings.eval_every and row["epoch"] % settings.eval_every == 0
+        if source.has_val and (due or last or (settings.eval_every and row["epoch"] == 1)) and not stop.signal:
+            row |= nearest_neighbour_accuracy(extract(trainer.backbone, source))
+        for name, value in row.items():
+            writer.add_scalar(name, value, trainer.step)
+        write_csv(folder / "metrics.csv", trainer.history)
+        if row["epoch"] == 1:
+            trainer.notes["first_neighbors"] = find_neighbors(trainer)
+        if last or row["epoch"] % settings.checkpoint_every == 0:
+            save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
+
+    started, first_step = time.perf_counter(), trainer.step
+    trainer.train(stop, after_epoch)
+    writer.close()
+    if trainer.step < trainer.total_steps:
+        save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
+        print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; go on with --resume {folder}")
+        return 128 + stop.signal
+    report(trainer, folder, time.perf_counter() - started, trainer.step - first_step)
+    return 0
+
+
+def announce(trainer: Trainer, folder: Path) -> None:
+    """Say what will happen."""
+    s, source = trainer.settings, trainer.source
+    what = "BYOL (k = 1, no bank)" if s.method == "byol" else f"MSF: k = {s.k}, a bank of {s.bank_size:,} rows"
+    labels = "with labels, for purity and evaluation" if source.has_labels else "without labels: no evaluation"
+    print(f"{what}, views {s.augmentation}, {s.arch} on {trainer.device} in {trainer.precision}")
+    print(
+        f"{source.train_size:,} training images {labels}; {trainer.total_epochs} epochs, {trainer.total_steps:,} steps"
+    )
+    print(f"writes to {folder}" + (f", from step {trainer.step}" if trainer.step else ""))
+
+
+def rows_before(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """Return the table's first rows: raw pixels where they are few, and the untrained encoder."""
+    source, k = trainer.source, max(trainer.settings.k, 5)
+    if not source.has_val or source.size("train") > PROBE_LIMIT:
+        return {}
+    rows = {}
+    if source.image_shape[1] <= 32:
+        rows["raw pixels"] = evaluate(extract(torch.nn.Identity(), source), k)
+    rows["untrained"] = evaluate(extract(warmed_up(trainer.backbone, source), source), k)
+    return rows
+
+
+def find_neighbors(trainer: Trainer) -> list[list[int]]:
+    """Return for a few fixed queries the places of their nearest images in a fixed gallery of training images."""
+    source = trainer.source
+    queries, gallery = shown(source)
+    mode = trainer.backbone.training
+    features = {}
+    for split, places in (("val" if source.has_val else "train", queries), ("train", gallery)):
+        trainer.backbone.eval()
+        with torch.no_grad():
+            parts = [trainer.backbone(images).float() for images, _ in source.images(split, places)]
+        features["gallery" if places is gallery else "queries"] = torch.nn.functional.normalize(torch.cat(parts), dim=1)
+    trainer.backbone.train(mode)
+    n = min(SHOWN_NEIGHBORS, len(gallery))
+    _, index = choose_backend(trainer.device).topk(features["queries"], features["gallery"], n)
+    return [[gallery[place] for place in places] for places in index.tolist()]
+
+
+def shown(source: DataSource) -> tuple[list[int], list[int]]:
+    """Return the places of the queries and of the gallery: the same at every epoch, apart from one another."""
+    generator = torch.Generator().manual_seed(seed_of(0))
+    order = torch.randperm(source.size("train"), generator=generator).tolist()
+    if source.has_val:
+        queries = torch.randperm(source.size("val"), generator=generator).tolist()[:SHOWN_QUERIES]
+        return queries, order[:GALLERY]
+    count = min(SHOWN_QUERIES, len(order) // 2)
+    return order[:count], order[count : count + GALLERY]
+
+
+def report(trainer: Trainer, folder: Path, seconds: float, steps: int) -> None:
+    """Evaluate, print the table, write pictures and weights."""
+    s, source = trainer.settings, trainer.source
+    name = "BYOL" if s.method == "byol" else f"MSF, k = {s.k}"
+    export_backbone(trainer.backbone, folder / "backbone.safetensors")
+    draw_curves(folder / "curves.png", trainer.history, f"{name} on {s.dataset}, seed {s.seed}")
+    picture(trainer, folder / "neighbors.png", name)
+    last = trainer.history[-1]
+    print(f"\n{steps:,} steps in {seconds:.0f} s; in the last epoch {last['images_per_second']:.0f} images/s, ", end="")
+    print(f"{last['data_share']:.1%} of the time waiting for data, {last['search_share']:.1%} in the search")
+    rows = dict(trainer.notes["before"])
+    if source.has_val:
+        rows[name] = evaluate(extract(trainer.backbone, source), max(s.k, 5))
+        print(f"\n{table(rows)}\n")
+        (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    print(verdict(rows, name, last))
+    files = "checkpoint.pt, backbone.safetensors, metrics.csv, tensorboard/, curves.png, neighbors.png"
+    print(f"{folder}: {files}")
+
+
+def picture(trainer: Trainer, path: Path, name: str) -> None:
+    """Draw the queries' neighbours after the first and after the last epoch."""
+    source = trainer.source
+    queries, _ = shown(source)
+    images, labels = gather(source, "val" if source.has_val else "train", queries)
+    rows = []
+    ends = [(1, trainer.notes["first_neighbors"]), (trainer.total_epochs, find_neighbors(trainer))]
+    for epoch, found in ends:
+        flat, found_labels = gather(source, "train", [place for places in found for place in places])
+        pairs = found_labels.view(len(found), -1).tolist()
+        right = [
+            [None if UNKNOWN in (one, other) else one == other for other in others]
+            for one, others in zip(labels.tolist(), pairs, strict=True)
+        ]
+        shape = (len(found), len(found[0]), *source.displayable(flat).shape[1:])
+        rows.append(
+            {"title": f"after epoch {epoch}", "images": source.displayable(flat).reshape(shape), "right": right}
+        )
+    draw_neighbors(path, source.displayable(images), rows, f"{name}: queries and their nearest training images")
+
+
+def gather(source: DataSource, split: str, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the evaluation images and labels at these places."""
+    parts = list(source.images(split, places))
+    return torch.cat([images.cpu() for images, _ in parts]), torch.cat([labels.cpu() for _, labels in parts])
+
+
+def verdict(rows: dict[str, dict[str, float]], name: str, last: Row) -> str:
+    """Say in one sentence what happened."""
+    if last["spread"] < COLLAPSED:
+        return f"The embeddings collapsed (spread {last['spread']:.2f}): this run has learned nothing."
+    after = rows.get(name, {})
+    if "one_label" in after:
+        before = " and ".join(f"{row['one_label']:.1%} ({title})" for title, row in rows.items() if title != name)
+        return (
+            f"{name}: accuracy with one label a class rose from {before} to {after['one_label']:.1%}, without labels."
+        )
+    if after:
+        return f"{name}: 20-NN accuracy on the test images is {after['nn20']:.1%}, learned without labels."
+    return f"{name}: the loss is {last['loss']:.3f} and the spread {last['spread']:.2f}; no labels to evaluate with."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Backbones by name, the paper's MLPs, and the export of a trained backbone."""
+
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+
+class DigitsResNet(nn.Module):
+    """A residual network for 16×16 grey images: 96 features, 173 thousand parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(inplace=True)
+        )
+        self.blocks = nn.Sequential(
+            BasicBlock(24, 24), BasicBlock(24, 48, 2, _shortcut(24, 48)), BasicBlock(48, 96, 2, _shortcut(48, 96))
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features [B, 96] of images [B, 1, 16, 16]."""
+        return self.blocks(self.stem(images)).mean(dim=(2, 3))
+
+
+class Encoder(nn.Module):
+    """Backbone and projection MLP: images to embeddings [B, D]."""
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return embeddings [B, D]."""
+        return self.projector(self.backbone(images))
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Return the paper's projection and prediction head (section 3.1): linear, BatchNorm, ReLU, linear."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
+    )
+
+
+def build_backbone(arch: str, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
+    """Return a randomly initialized backbone without its classifier, and its number of features.
+
+    Args:
+        arch: "digits", or a classification model of torchvision or timm by its name there.
+        image_shape: (channels, height, width) of what it will see; it is tried on such images.
+
+    Raises:
+        ValueError: no such model, or one that does not turn these images into one feature vector each.
+    """
+    if arch == "digits":
+        backbone: nn.Module = DigitsResNet()
+    elif arch in torchvision.models.list_models(module=torchvision.models):
+        backbone = torchvision.models.get_model(arch, weights=None)
+        _remove_classifier(backbone, arch)
+    elif arch in timm.list_models():
+        backbone = timm.create_model(arch, pretrained=False, num_classes=0)
+    else:
+        raise ValueError(f"no model {arch!r} in torchvision or timm")
+    try:
+        with torch.no_grad():
+            features = backbone.eval()(torch.zeros(2, *image_shape))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"{arch!r} does not take images of {image_shape}: {error}") from error
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise ValueError(f"{arch!r} does not give one feature vector an image, so it cannot serve as a backbone")
+    return backbone.train(), features.shape[1]
+
+
+def export_backbone(backbone: nn.Module, path: Path) -> None:
+    """Write the backbone as safetensors that load with ``strict=True`` into the model of its name.
+
+    torchvision's models have a classifier, which MSF does not train: it is written as zeros, and the file's
+    metadata says so. timm's load with ``num_classes=0``.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    classifier: dict[str, list[int]] = getattr(backbone, "classifier_shapes", {})
+    tensors |= {name: torch.zeros(shape) for name, shape in classifier.items()}
+    metadata = {"classifier": f"untrained, zeros: {', '.join(classifier)}" if classifier else "none"}
+    save_file(tensors, path, metadata=metadata)
+
+
+def _remove_classifier(model: nn.Module, arch: str) -> None:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{arch!r} has no linear classifier to take off, so it cannot serve as a backbone")
+    parent, _, child = linear[-1].rpartition(".")
+    classifier = model.get_submodule(linear[-1])
+    shapes = {f"{linear[-1]}.{name}": list(tensor.shape) for name, tensor in classifier.named_parameters()}
+    model.get_submodule(parent).set_submodule(child, nn.Identity())
+    model.classifier_shapes = shapes  # type: ignore[assignment]
+
+
+def _shortcut(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))

@@ -1,0 +1,114 @@
+"""What a run leaves behind: metrics as CSV and TensorBoard, and two pictures."""
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from training.evaluation import COLUMNS
+
+Row = dict[str, Any]
+CURVES = (
+    ("loss", "loss", "0 to 4; falls as views agree"),
+    ("purity", "purity of neighbors 2 to k", "share with the query's label"),
+    ("nn20", "20-NN accuracy", "on the test images"),
+    ("spread", "spread of embeddings", "near 1: healthy, 0: collapsed"),
+)
+
+
+def write_csv(path: Path, history: list[Row]) -> None:
+    """Write one line an epoch; a cell that was not measured stays empty."""
+    names = list(dict.fromkeys(name for row in history for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in history)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text.getvalue())
+    temporary.replace(path)
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Return the rows as Markdown, with a column for each of `COLUMNS` that any of them has."""
+    columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    width = max(map(len, rows))
+    lines = [
+        f"| {'':{width}} | " + " | ".join(COLUMNS[name] for name in columns) + " |",
+        "|" + " --- |" * (len(columns) + 1),
+    ]
+    for title, row in rows.items():
+        cells = [f"{row[name]:.3f}" if name in row else "–" for name in columns]
+        padded = [f"{cell:>{len(COLUMNS[name])}}" for cell, name in zip(cells, columns, strict=True)]
+        lines.append(f"| {title:{width}} | " + " | ".join(padded) + " |")
+    return "\n".join(lines)
+
+
+def draw_curves(path: Path, history: list[Row], title: str) -> None:
+    """Draw loss, purity, 20-NN accuracy and spread over the epochs."""
+    with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 6.4), layout="constrained")
+        figure.suptitle(title)
+        for axes, (name, heading, meaning) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+            points = [(row["epoch"], row[name]) for row in history if math.isfinite(row.get(name, math.nan))]
+            axes.set_title(f"{heading}\n", fontsize=12)
+            axes.text(0.5, 1.02, meaning, transform=axes.transAxes, ha="center", color="0.4", fontsize=10)
+            axes.set_xlabel("epoch")
+            axes.grid(alpha=0.3)
+            if not points:
+                axes.text(0.5, 0.5, "not measured in this run", transform=axes.transAxes, ha="center", color="0.4")
+                continue
+            axes.plot(*zip(*points, strict=True), color="C0", lw=2, marker="o" if len(points) < 25 else "", ms=4)
+            axes.annotate(f"{points[-1][1]:.3f}", points[-1], (0, 8), textcoords="offset points", ha="right")
+            if name == "spread":
+                axes.set_ylim(0, 1.1)
+                axes.axhline(1, color="0.5", ls=":", lw=1)
+        figure.savefig(path, dpi=110)
+
+
+def draw_neighbors(path: Path, queries: np.ndarray, rows: list[Row], title: str) -> None:
+    """Draw queries with their nearest neighbours at some epochs, as the paper's Fig. 2.
+
+    Args:
+        path: of the picture.
+        queries: [Q, H, W, 3] in [0, 1].
+        rows: for each epoch shown, "title", "images" [Q, n, H, W, 3] and "right" [Q, n]: True, False, or None
+            where labels are unknown.
+        title: of the whole.
+    """
+    count, n = rows[0]["images"].shape[:2]
+    columns = 1 + len(rows) * (n + 1)
+    widths = [1.0] + ([0.35] + [1.0] * n) * len(rows)
+    figure = Figure(figsize=(0.72 * sum(widths), 0.74 * count + 1.1), layout="constrained")
+    figure.suptitle(f"{title}\ngreen frame: the query's class; red: another", fontsize=11)
+    grid = figure.subplots(count, columns, gridspec_kw={"width_ratios": widths}, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for i in range(count):
+        _show(grid[i][0], queries[i], "0.2", 1)
+        for j, row in enumerate(rows):
+            for m in range(n):
+                right = row["right"][i][m]
+                colour, width = {True: ("tab:green", 3), False: ("tab:red", 3), None: ("0.6", 1)}[right]
+                _show(grid[i][1 + j * (n + 1) + 1 + m], row["images"][i, m], colour, width)
+    grid[0][0].set_title("query", fontsize=10)
+    for j, row in enumerate(rows):
+        grid[0][1 + j * (n + 1) + 1 + n // 2].set_title(row["title"], fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def _show(axes: Any, image: np.ndarray, colour: str, width: int) -> None:
+    axes.axis("on")
+    axes.imshow(image, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=width)
+
+
+def _cell(value: Any) -> Any:
+    return "" if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,202 @@
+"""The flags, and what they are when not given: the paper's settings, or a small recipe for small images."""
+
+import argparse
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from training.augment import AUGMENTATIONS
+
+DATASETS = ("digits", "folder", "cifar10", "cifar100", "stl10")
+METHODS = ("msf", "byol")
+# What may differ between a run and its continuation. Everything else decides the numbers.
+FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
+
+
+@dataclass
+class Settings:
+    """One run. The defaults are the paper's (section 3.1)."""
+
+    dataset: str = "folder"
+    data: str = "data"
+    arch: str = "resnet50"
+    image_size: int = 224
+    augmentation: str = "w/s"
+    method: str = "msf"
+    k: int = 5
+    bank_size: int = 128_000
+    bank_dtype: str = "float32"
+    backend: str = "auto"
+    momentum: float = 0.99
+    hidden: int = 4096
+    dim: int = 512
+    epochs: int = 200
+    steps: int = 0
+    batch_size: int = 256
+    lr: float = 0.05
+    sgd_momentum: float = 0.9
+    weight_decay: float = 1e-4
+    precision: str = "auto"
+    seed: int = 0
+    device: str = "auto"
+    workers: int = 8
+    eval_every: int = 0
+    checkpoint_every: int = 1
+    out: str = ""
+    resume: str = ""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "folder": {},
+    "digits": {
+        "arch": "digits",
+        "image_size": 16,
+        "bank_size": 1024,
+        "momentum": 0.97,
+        "hidden": 256,
+        "dim": 64,
+        "steps": 1800,
+        "batch_size": 64,
+        "lr": 0.1,
+        "workers": 0,
+        "eval_every": 5,
+        "checkpoint_every": 10,
+    },
+    "cifar10": {"arch": "resnet18", "image_size": 32, "bank_size": 16_384, "eval_every": 20},
+    "cifar100": {"arch": "resnet18", "image_size": 32, "bank_size": 16_384, "eval_every": 20},
+    "stl10": {"arch": "resnet18", "image_size": 96, "bank_size": 16_384, "eval_every": 20},
+}
+
+_HELP = {
+    "dataset": "where the images are from; folder goes with --data",
+    "data": "folder with train/ and val/, a folder a class in each, as ImageNet has (or a flat one, without "
+    "labels); for cifar10, cifar100 and stl10 where they are or will be downloaded to",
+    "arch": "backbone: a classification model of torchvision or timm by its name, or 'digits'",
+    "image_size": "side of the views, in pixels",
+    "augmentation": "views of the target / of the online encoder: s strong, w weak",
+    "method": "msf, or byol: k = 1 and no bank",
+    "k": "neighbors that serve, the target embedding itself included",
+    "bank_size": "rows of the memory bank",
+    "bank_dtype": "dtype of its rows",
+    "backend": "its search backend",
+    "momentum": "of the target encoder, constant",
+    "hidden": "hidden units of the projection and the prediction MLP",
+    "dim": "dimensions of the embedding",
+    "epochs": "passes over the training images",
+    "steps": "optimizer steps, instead of --epochs",
+    "batch_size": "images a step",
+    "lr": "learning rate at the start; falls to 0 along a cosine",
+    "sgd_momentum": "momentum of SGD",
+    "weight_decay": "weight decay of SGD",
+    "precision": "auto: bfloat16 autocast on a GPU that has it, float32 elsewhere",
+    "seed": "of weights, views and order",
+    "device": "auto: the GPU if there is one",
+    "workers": "processes that read images",
+    "eval_every": "epochs between nearest-neighbor evaluations; 0: at the end alone",
+    "checkpoint_every": "epochs between checkpoints",
+    "out": "folder of the run; the default is a new one below runs/",
+    "resume": "folder of an earlier run: go on from its checkpoint, with its settings",
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dataset": DATASETS,
+    "augmentation": AUGMENTATIONS,
+    "method": METHODS,
+    "bank_dtype": ("float32", "float16", "bfloat16"),
+    "precision": ("auto", "float32", "bfloat16"),
+}
+_AT_LEAST_ONE = ("image_size", "k", "bank_size", "hidden", "dim", "epochs", "checkpoint_every")
+_NOT_NEGATIVE = ("steps", "lr", "sgd_momentum", "weight_decay", "seed", "workers", "eval_every")
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser of the flags. A flag that is not given is absent from what it returns."""
+    parser = argparse.ArgumentParser(
+        description=description, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter
+    )
+    for field in fields(Settings):
+        digits = PRESETS["digits"].get(field.name, field.default)
+        paper = f"{field.default!r}" if digits == field.default else f"{field.default!r}; digits {digits!r}"
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=type(field.default),
+            choices=_CHOICES.get(field.name),
+            help=f"{_HELP[field.name]} ({paper})",
+        )
+    return parser
+
+
+def complete(given: dict[str, Any]) -> Settings:
+    """Return the settings of a fresh run: what was given, over the data set's own defaults.
+
+    Raises:
+        ValueError: a value out of range, or flags that do not go together.
+    """
+    dataset = given.get("dataset", "folder" if "data" in given else "digits")
+    if dataset == "folder" and "data" not in given:
+        raise ValueError("--dataset folder needs --data DIR")
+    if dataset == "digits" and "data" in given:
+        raise ValueError("--data goes with --dataset folder, cifar10, cifar100 or stl10")
+    preset = {"dataset": dataset, **PRESETS[dataset]}
+    if "epochs" in given:
+        preset["steps"] = 0
+    settings = Settings(**{**preset, **given})
+    if settings.method == "byol":
+        if given.get("k", 1) != 1:
+            raise ValueError(f"--method byol is k = 1, got --k {settings.k}")
+        settings.k = 1
+    check(settings)
+    return settings
+
+
+def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
+    """Return the saved run's settings, with those given that are free to change.
+
+    Raises:
+        ValueError: one that decides the numbers was given and differs.
+    """
+    differing = [
+        f"--{name.replace('_', '-')} is {saved[name]!r} there, {value!r} here"
+        for name, value in given.items()
+        if name not in FREE_TO_CHANGE and saved.get(name) != value
+    ]
+    if differing:
+        raise ValueError(f"the run to resume has other settings: {'; '.join(differing)}")
+    settings = Settings(**{**saved, **given})
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """Raise ValueError for a value out of range, naming its flag."""
+    values = asdict(settings)
+    for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
+        for name in names:
+            if values[name] < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {values[name]}")
+    if settings.batch_size < 2:
+        raise ValueError(f"--batch-size must be at least 2 for BatchNorm, got {settings.batch_size}")
+    if settings.k > settings.bank_size:
+        raise ValueError(f"--k must be at most --bank-size, {settings.bank_size}, got {settings.k}")
+    if not 0 <= settings.momentum <= 1:
+        raise ValueError(f"--momentum must be between 0 and 1, got {settings.momentum}")
+    if settings.dataset == "digits" and settings.image_size != 16:
+        raise ValueError(f"the digits are 16 pixels wide, got --image-size {settings.image_size}")
+
+
+def run_folder(settings: Settings) -> Path:
+    """Return the folder of a fresh run: --out, or the first free one below runs/.
+
+    Raises:
+        ValueError: --out has a checkpoint already, which the run would overwrite.
+    """
+    if settings.out:
+        folder = Path(settings.out)
+        if (folder / "checkpoint.pt").exists():
+            raise ValueError(f"{folder} holds a run: go on with --resume {folder}, or choose another --out")
+        return folder
+    base, number = Path("runs") / settings.dataset, 1
+    folder = base
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder
