@@ -232,10 +232,8 @@ def verdict(rows: dict[str, dict[str, float]], name: str, last: Row) -> str:
         return f"The embeddings collapsed (spread {last['spread']:.2f}): this run has learned nothing."
     after = rows.get(name, {})
     if "one_label" in after:
-        before = " and ".join(f"{row['one_label']:.1%} ({title})" for title, row in rows.items() if title != name)
-        return (
-            f"{name}: accuracy with one label a class rose from {before} to {after['one_label']:.1%}, without labels."
-        )
+        others = " and ".join(f"{row['one_label']:.1%} ({title})" for title, row in rows.items() if title != name)
+        return f"{name}, trained without labels: {after['one_label']:.1%} with one label a class, against {others}."
     if after:
         return f"{name}: 20-NN accuracy on the test images is {after['nn20']:.1%}, learned without labels."
     return f"{name}: the loss is {last['loss']:.3f} and the spread {last['spread']:.2f}; no labels to evaluate with."

@@ -58,12 +58,15 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
             axes.set_title(f"{heading}\n", fontsize=12)
             axes.text(0.5, 1.02, meaning, transform=axes.transAxes, ha="center", color="0.4", fontsize=10)
             axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
             if not points:
                 axes.text(0.5, 0.5, "not measured in this run", transform=axes.transAxes, ha="center", color="0.4")
                 continue
             axes.plot(*zip(*points, strict=True), color="C0", lw=2, marker="o" if len(points) < 25 else "", ms=4)
-            axes.annotate(f"{points[-1][1]:.3f}", points[-1], (0, 8), textcoords="offset points", ha="right")
+            axes.annotate(
+                f"{points[-1][1]:.3f}", points[-1], (0, 8), textcoords="offset points", ha="right", weight="bold"
+            )
             if name == "spread":
                 axes.set_ylim(0, 1.1)
                 axes.axhline(1, color="0.5", ls=":", lw=1)
@@ -84,7 +87,7 @@ def draw_neighbors(path: Path, queries: np.ndarray, rows: list[Row], title: str)
     columns = 1 + len(rows) * (n + 1)
     widths = [1.0] + ([0.35] + [1.0] * n) * len(rows)
     figure = Figure(figsize=(0.72 * sum(widths), 0.74 * count + 1.1), layout="constrained")
-    figure.suptitle(f"{title}\ngreen frame: the query's class; red: another", fontsize=11)
+    figure.suptitle(f"{title}\ngreen: the query's class; red and crossed: another", fontsize=11)
     grid = figure.subplots(count, columns, gridspec_kw={"width_ratios": widths}, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -94,7 +97,10 @@ def draw_neighbors(path: Path, queries: np.ndarray, rows: list[Row], title: str)
             for m in range(n):
                 right = row["right"][i][m]
                 colour, width = {True: ("tab:green", 3), False: ("tab:red", 3), None: ("0.6", 1)}[right]
-                _show(grid[i][1 + j * (n + 1) + 1 + m], row["images"][i, m], colour, width)
+                cell = grid[i][1 + j * (n + 1) + 1 + m]
+                _show(cell, row["images"][i, m], colour, width)
+                if right is False:
+                    cell.text(0.08, 0.74, "✗", transform=cell.transAxes, color=colour, fontsize=15, weight="bold")
     grid[0][0].set_title("query", fontsize=10)
     for j, row in enumerate(rows):
         grid[0][1 + j * (n + 1) + 1 + n // 2].set_title(row["title"], fontsize=10)

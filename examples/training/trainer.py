@@ -1,6 +1,7 @@
 """The training loop: two encoders, one loss, and a state that can stop and go on at any step."""
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -72,7 +73,10 @@ class Trainer:
 
     def train(self, stop: StopRequest, after_epoch: Callable[[Row], None]) -> None:
         """Train to the last step, or until a stop is asked for. ``after_epoch`` may add to its row."""
-        with tqdm(total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True) as bar:
+        interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
+        with tqdm(
+            total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval
+        ) as bar:
             while self.step < self.total_steps and not stop.signal:
                 self._train_epoch(stop, after_epoch, bar)
 
@@ -85,7 +89,7 @@ class Trainer:
             bar.update()
             if self.step % 10 == 0:
                 loss, purity, _ = self._means()
-                bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", purity=f"{purity:.3f}")
+                bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", purity=f"{purity:.3f}", refresh=False)
             if stop.signal or self.step == self.total_steps:
                 break
         if self.step % self.steps_per_epoch and self.step < self.total_steps:
