@@ -28,16 +28,16 @@ from training.evaluation import PROBE_LIMIT, evaluate, extract, nearest_neighbou
 from training.models import export_backbone
 from training.report import Row, draw_curves, draw_neighbors, table, write_csv
 from training.settings import Settings, build_parser, complete, resumed, run_folder
-from training.trainer import StopRequest, Trainer
+from training.trainer import STATE, StopRequest, Trainer
 
 SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
 COLLAPSED = 0.2  # a spread below this
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the script; return its exit status."""
     parser = build_parser(__doc__.partition("\n\n")[0])
-    given = vars(parser.parse_args())
+    given = vars(parser.parse_args(arguments))
     try:
         settings, state, folder = prepare(given)
         device = choose_device(settings.device)
@@ -46,10 +46,11 @@ def main() -> int:
         if state is not None:
             trainer.load_state_dict(state)
     except (ValueError, ImportError, RuntimeError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
-    return run(trainer, folder)
+    with StopRequest() as stop:
+        return run(trainer, folder, stop)
 
 
 def prepare(given: dict[str, Any]) -> tuple[Settings, dict[str, Any] | None, Path]:
@@ -59,7 +60,7 @@ def prepare(given: dict[str, Any]) -> tuple[Settings, dict[str, Any] | None, Pat
         return settings, None, run_folder(settings)
     path = Path(given["resume"])
     path = path / "checkpoint.pt" if path.is_dir() else path
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, needed=STATE)
     settings = resumed(state["settings"], given)
     return settings, state, Path(given.get("out", path.parent))
 
@@ -94,13 +95,12 @@ def open_source(settings: Settings, device: torch.device) -> DataSource:
     return Photos(train, val, gallery=gallery, has_labels=True, **options)
 
 
-def run(trainer: Trainer, folder: Path) -> int:
+def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
     """Train, and report; return the exit status."""
     announce(trainer, folder)
     source, settings = trainer.source, trainer.settings
-    if trainer.step == 0:
+    if "before" not in trainer.notes:
         trainer.notes["before"] = rows_before(trainer)
-    stop = StopRequest()
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step)
 
     def after_epoch(row: Row) -> None:
@@ -117,12 +117,18 @@ def run(trainer: Trainer, folder: Path) -> int:
             save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
 
     started, first_step = time.perf_counter(), trainer.step
-    trainer.train(stop, after_epoch)
+    problem = None
+    try:
+        trainer.train(stop, after_epoch)
+    except OSError as error:  # an image that cannot be read
+        problem = error
     writer.close()
     if trainer.step < trainer.total_steps:
         save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
         print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; go on with --resume {folder}")
-        return 128 + stop.signal
+        if problem is not None:
+            print(f"error: {problem}", file=sys.stderr)
+        return 1 if problem is not None else 128 + stop.signal
     report(trainer, folder, time.perf_counter() - started, trainer.step - first_step)
     return 0
 

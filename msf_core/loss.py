@@ -45,9 +45,8 @@ def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
     with torch.autocast(prediction.device.type, enabled=False):
         v = F.normalize(prediction.float(), dim=1)  # [B, D]
         z = neighbors.detach().float()  # [B, k, D]
-        z_mean = z.mean(dim=1)  # [B, D]
-        spread = (z - z_mean[:, None]).pow(2).sum(dim=2).mean(dim=1)  # [B]
-        return ((v - z_mean).pow(2).sum(dim=1) + spread).mean()
+        z_variance, z_mean = torch.var_mean(z, dim=1, correction=0)  # [B, D] each; for k = 1 exactly 0 and u
+        return ((v - z_mean).pow(2).sum(dim=1) + z_variance.sum(dim=1)).mean()
 
 
 class MeanShiftLoss(nn.Module):
@@ -142,13 +141,22 @@ class MeanShiftLoss(nn.Module):
             embedding=u[:, None],
             label=torch.full_like(slots, UNKNOWN_LABEL)[:, None] if labels is None else labels[:, None].long(),
         )
-        if self.bank is None or k == 1 or len(self.bank) < 2:
+        if self.training and self.bank is not None and k > 1:
+            found = _without(slots, *self.bank.nearest(u, min(k, len(self.bank))))  # [B, k − 1]
+        elif self.bank is not None and min(k - 1, len(self.bank)) > 0:
+            found = self.bank.nearest(u, min(k - 1, len(self.bank)))
+        else:
             return own
-        found = self.bank.search(u, min(k, len(self.bank)))
-        others = _without(found, slots)  # [B, k − 1]
+        others = self.bank.take(*found)
         absent = (others.index < 0)[..., None]
-        others = others._replace(embedding=torch.where(absent, u[:, None], others.embedding))
-        return Neighbors(*(torch.cat(pair, dim=1) for pair in zip(own, others, strict=True)))
+        embedding = torch.cat([own.embedding, others.embedding], dim=1)  # [B, k, D]
+        embedding[:, 1:] = torch.where(absent, u[:, None], embedding[:, 1:])
+        return Neighbors(
+            similarity=torch.cat([own.similarity, others.similarity], dim=1),
+            index=torch.cat([own.index, others.index], dim=1),
+            embedding=embedding,
+            label=torch.cat([own.label, others.label], dim=1),
+        )
 
     def _check(self, prediction: Tensor, target: Tensor, labels: Tensor | None, k: int) -> None:
         """Raise before anything changes."""
@@ -178,19 +186,13 @@ class MeanShiftLoss(nn.Module):
         return f"k={self.k}"
 
 
-def _without(found: Neighbors, slots: Tensor) -> Neighbors:
-    """Leave each query's own slot out of its k neighbours; where it is not among them, the last one goes."""
-    k = found.index.shape[1]
-    own = (found.index == slots[:, None]) & (slots[:, None] >= 0)  # [B, k], at most one a row
+def _without(slots: Tensor, similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave each query's own slot [B] out of its k neighbours [B, k]; where it is not among them, the last goes."""
+    k = index.shape[1]
+    own = (index == slots[:, None]) & (slots[:, None] >= 0)  # [B, k], at most one a row
     # Places before the own slot stay, later ones move up by one.
     place = torch.arange(k - 1, device=slots.device) + own.cumsum(dim=1)[:, : k - 1]  # [B, k − 1]
-    wide = place[..., None].expand(-1, -1, found.embedding.shape[2])
-    return Neighbors(
-        similarity=found.similarity.gather(1, place),
-        index=found.index.gather(1, place),
-        embedding=found.embedding.gather(1, wide),
-        label=found.label.gather(1, place),
-    )
+    return similarity.gather(1, place), index.gather(1, place)
 
 
 def _check_prediction(prediction: Tensor) -> None:

@@ -161,12 +161,22 @@ class MemoryBank(nn.Module):
             ValueError: k out of range, or a shape or device that does not fit.
             TypeError: queries that are not floating.
         """
+        return self.take(*self.nearest(queries, k))
+
+    @torch.no_grad()
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Do the search of `search` alone: return similarity [Q, k] and index [Q, k] as it has them."""
         self.check("queries", queries)
         if not 1 <= k <= len(self):
             raise ValueError(f"k must be between 1 and the {len(self)} rows in the bank, got {k}")
         backend = self.resolve_backend()
         queries = F.normalize(queries.detach().float(), dim=1).to(self.rows.dtype)
-        similarity, index = backend.topk(queries, self.rows[: len(self)], k)  # [Q, k] each
+        similarity, index = backend.topk(queries, self.rows[: len(self)], k)
+        return similarity.clamp(max=1.0), index  # rounding leaves rows, half-precision ones above all, a little long
+
+    @torch.no_grad()
+    def take(self, similarity: Tensor, index: Tensor) -> Neighbors:
+        """Gather embeddings and labels for what `nearest` has found."""
         missing = index < 0
         slots = index.clamp(min=0)
         embedding = self.rows[slots].float()  # [Q, k, D]

@@ -36,9 +36,10 @@ def mean_shift_loss_two_matrices(
 ) -> Tensor:
     """Compute the same loss as the authors' published code forms it: two full distance matrices, one differentiated.
 
-    ``dtype`` is for benchmarks, which run this form at the precision the authors train in.
+    The bank is cloned as there, and its rows must be unit vectors already. ``dtype`` is for benchmarks, which run
+    this form at the precision the authors train in.
     """
-    v, u, bank = unit(v.to(dtype)), unit(u.to(dtype)), unit(bank.clone().to(dtype))
+    v, u, bank = unit(v.to(dtype)), unit(u.to(dtype)), bank.clone().to(dtype)
     distance_u = 2 - 2 * u @ bank.T  # [B, N]
     distance_v = 2 - 2 * v @ bank.T  # [B, N]
     nearest = distance_u.topk(k, dim=1, largest=False).indices  # [B, k]

@@ -21,8 +21,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what `save_checkpoint` wrote, on the CPU. Runs no code from the file.
+def load_checkpoint(path: Path, needed: set[str]) -> dict[str, Any]:
+    """Return what `save_checkpoint` wrote, on the CPU: a dict with the keys ``needed``. Runs no code from the file.
 
     Raises:
         ValueError: no such file, a damaged one, or one that is no checkpoint of this script.
@@ -30,9 +30,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"checkpoint {path} is damaged or not one of ours: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= needed:
         raise ValueError(f"{path} is not a checkpoint of this script")
     return state

@@ -143,6 +143,7 @@ class Photos:
             "num_workers": workers,
             "pin_memory": device.type == "cuda",
             "worker_init_fn": _leave_ctrl_c_to_the_parent,
+            "generator": torch.Generator(),  # its draws must not disturb those of the model
         }
         self._order = _EpochOrder(self.train_size, seed, batch_size)
         self._loader = DataLoader(

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
@@ -62,10 +61,8 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int]) -> tuple[nn.Mod
     elif arch in torchvision.models.list_models(module=torchvision.models):
         backbone = torchvision.models.get_model(arch, weights=None)
         _remove_classifier(backbone, arch)
-    elif arch in timm.list_models():
-        backbone = timm.create_model(arch, pretrained=False, num_classes=0)
     else:
-        raise ValueError(f"no model {arch!r} in torchvision or timm")
+        backbone = _build_timm(arch)
     try:
         with torch.no_grad():
             features = backbone.eval()(torch.zeros(2, *image_shape))
@@ -87,6 +84,14 @@ def export_backbone(backbone: nn.Module, path: Path) -> None:
     tensors |= {name: torch.zeros(shape) for name, shape in classifier.items()}
     metadata = {"classifier": f"untrained, zeros: {', '.join(classifier)}" if classifier else "none"}
     save_file(tensors, path, metadata=metadata)
+
+
+def _build_timm(arch: str) -> nn.Module:
+    import timm  # takes seconds, and most runs do without
+
+    if arch not in timm.list_models():
+        raise ValueError(f"no model {arch!r} in torchvision or timm")
+    return timm.create_model(arch, pretrained=False, num_classes=0)
 
 
 def _remove_classifier(model: nn.Module, arch: str) -> None:

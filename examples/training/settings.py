@@ -1,6 +1,7 @@
 """The flags, and what they are when not given: the paper's settings, or a small recipe for small images."""
 
 import argparse
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Settings:
     precision: str = "auto"
     seed: int = 0
     device: str = "auto"
-    workers: int = 8
+    workers: int = min(8, os.cpu_count() or 1)
     eval_every: int = 0
     checkpoint_every: int = 1
     out: str = ""

@@ -16,6 +16,8 @@ class TimedSearch:
     """A search backend that adds up the time of its searches: `MemoryBank(backend=TimedSearch("auto"))`."""
 
     def __init__(self, backend: str) -> None:
+        if backend != "auto":
+            load_backend(backend)  # says now if it does not work here
         self.backend = backend
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

@@ -19,6 +19,8 @@ from training.settings import Settings
 from training.timing import TimedSearch, WaitClock
 
 Row = dict[str, Any]  # one epoch of the metrics
+PARTS = ("online", "predictor", "target", "criterion", "optimizer")
+STATE = {"settings", "train_size", "step", "history", "sums", "notes", "rng", *PARTS}
 
 
 class StopRequest:
@@ -26,8 +28,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
         self.signal = number
@@ -147,11 +155,8 @@ class Trainer:
             return self.settings.precision
         return "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
-    def _parts(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("online", "predictor", "target", "criterion", "optimizer")}
-
     def state_dict(self) -> dict[str, Any]:
-        """Return weights, bank, optimizer, counters, metrics and random state."""
+        """Return weights, bank, optimizer, counters, metrics and random state, under the keys `STATE`."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -163,7 +168,7 @@ class Trainer:
             "sums": self.sums.cpu(),
             "notes": self.notes,
             "rng": rng,
-            **{name: part.state_dict() for name, part in self._parts().items()},
+            **{name: getattr(self, name).state_dict() for name in PARTS},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -177,8 +182,8 @@ class Trainer:
             raise ValueError(
                 f"the run to resume had {state['train_size']} training images, there are {self.source.train_size} here"
             )
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.step, self.history, self.notes = state["step"], state["history"], state["notes"]
         self.sums = state["sums"].to(self.device)
         torch.set_rng_state(state["rng"]["cpu"])

@@ -1,0 +1,171 @@
+"""What every measurement here shares: timing, quantiles, records, and a description of the machine.
+
+Times are wall-clock seconds on a CPU and CUDA events on a GPU. Units: s, bytes, GFLOP = 1e9 operations, where a
+multiply-add counts as two.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import msf_core
+
+# [rows of the left, inner, columns of the right] of the products that are tried for the machine's own rate.
+CPU_PRODUCTS = ((256, 512, 1024), (256, 512, 8192), (2048, 2048, 2048))
+CUDA_PRODUCTS = ((256, 512, 131072), (4096, 4096, 4096), (8192, 8192, 8192))
+PRODUCT_SECONDS, PRODUCT_MOST_REPEATS = 0.3, 300
+
+
+class Summary(NamedTuple):
+    """Median, 20 % and 80 % quantile of some numbers."""
+
+    median: float
+    q20: float
+    q80: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement: a line of the JSON lines file.
+
+    ``derived`` holds what follows from the measured figure and from nothing else that is not named there, such as
+    operations a second; ``environment`` says on what, with what and when it was measured.
+    """
+
+    name: str
+    parameters: dict[str, Any]
+    median: float
+    q20: float
+    q80: float
+    unit: str
+    repeats: int
+    environment: dict[str, Any]
+    recall: float | None = None
+    derived: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def quantiles(values: list[float]) -> Summary:
+    """Return median, 20 % and 80 % quantile, interpolated linearly; ``values`` must not be empty.
+
+    >>> quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    Summary(median=3.5, q20=2.0, q80=5.0)
+    """
+    if not values:
+        raise ValueError("values must hold at least one number, got none")
+    return Summary(*(float(q) for q in np.quantile(values, (0.5, 0.2, 0.8))))
+
+
+def time_once(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that one call takes; on CUDA between two events around it."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1000
+
+
+def time_interleaved(
+    calls: Mapping[str, Callable[[int], object]], rounds: Mapping[str, int], device: torch.device
+) -> dict[str, list[float]]:
+    """Time the calls in turns (A, B, A, B, …), so that a machine that slows down slows all of them.
+
+    Args:
+        calls: name -> what to time, given the number of the round.
+        rounds: name -> how many rounds it takes part in, from the first on.
+        device: where they run.
+
+    Returns:
+        name -> seconds of each round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(max(rounds.values())):
+        for name, call in calls.items():
+            if number < rounds[name]:
+                seconds[name].append(time_once(partial(call, number), device))
+    return seconds
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> tuple[list[float], str]:
+    """Measure how fast this machine multiplies matrices: the ceiling of a search by products.
+
+    On a CPU float32 products by torch.mm and by NumPy; on CUDA torch.mm in ``dtype``.
+
+    Returns:
+        GFLOP/s of each run of the product with the fastest single run, and which product that was.
+    """
+    cpu = device.type == "cpu"
+    best: tuple[list[float], str] = ([0.0], "")
+    for m, n, p in CPU_PRODUCTS if cpu else CUDA_PRODUCTS:
+        a = torch.randn(m, n, device=device).to(torch.float32 if cpu else dtype)
+        b = torch.randn(p, n, device=device).to(a.dtype)
+        products: dict[str, Callable[[], object]] = {"torch.mm": partial(torch.mm, a, b.T)}
+        if cpu:
+            products["numpy.matmul"] = partial(np.matmul, a.numpy(), b.numpy().T)
+        for name, product in products.items():
+            repeats = 5 + min(PRODUCT_MOST_REPEATS, int(PRODUCT_SECONDS / min(_time_three(product, device))))
+            rates = [2e-9 * m * n * p / time_once(product, device) for _ in range(repeats)]
+            if max(rates) > max(best[0]):
+                dtype_name = str(a.dtype).removeprefix("torch.")
+                best = rates, f"{name}, [{m}, {n}] x [{n}, {p}] {dtype_name}"
+    return best
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return device name, threads, library versions and the date (UTC, ISO 8601), for the records."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "faiss": _faiss_version(),
+            "msf_core": msf_core.__version__,
+        },
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    """Return the CPU's model name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def write_jsonl(records: list[Record], path: Path) -> None:
+    """Write one record a line."""
+    path.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records), encoding="utf-8")
+
+
+def _time_three(call: Callable[[], object], device: torch.device) -> list[float]:
+    return [time_once(call, device) for _ in range(3)]
+
+
+def _faiss_version() -> str | None:
+    if msf_core.available_backends("cpu")["faiss"] is not None:
+        return None
+    import faiss
+
+    return str(faiss.__version__)

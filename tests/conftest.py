@@ -1,0 +1,68 @@
+"""What all tests share: seeds, the hypothesis profile, the gpu marker, and the judge of neighbours."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from msf_core import available_backends
+
+settings.register_profile(
+    "msf_core", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("msf_core")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        no_gpu = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", params=["torch", "faiss"])
+def backend_name(request: pytest.FixtureRequest) -> str:
+    """Every search backend that works on the CPU."""
+    reason = available_backends("cpu")[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def assert_k_nearest() -> Callable[..., None]:
+    """The judge of (similarity, index), a fixture so that no test file has to import another."""
+    return _assert_k_nearest
+
+
+# Inner products of unit vectors, against float64 on the same rounded values. TF32 and bfloat16 are 100 times off.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-5, torch.bfloat16: 1e-5}
+
+
+def _assert_k_nearest(similarity: Tensor, index: Tensor, queries: Tensor, rows: Tensor, k: int) -> None:
+    """Compare with a float64 brute force, per row; among ties any choice is right."""
+    tolerance = TOLERANCE[rows.dtype]
+    truth = queries.double() @ rows.double().T  # [Q, n]
+    truth = truth.masked_fill(truth.isnan(), -torch.inf)
+    expected = truth.topk(k, dim=1).values  # [Q, k]
+    assert similarity.shape == index.shape == expected.shape
+    assert similarity.dtype == torch.float32
+    assert index.dtype == torch.int64
+
+    absent = expected == -torch.inf  # fewer than k rows can be compared
+    assert torch.equal(index == -1, absent)
+    assert torch.equal(similarity == -torch.inf, absent)
+    assert (similarity[:, :-1] >= similarity[:, 1:]).all(), "not descending"
+    torch.testing.assert_close(similarity.double(), expected, rtol=0, atol=tolerance)
+    found = truth.gather(1, index.clamp(min=0)).masked_fill(absent, -torch.inf)
+    torch.testing.assert_close(similarity.double(), found, rtol=0, atol=tolerance)
+    slots = index.sort(dim=1).values
+    assert not ((slots[:, 1:] == slots[:, :-1]) & (slots[:, 1:] >= 0)).any(), "a neighbour comes twice"

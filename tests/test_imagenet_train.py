@@ -1,0 +1,302 @@
+"""examples/imagenet_train.py as its users run it."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file
+from test_training import make_tree
+
+import imagenet_train
+from training.data import Digits
+from training.trainer import Trainer
+
+SCRIPT = Path(imagenet_train.__file__)
+TIMES = {"images_per_second", "data_share", "search_share"}
+FILES = {"checkpoint.pt", "backbone.safetensors", "metrics.csv", "tensorboard", "curves.png", "neighbors.png"}
+DIGITS = ["--steps", "30", "--eval-every", "1"]
+SMALL = ["--arch", "resnet18", "--image-size", "32", "--hidden", "32", "--dim", "16", "--bank-size", "32"]
+SMALL += ["--batch-size", "4", "--workers", "0", "--epochs", "2"]
+
+
+def train(*arguments: object) -> int:
+    return imagenet_train.main([str(argument) for argument in arguments])
+
+
+def error_of(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        train(*arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+
+
+def flat(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (path, leaf) of nested dicts and lists."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            yield from flat(part, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, bank, optimizer, counters, random state and metrics are equal to the last bit."""
+    assert metrics(one) == metrics(other)
+    states = [dict(flat(torch.load(folder / "checkpoint.pt", weights_only=True))) for folder in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    assert any("bank.rows" in name for name in states[0])
+    for name, value in states[0].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, states[1][name]), name
+        elif not name.startswith(".settings.") and name.rpartition(".")[2] not in TIMES:
+            assert value == states[1][name] or value != value, name
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Have the signal arrive while that step is under way."""
+    train_step = Trainer._train_step
+
+    def interrupted(self: Trainer, *views: torch.Tensor) -> None:
+        if self.step == step:
+            signal.raise_signal(number)
+        train_step(self, *views)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+
+
+@pytest.mark.slow
+def test_the_digits_job_learns_in_its_short_form(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--steps", "600", "--out", tmp_path / "run"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(rows) == {"raw pixels", "untrained", "MSF, k = 5"}
+    assert rows["MSF, k = 5"]["nn1"] >= 0.96
+    assert rows["MSF, k = 5"]["one_label"] >= 0.72
+    assert "| MSF, k = 5 |" in done.stdout
+    assert "600/600" in done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"config.json", "results.json"}
+    history = metrics(tmp_path / "run")
+    assert [int(row["epoch"]) for row in history] == list(range(1, 30))
+    assert float(history[-1]["spread"]) > 0.8
+    assert float(history[-1]["purity"]) > float(history[0]["purity"])
+    for name in ("curves.png", "neighbors.png"):
+        width, height = Image.open(tmp_path / "run" / name).size
+        assert width > 600
+        assert height > 400
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        assert train(*DIGITS, "--seed", seed, "--out", tmp_path / name) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "again")
+    assert metrics(tmp_path / "one") != metrics(tmp_path / "other")
+
+
+@pytest.mark.parametrize(("step", "number"), [(4, signal.SIGTERM), (25, signal.SIGINT), (20, signal.SIGINT)])
+def test_a_run_that_is_stopped_goes_on_exactly(
+    tmp_path: Path, capsys: pytest.CaptureFixture, step: int, number: int
+) -> None:
+    # Within the first epoch, within the second, and in the last of the 21 steps of an epoch.
+    assert train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "whole") == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(monkeypatch, step, number)
+        assert train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run") == 128 + number
+    assert f"stopped after step {step + 1} of 30; go on with --resume" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    torch.manual_seed(99)  # what another process would have
+    assert train("--resume", tmp_path / "run") == 0
+    if step != 20:  # a stop is not kept waiting by the evaluation that its epoch's end would have
+        assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert torch.equal(
+        *(load_file(tmp_path / name / "backbone.safetensors")["stem.0.weight"] for name in ("whole", "run"))
+    )
+
+
+@pytest.mark.slow
+def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree", train=4, val=1)
+    command = [sys.executable, SCRIPT, "--data", tree, "--image-size", "64", "--batch-size", "4", "--epochs", "4"]
+    command += ["--bank-size", "64", "--workers", "1"]
+    assert subprocess.run([*command, "--out", tmp_path / "whole"], capture_output=True).returncode == 0
+
+    run = subprocess.Popen([*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while run.stderr.read(1) not in (b"%", b""):  # the progress bar is there: training has begun
+        pass
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGTERM, output
+    stopped = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    assert stopped < 12
+    resumed = subprocess.run([sys.executable, SCRIPT, "--resume", tmp_path / "run"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"from step {stopped}" in resumed.stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["arch"], config["k"], config["momentum"], config["dim"]) == ("resnet50", 5, 0.99, 512)
+    torchvision.models.resnet50().load_state_dict(load_file(tmp_path / "run" / "backbone.safetensors"), strict=True)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_folder_trains_with_labels_and_without(tmp_path: Path, capsys: pytest.CaptureFixture, labelled: bool) -> None:
+    tree = make_tree(tmp_path / "tree", train=4)
+    if not labelled:
+        for i, image in enumerate(sorted((tree / "train").rglob("*.jpg"))):
+            image.rename(tmp_path / f"{i}.jpg")
+    data = tree if labelled else tmp_path
+    assert train("--data", data, *SMALL, "--out", tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert ("| MSF, k = 5 |" in printed) == labelled
+    assert ("no labels to evaluate with" in printed) != labelled
+    assert all((row["purity"] != "") == labelled for row in metrics(tmp_path / "run"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= FILES
+
+
+def test_labels_never_reach_the_weights(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree", train=4)
+    assert train("--data", tree, *SMALL, "--out", tmp_path / "labelled") == 0
+    images = sorted((tree / "train").rglob("*.jpg"))
+    flat_tree = tmp_path / "flat" / "train"
+    flat_tree.mkdir(parents=True)
+    for i, image in enumerate(images):
+        image.rename(flat_tree / f"{i:03}.jpg")
+    assert train("--data", tmp_path / "flat", *SMALL, "--out", tmp_path / "unlabelled") == 0
+    one, other = (load_file(tmp_path / name / "backbone.safetensors") for name in ("labelled", "unlabelled"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_byol_is_a_run_without_a_bank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train("--method", "byol", *DIGITS, "--out", tmp_path / "run") == 0
+    assert "BYOL (k = 1, no bank)" in capsys.readouterr().out
+    assert not any("bank" in name for name in torch.load(tmp_path / "run" / "checkpoint.pt")["criterion"])
+    assert train("--k", 1, *DIGITS, "--out", tmp_path / "msf") == 0
+    one, other = (load_file(tmp_path / name / "backbone.safetensors") for name in ("run", "msf"))
+    assert all(torch.equal(one[name], other[name]) for name in one), "k = 1 must be BYOL"
+
+
+@pytest.mark.parametrize("augmentation", ["s/s", "w/w"])
+def test_every_augmentation_trains(tmp_path: Path, augmentation: str) -> None:
+    assert train("--augmentation", augmentation, "--steps", 3, "--out", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["augmentation"] == augmentation
+
+
+def test_an_unreadable_image_costs_no_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tree = make_tree(tmp_path / "tree", train=4)
+    assert train("--data", tree, *SMALL, "--out", tmp_path / "whole") == 0
+    broken = tree / "train" / "class2" / "1.jpg"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:100])
+    flags = ["--data", tree, *SMALL, "--out", tmp_path / "run"]
+    with pytest.MonkeyPatch.context() as monkeypatch:  # evaluation before training would meet the image first
+        monkeypatch.setattr(imagenet_train, "rows_before", lambda trainer: {})
+        assert train(*flags) == 1
+    assert "class2/1.jpg" in capsys.readouterr().err
+    broken.write_bytes(content)
+    assert train("--resume", tmp_path / "run") == 0
+    one, other = (load_file(tmp_path / name / "backbone.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_finished_run_can_be_looked_at_again(tmp_path: Path) -> None:
+    assert train(*DIGITS, "--out", tmp_path / "run") == 0
+    before = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert train("--resume", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == before
+
+
+def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop_at(monkeypatch, 2)
+        assert train(*DIGITS, "--out", tmp_path / "run") == 143
+    saved = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert "--k is 5 there, 3 here" in error_of(capsys, "--resume", tmp_path / "run", "--k", 3)
+    assert "no checkpoint at" in error_of(capsys, "--resume", tmp_path / "nowhere")
+    assert "holds a run" in error_of(capsys, *DIGITS, "--out", tmp_path / "run")
+    (tmp_path / "damaged.pt").write_bytes(saved[: len(saved) // 2])
+    assert "damaged" in error_of(capsys, "--resume", tmp_path / "damaged.pt")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        init = Digits.__init__
+
+        def fewer(self: Digits, *arguments: object) -> None:
+            init(self, *arguments)
+            self.train_size -= 1
+
+        monkeypatch.setattr(Digits, "__init__", fewer)
+        assert "1347 training images, there are 1346" in error_of(capsys, "--resume", tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == saved
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--k", "0"], "--k must be at least 1, got 0"),
+        (["--k", "2000"], "--k must be at most --bank-size, 1024, got 2000"),
+        (["--momentum", "1.5"], "--momentum must be between 0 and 1, got 1.5"),
+        (["--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--batch-size", "5000"], "--batch-size 5000 is more than the 1347 training images"),
+        (["--lr", "-1"], "--lr must be at least 0"),
+        (["--image-size", "32"], "16 pixels"),
+        (["--method", "byol", "--k", "5"], "--method byol is k = 1, got --k 5"),
+        (["--dataset", "folder"], "--dataset folder needs --data DIR"),
+        (["--dataset", "digits", "--data", "x"], "--data goes with"),
+        (["--data", "/nowhere/at/all"], "no such folder: /nowhere/at/all"),
+        (["--arch", "resnet5000"], "no model 'resnet5000'"),
+        (["--backend", "magic"], "unknown search backend 'magic'"),
+        (["--device", "warp"], "warp"),
+        (["--augmentation", "s/w"], "invalid choice: 's/w'"),
+    ],
+)
+def test_a_wrong_flag_is_a_clear_error_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
+) -> None:
+    assert message in error_of(capsys, *arguments, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fresh_run_without_out_takes_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train("--steps", 2) == 0
+    assert train("--steps", 2) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits", "digits-2"]
+
+
+def test_collapse_is_said(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without the prediction head MSF collapses (needs.md of every such method): the script must say so.
+    build = Trainer.__init__
+
+    def without_predictor(self: Trainer, *arguments: object) -> None:
+        build(self, *arguments)
+        self.predictor = torch.nn.Identity()
+        self.settings.steps = self.total_steps
+        self.parameters = list(self.online.parameters())
+        self.optimizer = torch.optim.SGD(self.parameters, 0.1, momentum=0.9, weight_decay=1e-4)
+
+    monkeypatch.setattr(Trainer, "__init__", without_predictor)
+    assert train("--steps", 150, "--momentum", 0.9, "--out", tmp_path / "run") == 0
+    assert float(metrics(tmp_path / "run")[-1]["spread"]) < 0.2
+    assert "collapsed" in capsys.readouterr().out
+
+
+def test_gray_photos_and_palettes_are_read(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree", train=4, val=2)
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 40), dtype=np.uint8)
+    Image.fromarray(pixels).save(tree / "train" / "class0" / "grey.png")
+    Image.fromarray(pixels).convert("P").save(tree / "train" / "class1" / "palette.png")
+    assert train("--data", tree, *SMALL, "--out", tmp_path / "run") == 0

@@ -1,0 +1,379 @@
+"""What the trainer is made of: views, data sets, models, checkpoints, evaluation."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from training import data, evaluation
+from training.augment import DIGITS_VIEWS, DigitsView, photo_centre, photo_view
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.data import Digits, Photos, UnlabelledFolder, open_folder, open_torchvision
+from training.models import build_backbone, export_backbone
+from training.timing import TimedSearch
+
+CPU = torch.device("cpu")
+
+
+def make_tree(root: Path, train: int = 6, val: int = 2, classes: int = 3, size: int = 40) -> Path:
+    """Write JPEGs of noise, each class of another tint."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (size, size + 8, 3), dtype=np.uint8)
+                pixels[..., label % 3] //= 4
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return root
+
+
+def photos(root: Path, workers: int = 0, augmentation: str = "w/s", seed: int = 0) -> Photos:
+    train, val, has_labels = open_folder(root)
+    return Photos(
+        train,
+        val,
+        size=32,
+        has_labels=has_labels,
+        augmentation=augmentation,
+        batch_size=4,
+        workers=workers,
+        seed=seed,
+        device=CPU,
+    )
+
+
+def batches(source: data.DataSource, epoch: int, first_step: int = 0) -> list[data.Views]:
+    return [tuple(part.clone() for part in batch) for batch in source.train_views(epoch, first_step)]
+
+
+def assert_same(ours: list[data.Views], theirs: list[data.Views]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_an_epoch_of_digits_is_a_function_of_seed_and_epoch() -> None:
+    source = Digits("w/s", 64, seed=0, device=CPU)
+    first = batches(source, epoch=0)
+    assert len(first) == 1347 // 64
+    assert_same(first, batches(Digits("w/s", 64, seed=0, device=CPU), epoch=0))
+    assert_same(first[5:], batches(source, epoch=0, first_step=5))
+    assert not torch.equal(first[0][0], batches(source, epoch=1)[0][0])
+    assert not torch.equal(first[0][0], batches(Digits("w/s", 64, seed=1, device=CPU), epoch=0)[0][0])
+
+
+def test_digits_are_split_by_class_and_normalized_by_the_training_set() -> None:
+    source = Digits("w/s", 64, seed=3, device=CPU)
+    (train, labels), (val, val_labels) = next(source.images("train")), next(source.images("val"))
+    assert (len(train), len(val)) == (source.size("train"), source.size("val")) == (1347, 450)
+    assert train.mean().abs() < 1e-5
+    assert abs(train.std() - 1) < 1e-5
+    shares = labels.bincount() / len(labels) - val_labels.bincount() / len(val_labels)
+    assert shares.abs().max() < 0.005
+    shown = source.displayable(val[:3])
+    assert shown.shape == (3, 16, 16, 3)
+    assert shown.min() >= 0
+    assert shown.max() <= 1
+
+
+def test_a_view_that_changes_nothing_is_the_image() -> None:
+    images = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    still = DigitsView((1.0, 1.0), 1.0, 0, 0.0, (1.0, 1.0), 0.0, blur=0.0, noise=0.0)
+    torch.testing.assert_close(still(images, torch.Generator().manual_seed(1)), images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"area": (0.5, 0.6)},
+        {"aspect": 1.5},
+        {"degrees": 15},
+        {"shear": 0.2},
+        {"contrast": (0.5, 0.6)},
+        {"brightness": 0.2},
+        {"blur": 1.0},
+        {"noise": 0.1},
+    ],
+)
+def test_each_part_of_a_digits_view_changes_the_image(changes: dict) -> None:
+    still = {
+        "area": (1.0, 1.0),
+        "aspect": 1.0,
+        "degrees": 0,
+        "shear": 0.0,
+        "contrast": (1.0, 1.0),
+        "brightness": 0.0,
+        "blur": 0.0,
+        "noise": 0.0,
+    }
+    images = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    view = DigitsView(**(still | changes))(images, torch.Generator().manual_seed(1))
+    assert view.shape == images.shape
+    assert ((view - images).abs().amax(dim=(1, 2, 3)) > 1e-3).all()
+
+
+def test_strong_digit_views_differ_more_than_weak_ones() -> None:
+    images = next(Digits("w/s", 64, seed=0, device=CPU).images("val"))[0]
+    distance = {
+        strength: (view(images, torch.Generator().manual_seed(0)) - images).abs().mean()
+        for strength, view in DIGITS_VIEWS.items()
+    }
+    assert distance["s"] > 1.5 * distance["w"]
+
+
+def test_photo_views_are_the_papers() -> None:
+    def names(strength: str) -> list[str]:
+        return [type(part).__name__ for part in photo_view(strength, 224).transforms]
+
+    ends = ["ToImage", "ToDtype", "Normalize"]
+    assert names("w") == ["RGB", "RandomResizedCrop", "RandomHorizontalFlip", *ends]
+    strong = ["RandomApply", "RandomGrayscale", "RandomApply"]
+    assert names("s") == ["RGB", "RandomResizedCrop", *strong, "RandomHorizontalFlip", *ends]
+    grey = Image.fromarray(np.zeros((50, 60), dtype=np.uint8))  # photographs need not be RGB
+    assert photo_view("s", 32)(grey).shape == photo_centre(32)(grey).shape == (3, 32, 32)
+
+
+def test_views_of_a_photo_do_not_depend_on_the_workers_or_on_where_the_epoch_began(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+    alone, helped = photos(tmp_path, workers=0), photos(tmp_path, workers=2)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = batches(alone, epoch=1)
+    assert torch.equal(torch.get_rng_state(), before), "views must leave the global generator alone"
+    assert_same(first, batches(helped, epoch=1))
+    assert_same(first[2:], batches(helped, epoch=1, first_step=2))
+    assert not torch.equal(first[0][0], batches(alone, epoch=2)[0][0])
+    assert not torch.equal(first[0][0], batches(photos(tmp_path, seed=1), epoch=1)[0][0])
+
+
+def test_an_epoch_of_photos_sees_each_image_once(tmp_path: Path) -> None:
+    source = photos(make_tree(tmp_path, train=4))
+    labels = torch.cat([labels for _, _, labels in source.train_views(0, 0)])
+    assert labels.bincount().tolist() == [4, 4, 4]
+
+
+def test_a_folder_with_classes_has_labels_that_agree_between_train_and_val(tmp_path: Path) -> None:
+    make_tree(tmp_path)
+    for image in (tmp_path / "val" / "class0").iterdir():  # a class that val lacks shifts its own numbering
+        image.unlink()
+    (tmp_path / "val" / "class0").rmdir()
+    train, val, has_labels = open_folder(tmp_path)
+    assert has_labels
+    assert {train[i][1] for i in range(len(train))} == {0, 1, 2}
+    assert {val[i][1] for i in range(len(val))} == {1, 2}
+
+
+@pytest.mark.parametrize("below", ["train", "", "train/all"])
+def test_a_folder_without_classes_has_no_labels(tmp_path: Path, below: str) -> None:
+    folder = tmp_path / below
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(3):
+        Image.fromarray(np.full((20, 20, 3), i, dtype=np.uint8)).save(folder / f"{i}.PNG")
+    train, val, has_labels = open_folder(tmp_path)
+    assert (len(train), val, has_labels) == (3, None, False)
+    assert [train[i][1] for i in range(3)] == [-1, -1, -1]
+    assert isinstance(train, UnlabelledFolder)
+
+
+def test_labels_without_a_val_folder_leave_nothing_to_test_on(tmp_path: Path) -> None:
+    make_tree(tmp_path / "tree")
+    train, val, has_labels = open_folder(tmp_path / "tree" / "train")
+    assert (len(train), val, has_labels) == (18, None, True)
+
+
+def test_a_folder_that_cannot_serve_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such folder: .*nowhere"):
+        open_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no images"):
+        open_folder(tmp_path)
+    make_tree(tmp_path / "stranger")
+    (tmp_path / "stranger" / "val" / "class0").rename(tmp_path / "stranger" / "val" / "other")
+    with pytest.raises(ValueError, match=r"classes that .* lacks: other"):
+        open_folder(tmp_path / "stranger")
+    make_tree(tmp_path / "half")
+    (tmp_path / "half" / "train").rename(tmp_path / "half" / "training")
+    with pytest.raises(ValueError, match="val but no folder train"):
+        open_folder(tmp_path / "half")
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    make_tree(tmp_path, train=4)
+    (tmp_path / "train" / "class1" / "0.jpg").write_bytes(b"not a JPEG")
+    with pytest.raises(OSError, match=r"class1.0\.jpg"):
+        batches(photos(tmp_path), epoch=0)
+
+
+def test_cifar_is_read_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pickle
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        content = {"data": generator.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    # The published files have known checksums; these do not.
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+    train, gallery, test = open_torchvision("cifar10", tmp_path)
+    assert (len(train), len(gallery), len(test)) == (20, 20, 4)
+    image, label = train[1]
+    assert (image.size, label) == ((32, 32), 1)
+
+
+def test_stl10_learns_from_its_unlabelled_images_and_evaluates_on_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for name, count in (("train", 3), ("test", 2), ("unlabeled", 4)):
+        np.zeros(count * 3 * 96 * 96, dtype=np.uint8).tofile(folder / f"{name}_X.bin")
+        if name != "unlabeled":
+            np.arange(1, count + 1, dtype=np.uint8).tofile(folder / f"{name}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+    monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda *arguments: True)
+    train, gallery, test = open_torchvision("stl10", tmp_path)
+    assert [train[i][1] for i in range(len(train))] == [0, 1, 2, -1, -1, -1, -1]
+    assert ([gallery[i][1] for i in range(3)], len(test)) == ([0, 1, 2], 2)
+
+
+def test_a_data_set_that_cannot_be_had_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*arguments: object, **options: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    with pytest.raises(ValueError, match=r"cifar100 is neither in .* nor could it be downloaded: no network"):
+        open_torchvision("cifar100", tmp_path)
+
+
+def test_the_digits_backbone_is_the_recipes() -> None:
+    backbone, features = build_backbone("digits", (1, 16, 16))
+    assert (features, sum(parameter.numel() for parameter in backbone.parameters())) == (96, 172_872)
+
+
+@pytest.mark.parametrize(
+    ("arch", "features"), [("resnet18", 512), ("mobilenet_v3_small", 1024), ("densenet121", 1024), ("alexnet", 4096)]
+)
+def test_a_torchvision_export_loads_strictly_and_gives_equal_features(tmp_path: Path, arch: str, features: int) -> None:
+    torch.manual_seed(0)
+    backbone, found = build_backbone(arch, (3, 64, 64))
+    assert found == features
+    export_backbone(backbone, tmp_path / "backbone.safetensors")
+    model = torchvision.models.get_model(arch, weights=None)
+    tensors = load_file(tmp_path / "backbone.safetensors")
+    model.load_state_dict(tensors, strict=True)
+    classifier = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    with safe_open(tmp_path / "backbone.safetensors", "pt") as file:
+        assert f"{classifier}.weight" in file.metadata()["classifier"]
+    assert not tensors[f"{classifier}.weight"].any()
+    model.set_submodule(classifier, nn.Identity())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), backbone.eval()(images))
+
+
+def test_a_timm_export_loads_strictly(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    backbone, features = build_backbone("test_vit", (3, 160, 160))
+    export_backbone(backbone, tmp_path / "backbone.safetensors")
+    model = timm.create_model("test_vit", num_classes=0)
+    model.load_state_dict(load_file(tmp_path / "backbone.safetensors"), strict=True)
+    assert features == model.num_features
+
+
+def test_a_model_that_cannot_serve_is_a_clear_error() -> None:
+    with pytest.raises(ValueError, match="no model 'resnet5000'"):
+        build_backbone("resnet5000", (3, 32, 32))
+    with pytest.raises(ValueError, match="no linear classifier"):
+        build_backbone("squeezenet1_0", (3, 64, 64))
+    with pytest.raises(ValueError, match="does not take images"):
+        build_backbone("resnet18", (1, 16, 16))
+
+
+def test_a_crash_while_saving_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1})
+
+    def crash(state: object, file: object) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path, needed={"step"})["step"] == 1
+
+
+def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"weights": torch.arange(10_000)})
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    for damaged in (whole[:middle], b"", b"not a checkpoint at all", flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged or not one of ours"):
+            load_checkpoint(path, needed=set())
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="not a checkpoint of this script"):
+        load_checkpoint(path, needed={"weights", "bank"})
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="not a checkpoint of this script"):
+        load_checkpoint(path, needed=set())
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "nowhere.pt", needed=set())
+
+
+def test_evaluation_counts_what_it_says() -> None:
+    # Two classes on two axes, but one training image of class 1 lies among class 0.
+    train = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 0.2]])
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    val, val_labels = torch.tensor([[1.0, 0.01], [0.01, 1.0], [1.0, 0.19], [0.0, 1.0]]), torch.tensor([0, 1, 0, 1])
+    features = {"train": (train, labels), "val": (val, val_labels)}
+    assert evaluation.nearest_neighbour_accuracy(features)["nn1"] == 0.75
+    # k = 2: the nearest other one. Those of rows 0, 2, 3 share the label; of rows 1 and 4 it is each other.
+    assert evaluation.purity(train, labels, k=2) == pytest.approx(3 / 5)
+    assert set(evaluation.evaluate(features, k=2)) == set(evaluation.COLUMNS)
+
+
+def test_few_labels_uses_that_many_a_class() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 4
+    centres = torch.randn(4, 8, generator=generator) * 3
+    train = centres[labels] + torch.randn(200, 8, generator=generator)
+    features = {"train": (train, labels), "val": (centres, torch.arange(4))}
+    assert evaluation.few_labels(features, 1) > 0.6
+    assert evaluation.few_labels(features, 10) == 1.0
+    assert evaluation.linear_probe(features) == 1.0
+    # With one label a class, mislabelled rows would be felt; with the labels shuffled nothing is left to know.
+    shuffled = {**features, "train": (train, labels[torch.randperm(200, generator=generator)])}
+    assert evaluation.few_labels(shuffled, 10) < 0.6
+
+
+def test_warming_up_gives_batchnorm_statistics_and_leaves_the_encoder_alone() -> None:
+    torch.manual_seed(0)
+    backbone, _ = build_backbone("digits", (1, 16, 16))
+    warm = evaluation.warmed_up(backbone, Digits("w/s", 64, seed=0, device=CPU), batches=3)
+    norm, warm_norm = backbone.stem[1], warm.stem[1]
+    assert int(norm.num_batches_tracked) == 0
+    assert int(warm_norm.num_batches_tracked) == 3
+    assert not torch.equal(norm.running_mean, warm_norm.running_mean)
+    assert torch.equal(backbone.stem[0].weight, warm.stem[0].weight)
+
+
+def test_a_timed_search_finds_the_same_and_counts_its_time() -> None:
+    rows = nn.functional.normalize(torch.randn(500, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    timed = TimedSearch("torch")
+    similarity, index = timed.topk(rows[:3], rows, 1)
+    assert index.flatten().tolist() == [0, 1, 2]
+    torch.testing.assert_close(similarity, torch.ones(3, 1))
+    assert timed.take_seconds() > 0
+    assert timed.take_seconds() == 0
