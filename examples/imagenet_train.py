@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from msf_core.search import choose_backend
+from msf_core.search import find_backend
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import UNKNOWN, DataSource, Digits, Photos, open_folder, open_torchvision, seed_of
 from training.evaluation import PROBE_LIMIT, evaluate, extract, nearest_neighbour_accuracy, warmed_up
@@ -170,7 +170,7 @@ def find_neighbors(trainer: Trainer) -> list[list[int]]:
         features["gallery" if places is gallery else "queries"] = torch.nn.functional.normalize(torch.cat(parts), dim=1)
     trainer.backbone.train(mode)
     n = min(SHOWN_NEIGHBORS, len(gallery))
-    _, index = choose_backend(trainer.device).topk(features["queries"], features["gallery"], n)
+    _, index = find_backend("auto", trainer.device).topk(features["queries"], features["gallery"], n)
     return [[gallery[place] for place in places] for places in index.tolist()]
 
 

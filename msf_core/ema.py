@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -39,17 +40,17 @@ class EMATarget(nn.Module):
 
     def __init__(self, online: nn.Module, momentum: float | Schedule = 0.99, *, buffers: str = "keep") -> None:
         super().__init__()
-        if not isinstance(online, nn.Module):
-            raise TypeError(f"online must be a torch.nn.Module, got {type(online).__name__}")
-        if isinstance(momentum, bool) or not (isinstance(momentum, int | float) or callable(momentum)):
+        _check_module(online)
+        if isinstance(momentum, bool) or not (isinstance(momentum, Real) or callable(momentum)):
             raise TypeError(f"momentum must be a number or a schedule of the update, got {momentum!r}")
         if not callable(momentum):
             _check_momentum(momentum)
         if buffers not in BUFFER_POLICIES:
             raise ValueError(f"buffers must be one of {', '.join(BUFFER_POLICIES)}, got {buffers!r}")
         self.module = copy.deepcopy(_unwrap(online)).requires_grad_(False)
-        for parameter in self.module.parameters():
-            parameter.grad = None
+        for parent in list(self.module.modules()):
+            for name, child in parent._modules.items():
+                parent._modules[name] = None if child is None else _unwrap(child)
         self.momentum = momentum
         self.buffers_policy = buffers
         self.updates = 0
@@ -68,10 +69,15 @@ class EMATarget(nn.Module):
         Raises:
             ValueError: tensors are missing on one side, or differ in shape or device; the message names them,
                 and nothing has moved.
+            TypeError: an ``online`` that is no module.
         """
+        _check_module(online)
         momentum = float(self.momentum(self.updates)) if callable(self.momentum) else float(self.momentum)
         _check_momentum(momentum)
         averaged, copied = self._pair_up(online)
+        if momentum in (0, 1):  # exactly g, or exactly f: an Inf on the other side must not make a NaN
+            copied += averaged if momentum == 0 else []
+            averaged = []
         for dtype in {f.dtype for f, _ in averaged}:
             f = [f for f, _ in averaged if f.dtype == dtype]
             g = [g.to(dtype) for f, g in averaged if f.dtype == dtype]
@@ -100,7 +106,7 @@ class EMATarget(nn.Module):
             if id(f) in seen:  # tied: one tensor with two names moves once
                 continue
             seen.add(id(f))
-            averages = f.is_floating_point() and not (is_buffer and self.buffers_policy == "copy")
+            averages = (f.is_floating_point() or f.is_complex()) and not (is_buffer and self.buffers_policy == "copy")
             (averaged if averages else copied).append((f, g))
         return averaged, copied
 
@@ -147,6 +153,11 @@ def _check_same_names(ours: Any, theirs: Any) -> None:
         if names:
             shown = ", ".join(repr(name) for name in sorted(names)[:5])
             raise ValueError(f"{len(names)} tensors are missing in {side}: {shown}{', …' if len(names) > 5 else ''}")
+
+
+def _check_module(online: Any) -> None:
+    if not isinstance(online, nn.Module):
+        raise TypeError(f"online must be a torch.nn.Module, got {type(online).__name__}")
 
 
 def _check_momentum(momentum: float) -> None:

@@ -171,7 +171,7 @@ class MeanShiftLoss(nn.Module):
         check_labels(labels, target)
         if self.bank is not None:
             self.bank.check("target", target)
-            self.bank.resolve_backend()
+            self.bank.resolve_backend(k)
 
     def get_extra_state(self) -> Tensor:
         """Return the number of training forwards so far, for the ``state_dict``."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msf_core.search import SearchBackend, choose_backend, load_backend
+from msf_core.search import SearchBackend, find_backend
 from msf_core.search.base import ROW_DTYPES
 
 UNKNOWN_LABEL = -1
@@ -80,11 +80,7 @@ class MemoryBank(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if dtype not in ROW_DTYPES:
             raise TypeError(f"dtype must be torch.float32, float16 or bfloat16, got {dtype}")
-        if isinstance(backend, str):
-            if backend != "auto":
-                load_backend(backend)
-        elif not isinstance(backend, SearchBackend):
-            raise TypeError(f"backend must be a name or have a method topk(queries, rows, k), got {backend!r}")
+        find_backend(backend, torch.device("cpu"))  # says now if it does not work here
         self.size = size
         self.dim = dim
         self.backend = backend
@@ -115,9 +111,9 @@ class MemoryBank(nn.Module):
         """Store a batch, over the oldest rows once the bank is full. Never waits for the device.
 
         Args:
-            embeddings: [B, D], any float dtype and scale; normalized in float32 on the way in. B may be 0 or
-                above ``size``. A row whose norm is not finite takes its slot, but is never found by a search,
-                and ``nonfinite`` counts it.
+            embeddings: [B, D], any float dtype and scale; normalized in float32 on the way in (a row shorter than
+                1e-12 stays short). B may be 0 or above ``size``. A row whose norm is not finite takes its slot,
+                but is never found by a search, and ``nonfinite`` counts it.
             labels: [B], integers; −1, or no labels at all, is unknown.
 
         Returns:
@@ -169,7 +165,7 @@ class MemoryBank(nn.Module):
         self.check("queries", queries)
         if not 1 <= k <= len(self):
             raise ValueError(f"k must be between 1 and the {len(self)} rows in the bank, got {k}")
-        backend = self.resolve_backend()
+        backend = self.resolve_backend(k)
         queries = F.normalize(queries.detach().float(), dim=1).to(self.rows.dtype)
         similarity, index = backend.topk(queries, self.rows[: len(self)], k)
         return similarity.clamp(max=1.0), index  # rounding leaves rows, half-precision ones above all, a little long
@@ -198,17 +194,18 @@ class MemoryBank(nn.Module):
         self.nonfinite.zero_()
         self._filled = 0
 
-    def resolve_backend(self) -> SearchBackend:
-        """Return the search backend that is used on the bank's present device.
+    def resolve_backend(self, k: int = 1) -> SearchBackend:
+        """Return the search backend that finds k neighbours on the bank's present device.
 
         Raises:
             ImportError: one asked for by name does not work on that device.
+            ValueError: it does not find that many.
         """
-        if not isinstance(self.backend, str):
-            return self.backend
-        if self.backend == "auto":
-            return choose_backend(self.rows.device)
-        return load_backend(self.backend, self.rows.device)
+        backend = find_backend(self.backend, self.rows.device)
+        most = getattr(backend, "most_neighbors", {}).get(self.rows.device.type, k)
+        if k > most:
+            raise ValueError(f"k must be at most {most} for this backend on {self.rows.device}, got {k}")
+        return backend
 
     def check(self, name: str, embeddings: Tensor) -> None:
         """Raise ValueError or TypeError, naming ``name``, unless these are [any, D] floats on the bank's device."""
@@ -245,6 +242,8 @@ class MemoryBank(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         ours = {prefix + name for name in _BUFFERS} if self.persistent else set()
         missing_keys += sorted(ours - state_dict.keys())
         if strict:
@@ -260,6 +259,10 @@ class MemoryBank(nn.Module):
             self._take_over(rows, labels, pushed, nonfinite)
 
     def _why_not_loadable(self, rows: Tensor, labels: Tensor, pushed: Tensor, nonfinite: Tensor) -> str | None:
+        if not all(isinstance(part, Tensor) for part in (rows, labels, pushed, nonfinite)):
+            return "the saved buffers must be tensors"
+        if not rows.is_floating_point() or labels.is_floating_point():
+            return f"saved rows must be floating and labels whole numbers, got {rows.dtype} and {labels.dtype}"
         if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != self.dim:
             return f"the bank has dim={self.dim}, the saved rows are {list(rows.shape)}"
         if labels.shape != rows.shape[:1]:
@@ -275,6 +278,8 @@ class MemoryBank(nn.Module):
             kept = min(total, saved_size, self.size)
             newest = torch.arange(total - kept, total, device=rows.device) % saved_size  # slots, oldest first
             rows, labels, total = rows[newest], labels[newest.to(labels.device)], kept
+        if rows.dtype != self.rows.dtype:
+            rows = F.normalize(rows.float(), dim=1)
         self.clear()
         self.rows[: rows.shape[0]] = rows.to(self.rows)
         self.labels[: labels.shape[0]] = labels.to(self.labels)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msf_core.memory_bank import UNKNOWN_LABEL
-from msf_core.search import SearchBackend, choose_backend, load_backend
+from msf_core.memory_bank import UNKNOWN_LABEL, check_labels
+from msf_core.search import SearchBackend, find_backend
 
 
 def neighbor_purity(neighbor_labels: Tensor, labels: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def knn_classify(
         labels: [n] integers, 0 or above.
         k: votes, between 1 and n. A tie goes to the label with the larger sum of similarities.
         backend: as of `MemoryBank`.
-        chunk: queries at a time; extra memory is about chunk × (k + number of classes) × 4 bytes, beside a
+        chunk: queries at a time; extra memory is about chunk × (k + number of classes) × 8 bytes, beside a
             normalized copy of the features.
 
     Returns:
@@ -92,6 +92,7 @@ def knn_classify(
 
     Raises:
         ValueError: shapes that do not fit, an unknown label, k or chunk out of range.
+        TypeError: labels that are not integers, or a backend without ``topk``.
 
     >>> knn_classify(torch.tensor([[2.0, 0.1]]), torch.eye(2), torch.tensor([5, 9]), k=1)
     tensor([5])
@@ -100,16 +101,12 @@ def knn_classify(
         raise ValueError(
             f"queries and features must be [Q, D] and [n, D], got {list(queries.shape)} and {list(features.shape)}"
         )
-    if labels.shape != features.shape[:1]:
-        raise ValueError(f"labels must be [{features.shape[0]}], one a feature, got {list(labels.shape)}")
+    check_labels(labels, features)
     if not 1 <= k <= features.shape[0] or chunk < 1:
         raise ValueError(f"k must be between 1 and {features.shape[0]} and chunk at least 1, got k={k}, chunk={chunk}")
     if labels.min() < 0:
         raise ValueError(f"labels must be 0 or above: unknown ones cannot vote, got {int(labels.min())}")
-    if backend == "auto":
-        search = choose_backend(features.device)
-    else:
-        search = load_backend(backend, features.device) if isinstance(backend, str) else backend
+    search = find_backend(backend, features.device)
     unit = F.normalize(features.float(), dim=1)
     classes = int(labels.max()) + 1
     return torch.cat([_vote(part, unit, labels.long(), k, classes, search) for part in queries.split(chunk)])
@@ -118,6 +115,6 @@ def knn_classify(
 def _vote(queries: Tensor, features: Tensor, labels: Tensor, k: int, classes: int, search: SearchBackend) -> Tensor:
     similarity, index = search.topk(F.normalize(queries.float(), dim=1), features, k)  # [q, k] each
     # One vote each, plus less than half a vote in all for similarity: it decides ties and nothing else.
-    weight = 1 + similarity / (4 * k)
-    votes = weight.new_zeros(queries.shape[0], classes).scatter_add_(1, labels[index], weight)  # [q, classes]
-    return votes.argmax(dim=1)
+    weight = (1 + similarity.double() / (4 * k)).masked_fill_(index < 0, 0.0)  # −1: a feature that is not finite
+    votes = weight.new_zeros(queries.shape[0], classes)
+    return votes.scatter_add_(1, labels[index.clamp(min=0)], weight).argmax(dim=1)

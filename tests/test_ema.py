@@ -206,7 +206,6 @@ def test_dtypes_mix_within_one_model() -> None:
         torch.testing.assert_close(f.double(), expected, **TOLERANCE[f.dtype])
 
 
-@pytest.mark.xfail(strict=True, reason="complex parameters are copied, not averaged")
 def test_complex_parameters_are_averaged_too() -> None:
     online = nn.ParameterList([torch.tensor([1 + 1j, 2j])])
     target = EMATarget(online, momentum=0.75)
@@ -216,7 +215,6 @@ def test_complex_parameters_are_averaged_too() -> None:
     torch.testing.assert_close(target.module[0].detach(), torch.tensor([0.75 + 0.75j, 1.5j]))
 
 
-@pytest.mark.xfail(strict=True, reason="0 · inf in the average")
 def test_momentum_1_never_moves_even_where_online_is_not_finite() -> None:
     online = nn.Linear(2, 2)
     target = EMATarget(online, momentum=1.0)
@@ -395,7 +393,6 @@ def test_the_target_of_a_wrapped_online_is_bare_and_loads_into_that_of_a_plain_o
     assert_same(state_of(plain), state_of(target))
 
 
-@pytest.mark.xfail(strict=True, reason="wrappers of the parts of online are copied into the target")
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", ["compile inside", "DDP inside", "DDP of compile inside"])
 def test_the_target_of_an_online_that_is_wrapped_inside_is_bare_too(name: str) -> None:

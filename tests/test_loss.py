@@ -27,8 +27,6 @@ GRADIENT = {
     torch.float16: {"rtol": 2e-3, "atol": 1e-5},
     torch.bfloat16: {"rtol": 1e-2, "atol": 1e-5},
 }
-# Similarity of rows of unit length up to the rounding of their dtype: how far above 1 it may be.
-ABOVE_ONE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,14 +182,13 @@ def check_neighbors(bank: MemoryBank, u: Tensor, labels: Tensor, k: int, first: 
     assert torch.equal(found.embedding[:, 1:], stored if bank.dtype == torch.float32 else F.normalize(stored, dim=2))
     assert torch.equal(found.label[:, 1:], bank.labels[others])
 
-    similarity = unit(u).to(bank.dtype).double() @ bank.rows[:n].double().T  # [B, n]
+    similarity = (unit(u).to(bank.dtype).double() @ bank.rows[:n].double().T).clamp(max=1)  # [B, n]
     close = {"rtol": 0, "atol": 2e-6, "check_dtype": False}
     torch.testing.assert_close(found.similarity[:, 1:], similarity.gather(1, others), **close)
     here = (slots >= 0).nonzero()[:, 0]
     similarity[here, slots[here]] = -torch.inf
     torch.testing.assert_close(found.similarity[:, 1:], similarity.topk(used - 1, dim=1).values, **close)
-    assert (found.similarity.diff(dim=1) <= ABOVE_ONE[bank.dtype]).all()
-    assert (found.similarity[:, 1:].diff(dim=1) <= 0).all()
+    assert (found.similarity.diff(dim=1) <= 0).all()
 
 
 def reference_of(v: Tensor, u: Tensor, neighbors: Tensor) -> Tensor:
@@ -410,8 +407,7 @@ def test_half_precision_rows_never_replace_the_exact_u(dtype: torch.dtype) -> No
     torch.testing.assert_close(found.embedding.norm(dim=2), torch.ones(7, 5))  # others at unit length again
 
 
-@pytest.mark.xfail(strict=True, reason="half-precision similarities are above 1, the one of u is 1")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ROW_DTYPES)  # rounded rows may be longer than 1
 def test_the_similarity_descends_from_u_on(dtype: torch.dtype) -> None:
     v, u = Case(batch=16).batch_of()
     u[8:] = u[:8]
@@ -473,8 +469,7 @@ def test_eval_mode_with_an_empty_bank_is_byol() -> None:
     assert torch.equal(MeanShiftLoss(MemoryBank(13, 33), k=5).eval()(v, u), byol(v, u)[0])
 
 
-@pytest.mark.xfail(strict=True, reason="the last row goes as if the own slot were among them")
-@pytest.mark.parametrize("filled", [1, 3])
+@pytest.mark.parametrize("filled", [1, 3, 4])
 def test_eval_mode_with_fewer_than_k_rows_uses_all_of_them(filled: int) -> None:
     bank = Case(filled=filled).bank()
     _, found = MeanShiftLoss(bank, k=5).eval()(*Case().batch_of(), return_neighbors=True)
@@ -600,6 +595,16 @@ def test_in_eval_mode_u_stands_in_too_and_is_no_row_of_the_bank(backend: str) ->
     assert found.index[:, [0, 3, 4]].tolist() == [[-1, -1, -1]] * 7
     assert found.index[:, 1:3].sort(dim=1).values.tolist() == [[0, 1]] * 7
     assert torch.equal(found.embedding[:, 3:], unit(u)[:, None].expand(7, 2, 33))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_u_that_are_out_of_the_bank_again_are_not_taken_for_missing_rows(backend: str) -> None:
+    v, u = Case(batch=20).batch_of()
+    u[-3:] = torch.nan  # two finite rows are left in the bank, those of u 15 and 16
+    _, found = MeanShiftLoss(MemoryBank(5, 33, backend=backend), k=5)(v, u, torch.arange(20), return_neighbors=True)
+    assert found.index[:15, [0, 3, 4]].tolist() == [[-1] * 3] * 15
+    assert found.label[:15, 1:3].sort(dim=1).values.tolist() == [[15, 16]] * 15
+    assert torch.equal(found.embedding[:15, 3:], unit(u)[:15, None].expand(15, 2, 33))
 
 
 def test_zero_vectors_give_a_finite_loss_and_gradient() -> None:

@@ -232,7 +232,6 @@ def test_a_tie_goes_to_the_larger_sum_of_similarities_not_to_a_smaller_label(swa
     assert knn_classify(torch.tensor([[1.0, 0.0]]), features, labels, k=4).tolist() == [near_together]
 
 
-@pytest.mark.xfail(strict=True, reason="votes and similarities share 24 bits")
 def test_a_tie_of_many_votes_is_told_by_small_differences_too() -> None:
     # 500 votes each; those of label 1 are nearer by 1e-6 each, 5e-4 in all.
     angle = torch.cat([torch.full((500,), 0.5), torch.full((500,), 0.5 - 2e-6)])
@@ -243,7 +242,6 @@ def test_a_tie_of_many_votes_is_told_by_small_differences_too() -> None:
         assert knn_classify(torch.tensor([[1.0, 0.0]]), features, order, k=1000).tolist() == [int(order[-1])]
 
 
-@pytest.mark.xfail(strict=True, reason="index −1 votes with −inf for the last label")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_feature_that_is_not_finite_has_no_vote(backend: str) -> None:
     features = torch.eye(3)

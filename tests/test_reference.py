@@ -16,14 +16,14 @@ def random(rows: int, dim: int, seed: int) -> Tensor:
 
 
 def bank_of(u: Tensor, size: int, seed: int) -> Tensor:
-    """Random rows with u among them, as after a push."""
-    return torch.cat([random(size, u.shape[1], seed), u])
+    """Random unit rows with u among them, as after a push."""
+    return reference.unit(torch.cat([random(size, u.shape[1], seed), u]))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("k", "expected"), [(1, 2.0), (2, 1.2), (3, 0.8), (4, 1.1)])
 def test_a_case_by_hand(form, k: int, expected: float) -> None:
-    bank = torch.tensor([[-2.0, 0.0], [0.0, 1.0], [3.0, 4.0], [1.0, 0.0]])
+    bank = torch.tensor([[-1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [1.0, 0.0]])
     # v = (0, 1) is at squared distances 2, 0.4, 0, 2 of u = (1, 0) and of the others, nearest to u first.
     loss = form(torch.tensor([[0.0, 7.0]]), torch.tensor([[0.5, 0.0]]), bank, k)
     torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64))
@@ -54,16 +54,21 @@ def test_k_1_is_byol_in_both_forms(batch: int, dim: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_scales_of_all_three_and_the_order_of_the_bank_do_not_matter(form) -> None:
+def test_scales_of_v_and_u_and_the_order_of_the_bank_do_not_matter(form) -> None:
     v, u = random(7, 33, 0), random(7, 33, 1)
     bank = bank_of(u, 13, 2)
     shuffled = bank[torch.randperm(20, generator=torch.Generator().manual_seed(3))]
-    torch.testing.assert_close(form(3 * v, 0.1 * u, 7 * shuffled, 5), form(v, u, bank, 5))
+    torch.testing.assert_close(form(3 * v, 0.1 * u, shuffled, 5), form(v, u, bank, 5))
+
+
+def test_the_slow_form_normalizes_the_bank_too() -> None:
+    v, u, bank = random(7, 33, 0), random(7, 33, 1), bank_of(random(7, 33, 1), 13, 2)
+    torch.testing.assert_close(reference.mean_shift_loss(v, u, 7 * bank, 5), reference.mean_shift_loss(v, u, bank, 5))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_bank_and_the_arguments_stay_as_they_were(form) -> None:
-    arguments = random(7, 33, 0), random(7, 33, 1), random(13, 33, 2)
+    arguments = random(7, 33, 0), random(7, 33, 1), bank_of(random(7, 33, 1), 13, 2)
     before = [tensor.clone() for tensor in arguments]
     form(*arguments, 5)
     assert all(torch.equal(*pair) for pair in zip(arguments, before, strict=True))

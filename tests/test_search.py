@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msf_core import MemoryBank, available_backends
-from msf_core.search import SearchBackend, choose_backend, load_backend
+from msf_core.search import SearchBackend, find_backend, load_backend
 from msf_core.search import base as search_base
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -336,7 +336,12 @@ def test_backends_by_name_are_the_ones_that_serve(backend_name: str) -> None:
     served = MemoryBank(2, 2, backend=backend_name).resolve_backend()
     assert type(served).__name__ == {"torch": "TorchSearch", "faiss": "FaissSearch"}[backend_name]
     assert served is load_backend(backend_name, torch.device("cpu"))
-    assert isinstance(choose_backend(torch.device("cpu")), SearchBackend)
+
+
+def test_auto_on_the_cpu_is_faiss_where_it_works_and_torch_where_not() -> None:
+    works = available_backends("cpu")["faiss"] is None
+    assert find_backend("auto", torch.device("cpu")) is load_backend("faiss" if works else "torch")
+    assert MemoryBank(2, 2).resolve_backend() is find_backend("auto", torch.device("cpu"))
 
 
 def test_faiss_says_that_it_does_not_search_other_devices() -> None:
@@ -345,7 +350,7 @@ def test_faiss_says_that_it_does_not_search_other_devices() -> None:
     assert available_backends("meta") == {"torch": None, "faiss": "FAISS does not search meta tensors"}
     with pytest.raises(ImportError, match=r"'faiss'.*meta"):
         load_backend("faiss", torch.device("meta"))
-    assert type(choose_backend(torch.device("meta"))).__name__ == "TorchSearch"
+    assert type(find_backend("auto", torch.device("meta"))).__name__ == "TorchSearch"
 
 
 def run_python(code: str, path: Path | None = None) -> str:

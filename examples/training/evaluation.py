@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from msf_core import knn_classify, neighbor_purity
-from msf_core.search import choose_backend
+from msf_core.search import find_backend
 from training.data import DataSource
 
 Features = dict[str, tuple[Tensor, Tensor]]  # "train" and "val" -> features [n, F] float32, labels [n]
@@ -105,7 +105,7 @@ def few_labels(features: Features, per_class: int) -> float:
 def purity(features: Tensor, labels: Tensor, k: int) -> float:
     """Return the purity (paper section 3.4) of each image's k nearest among all of them."""
     unit = F.normalize(features, dim=1)
-    _, index = choose_backend(unit.device).topk(unit, unit, k)
+    _, index = find_backend("auto", unit.device).topk(unit, unit, k)
     return float(neighbor_purity(labels[index], labels))
 
 

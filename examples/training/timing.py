@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from msf_core.search import SearchBackend, choose_backend, load_backend
+from msf_core.search import find_backend
 
 Item = TypeVar("Item")
 
@@ -16,16 +16,14 @@ class TimedSearch:
     """A search backend that adds up the time of its searches: `MemoryBank(backend=TimedSearch("auto"))`."""
 
     def __init__(self, backend: str) -> None:
-        if backend != "auto":
-            load_backend(backend)  # says now if it does not work here
+        find_backend(backend, torch.device("cpu"))  # says now if it does not work here
         self.backend = backend
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
-        search: SearchBackend
-        search = choose_backend(rows.device) if self.backend == "auto" else load_backend(self.backend, rows.device)
+        search = find_backend(self.backend, rows.device)
         if rows.is_cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

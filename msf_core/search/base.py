@@ -53,7 +53,7 @@ class RunningTopk:
         self.index = queries.new_empty((queries.shape[0], 0), dtype=torch.int64)  # [Q, ≤ k]
 
     def merge(self, similarity: Tensor, index: Tensor) -> None:
-        """Take candidates [Q, c] in; on a tie the earlier ones stay."""
+        """Take candidates [Q, c] in."""
         similarity = torch.cat([self.similarity, similarity], dim=1)
         index = torch.cat([self.index, index], dim=1)
         self.similarity, best = similarity.topk(min(self.k, similarity.shape[1]), dim=1)

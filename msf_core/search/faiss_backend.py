@@ -3,6 +3,7 @@
 Both work on the memory of the tensors they are given. Importing this module imports FAISS.
 """
 
+from types import MappingProxyType
 from typing import Any
 
 import faiss
@@ -15,7 +16,6 @@ from msf_core.search.base import RunningTopk, check_topk_arguments
 CPU_CHUNK_ROWS = 4096
 # Scratch memory of FAISS on a GPU. Its own default takes 1.5 GB.
 CUDA_SCRATCH_BYTES = 48 << 20
-CUDA_MAX_K = 2048
 
 
 def has_cuda() -> bool:
@@ -25,6 +25,8 @@ def has_cuda() -> bool:
 
 class FaissSearch:
     """`SearchBackend` on FAISS."""
+
+    most_neighbors = MappingProxyType({"cuda": 2048})  # by device type: what knn_gpu can select
 
     def __init__(self) -> None:
         self._resources: dict[int, Any] = {}  # device index -> faiss.StandardGpuResources
@@ -42,8 +44,8 @@ class FaissSearch:
     def _topk_cuda(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if not has_cuda():
             raise ValueError("this FAISS has no GPU support: pip install 'msf_core[faiss-gpu]', or backend='torch'")
-        if k > CUDA_MAX_K:
-            raise ValueError(f"faiss.knn_gpu finds at most {CUDA_MAX_K} neighbors, got k={k}")
+        if k > self.most_neighbors["cuda"]:
+            raise ValueError(f"faiss.knn_gpu finds at most {self.most_neighbors['cuda']} neighbors, got k={k}")
         import faiss.contrib.torch_utils
 
         device = rows.device.index

@@ -60,6 +60,20 @@ def choose_backend(device: torch.device) -> SearchBackend:
     return load_backend("torch")
 
 
+def find_backend(backend: str | SearchBackend, device: torch.device) -> SearchBackend:
+    """Return the backend that a ``backend=`` argument stands for on that device: "auto", a name, or an object.
+
+    Raises:
+        ValueError, ImportError: as `load_backend`.
+        TypeError: an object without ``topk``.
+    """
+    if not isinstance(backend, str):
+        if isinstance(backend, type) or not isinstance(backend, SearchBackend):
+            raise TypeError(f"backend must be a name or have a method topk(queries, rows, k), got {backend!r}")
+        return backend
+    return choose_backend(device) if backend == "auto" else load_backend(backend, device)
+
+
 def _why_not(name: str, device_type: str) -> str | None:
     _, reason = _try_load(name)
     if reason is None and name == "faiss" and device_type != "cpu":

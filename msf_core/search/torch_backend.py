@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from msf_core.search.base import RunningTopk, check_topk_arguments
 
-# Bytes of one chunk of products, Q × chunk × 4: it should stay in a CPU's cache, and keep a GPU busy.
+# Bytes of one chunk of rows and of its products, as float32: they should stay in a CPU's cache, and keep a GPU busy.
 CPU_CHUNK_BYTES = 4 << 20
 CUDA_CHUNK_BYTES = 32 << 20
 
@@ -20,13 +21,14 @@ class TorchSearch:
         """See `SearchBackend.topk`."""
         check_topk_arguments(queries, rows, k)
         chunk_bytes = CUDA_CHUNK_BYTES if rows.is_cuda else CPU_CHUNK_BYTES
-        chunk = max(1024, chunk_bytes // (4 * max(1, queries.shape[0])))
+        chunk = max(1024, chunk_bytes // (4 * max(queries.shape)))
         best = RunningTopk(queries, k)
         with torch.no_grad(), _exact_float32(rows.device):
             for start in range(0, rows.shape[0], chunk):
                 products = _products(queries, rows[start : start + chunk])  # [Q, chunk]
-                products.nan_to_num_(nan=-torch.inf)  # top-k ranks NaN first
+                products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # top-k ranks NaN first
                 similarity, index = products.topk(min(k, products.shape[1]), dim=1)
+                del products  # before the next chunk's come
                 best.merge(similarity, index + start)
         return best.result()
 
@@ -43,15 +45,26 @@ def _products(queries: Tensor, rows: Tensor) -> Tensor:
 @contextmanager
 def _exact_float32(device: torch.device) -> Iterator[None]:
     """Switch autocast, TF32 and bfloat16 arithmetic off: float32 products are float32 products."""
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    setting = "fp32_precision" if hasattr(torch.backends.cuda.matmul, "fp32_precision") else "allow_tf32"
-    backends = [backend for backend in backends if hasattr(backend, setting)]
-    before = [getattr(backend, setting) for backend in backends]
+    if not hasattr(torch.backends, "fp32_precision"):  # before PyTorch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    reduced = {}
+    matmuls: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    for backend in matmuls:
+        if backend.fp32_precision not in ("ieee", "none"):
+            # A value that is inherited is given back as inherited.
+            inherited = backend.fp32_precision == torch.backends.fp32_precision
+            reduced[backend] = "none" if inherited else backend.fp32_precision
+            backend.fp32_precision = "ieee"
     try:
-        for backend in backends:
-            setattr(backend, setting, "ieee" if setting == "fp32_precision" else False)
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            setattr(backend, setting, value)
+        for backend, precision in reduced.items():
+            backend.fp32_precision = precision

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import imagenet_train
 import pytest
 import torch
 from test_training import make_tree
+
+import imagenet_train
 from training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu

@@ -164,7 +164,6 @@ def test_tensors_on_different_devices_are_refused_and_change_nothing() -> None:
         assert torch.equal(tensor, before[name])
 
 
-@pytest.mark.xfail(strict=True, reason="FAISS refuses k above 2,048 when the batch is already pushed")
 def test_a_k_beyond_the_backend_is_refused_before_anything_is_pushed() -> None:
     reason = available_backends("cuda")["faiss"]
     if reason is not None:

@@ -58,7 +58,7 @@ def test_a_bank_on_cuda_equals_the_list_of_its_newest_rows(
 
     queries = torch.randn(9, 33, device="cuda")
     found = bank.search(queries, k=50)
-    assert_k_nearest(found.similarity, found.index, F.normalize(queries, dim=1).to(dtype), bank.rows, 50)
+    assert_k_nearest(found.similarity, found.index, F.normalize(queries, dim=1).to(dtype), bank.rows, 50, 1.0)
     assert (found.index[:, -1] == -1).all()
     assert torch.equal(found.label[:, :-1], bank.labels[found.index[:, :-1]])
     lengths = found.embedding[:, :-1].norm(dim=2)
@@ -108,7 +108,7 @@ def test_push_and_search_on_another_stream_wait_for_what_is_queued_there(
         found = bank.search(queries, k=5)
     stream.synchronize()
     torch.testing.assert_close(bank.rows[:500], F.normalize(fresh, dim=1), rtol=0, atol=0)
-    assert_k_nearest(found.similarity, found.index, F.normalize(queries, dim=1), bank.rows, 5)
+    assert_k_nearest(found.similarity, found.index, F.normalize(queries, dim=1), bank.rows, 5, 1.0)
 
 
 def test_embeddings_queries_and_labels_on_the_cpu_are_refused_and_nothing_changes() -> None:
