@@ -45,8 +45,9 @@ def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
     with torch.autocast(prediction.device.type, enabled=False):
         v = F.normalize(prediction.float(), dim=1)  # [B, D]
         z = neighbors.detach().float()  # [B, k, D]
-        z_variance, z_mean = torch.var_mean(z, dim=1, correction=0)  # [B, D] each; for k = 1 exactly 0 and u
-        return ((v - z_mean).pow(2).sum(dim=1) + z_variance.sum(dim=1)).mean()
+        z_mean = z.mean(dim=1)  # [B, D]; for k = 1 exactly u, and the next line exactly 0
+        z_spread = (z - z_mean[:, None]).square_().sum(dim=2).mean(dim=1)  # [B]
+        return ((v - z_mean).pow(2).sum(dim=1) + z_spread).mean()
 
 
 class MeanShiftLoss(nn.Module):

@@ -40,8 +40,8 @@ def mean_shift_loss_two_matrices(
     this form at the precision the authors train in.
     """
     v, u, bank = unit(v.to(dtype)), unit(u.to(dtype)), bank.clone().to(dtype)
-    distance_u = 2 - 2 * u @ bank.T  # [B, N]
-    distance_v = 2 - 2 * v @ bank.T  # [B, N]
+    distance_u = 2 - 2 * (u @ bank.T)  # [B, N]; the product first, as there
+    distance_v = 2 - 2 * (v @ bank.T)  # [B, N]
     nearest = distance_u.topk(k, dim=1, largest=False).indices  # [B, k]
     return distance_v.gather(1, nearest).mean(dim=1).mean()
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msf_core import MemoryBank, available_backends
-from msf_core.search import SearchBackend, find_backend, load_backend
+from msf_core.search import SearchBackend, load_backend
 from msf_core.search import base as search_base
+from msf_core.search.auto import AutoSearch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -338,10 +339,19 @@ def test_backends_by_name_are_the_ones_that_serve(backend_name: str) -> None:
     assert served is load_backend(backend_name, torch.device("cpu"))
 
 
-def test_auto_on_the_cpu_is_faiss_where_it_works_and_torch_where_not() -> None:
+def test_auto_on_the_cpu_is_faiss_for_large_searches_where_it_works_and_torch_otherwise() -> None:
     works = available_backends("cpu")["faiss"] is None
-    assert find_backend("auto", torch.device("cpu")) is load_backend("faiss" if works else "torch")
-    assert MemoryBank(2, 2).resolve_backend() is find_backend("auto", torch.device("cpu"))
+    auto = AutoSearch()
+    assert auto.choose(torch.empty(256, 512)) is load_backend("faiss" if works else "torch")
+    assert auto.choose(torch.empty(255, 512)) is load_backend("torch")
+    assert auto.choose(torch.empty(256, 512, device="meta")) is load_backend("torch")
+    assert isinstance(MemoryBank(2, 2).resolve_backend(), AutoSearch)
+
+
+@pytest.mark.parametrize("count", [3, 300], ids=["torch", "faiss"])
+def test_auto_finds_the_nearest_whatever_it_chooses(count: int, assert_k_nearest: Callable) -> None:
+    rows, queries = unit_rows(700, 512, torch.float32, seed=0), unit_rows(count, 512, torch.float32, seed=1)
+    assert_k_nearest(*AutoSearch().topk(queries, rows, 7), queries, rows, 7)
 
 
 def test_faiss_says_that_it_does_not_search_other_devices() -> None:
@@ -350,7 +360,6 @@ def test_faiss_says_that_it_does_not_search_other_devices() -> None:
     assert available_backends("meta") == {"torch": None, "faiss": "FAISS does not search meta tensors"}
     with pytest.raises(ImportError, match=r"'faiss'.*meta"):
         load_backend("faiss", torch.device("meta"))
-    assert type(find_backend("auto", torch.device("meta"))).__name__ == "TorchSearch"
 
 
 def run_python(code: str, path: Path | None = None) -> str:
@@ -378,7 +387,7 @@ except ImportError as error:
     print(error)
 bank = MemoryBank(4, 2)
 bank.push(torch.eye(2))
-print(type(bank.resolve_backend()).__name__, bank.search(torch.eye(2), 1).index.tolist())
+print(type(bank.resolve_backend().choose(torch.empty(256, 512))).__name__, bank.search(torch.eye(2), 1).index.tolist())
 """
 
 

@@ -1,4 +1,4 @@
-"""Backends by name, imported when first used, and the choice of "auto"."""
+"""Backends by name, imported when first used."""
 
 from functools import cache
 from importlib import import_module
@@ -8,6 +8,7 @@ import torch
 from msf_core.search.base import SearchBackend
 
 _CLASSES = {
+    "auto": ("msf_core.search.auto", "AutoSearch"),
     "torch": ("msf_core.search.torch_backend", "TorchSearch"),
     "faiss": ("msf_core.search.faiss_backend", "FaissSearch"),
 }
@@ -28,7 +29,7 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: _why_not(name, torch.device(device).type) for name in _CLASSES}
+    return {name: why_not(name, torch.device(device).type) for name in _CLASSES if name != "auto"}
 
 
 def load_backend(name: str, device: torch.device | None = None) -> SearchBackend:
@@ -40,24 +41,13 @@ def load_backend(name: str, device: torch.device | None = None) -> SearchBackend
             what helps.
     """
     if name not in _CLASSES:
-        raise ValueError(f"unknown search backend {name!r}; known: 'auto', {', '.join(map(repr, _CLASSES))}")
+        raise ValueError(f"unknown search backend {name!r}; known: {', '.join(map(repr, _CLASSES))}")
     backend, reason = _try_load(name)
     if device is not None:
-        reason = _why_not(name, device.type)
+        reason = why_not(name, device.type)
     if backend is None or reason is not None:
         raise ImportError(f"search backend {name!r} does not work here: {reason}")
     return backend
-
-
-def choose_backend(device: torch.device) -> SearchBackend:
-    """Return what "auto" stands for on that device.
-
-    On the CPU FAISS where it is installed: its product was 1.4 to 1.8 times faster than PyTorch's there
-    (benchmarks/results). Elsewhere PyTorch, until other choices have been measured.
-    """
-    if device.type == "cpu" and _why_not("faiss", "cpu") is None:
-        return load_backend("faiss")
-    return load_backend("torch")
 
 
 def find_backend(backend: str | SearchBackend, device: torch.device) -> SearchBackend:
@@ -71,10 +61,11 @@ def find_backend(backend: str | SearchBackend, device: torch.device) -> SearchBa
         if isinstance(backend, type) or not isinstance(backend, SearchBackend):
             raise TypeError(f"backend must be a name or have a method topk(queries, rows, k), got {backend!r}")
         return backend
-    return choose_backend(device) if backend == "auto" else load_backend(backend, device)
+    return load_backend(backend, device)
 
 
-def _why_not(name: str, device_type: str) -> str | None:
+def why_not(name: str, device_type: str) -> str | None:
+    """Return None if that backend serves tensors on that type of device here, else the reason with what helps."""
     _, reason = _try_load(name)
     if reason is None and name == "faiss" and device_type != "cpu":
         from msf_core.search.faiss_backend import has_cuda

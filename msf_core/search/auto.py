@@ -1,0 +1,25 @@
+"""The choice that "auto" makes, at every search: by device, size and what is installed."""
+
+from torch import Tensor
+
+from msf_core.search.base import SearchBackend, check_topk_arguments
+from msf_core.search.registry import load_backend, why_not
+
+# FAISS multiplies blocks of 1,024 rows. On a CPU its OpenBLAS does so at full speed from this many Q·D on, 1.2 to
+# 2.2 times faster than PyTorch; below it is up to 5 times slower (benchmarks/results/cpu_auto.md).
+FAISS_LEAST_WORK = 256 * 512
+
+
+class AutoSearch:
+    """`SearchBackend` that hands each search to the fastest one measured for its size."""
+
+    def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `SearchBackend.topk`."""
+        check_topk_arguments(queries, rows, k)
+        return self.choose(queries).topk(queries, rows, k)
+
+    def choose(self, queries: Tensor) -> SearchBackend:
+        """Return the backend for these queries [Q, D]."""
+        if queries.device.type == "cpu" and queries.numel() >= FAISS_LEAST_WORK and why_not("faiss", "cpu") is None:
+            return load_backend("faiss")
+        return load_backend("torch")
