@@ -12,15 +12,19 @@ Labels serve purity and evaluation alone; a folder of images without labels work
 """
 
 import json
+import os
+import platform
 import sys
 import time
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+import msf_core
 from msf_core.search import find_backend
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import UNKNOWN, DataSource, Digits, Photos, open_folder, open_torchvision, seed_of
@@ -199,10 +203,20 @@ def report(trainer: Trainer, folder: Path, seconds: float, steps: int) -> None:
     if source.has_val:
         rows[name] = evaluate(extract(trainer.backbone, source), max(s.k, 5))
         print(f"\n{table(rows)}\n")
-        (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+        record = {"settings": asdict(s), **environment(trainer.device), "seconds": round(seconds, 1), "rows": rows}
+        (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     print(verdict(rows, name, last))
     files = "checkpoint.pt, backbone.safetensors, metrics.csv, tensorboard/, curves.png, neighbors.png"
     print(f"{folder}: {files}")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the numbers were obtained with."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "msf_core": msf_core.__version__},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def picture(trainer: Trainer, path: Path, name: str) -> None:
