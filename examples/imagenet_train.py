@@ -27,12 +27,12 @@ from torch.utils.tensorboard import SummaryWriter
 import msf_core
 from msf_core.search import find_backend
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import UNKNOWN, DataSource, Digits, Photos, open_folder, open_torchvision, seed_of
+from training.data import UNKNOWN, DataSource, Digits, Photos, UnreadableImage, open_folder, open_torchvision, seed_of
 from training.evaluation import PROBE_LIMIT, evaluate, extract, nearest_neighbour_accuracy, warmed_up
 from training.models import export_backbone
 from training.report import Row, draw_curves, draw_neighbors, table, write_csv
-from training.settings import Settings, build_parser, complete, resumed, run_folder
-from training.trainer import STATE, StopRequest, Trainer
+from training.settings import Settings, build_parser, complete, make_run_folder, resumed
+from training.trainer import STATE, Diverged, StopRequest, Trainer
 
 SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
 COLLAPSED = 0.2  # a spread below this
@@ -43,30 +43,41 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser(__doc__.partition("\n\n")[0])
     given = vars(parser.parse_args(arguments))
     try:
-        settings, state, folder = prepare(given)
-        device = choose_device(settings.device)
-        source = open_source(settings, device)
-        trainer = Trainer(settings, source, device)
-        if state is not None:
-            trainer.load_state_dict(state)
-    except (ValueError, ImportError, RuntimeError) as error:
+        trainer = prepare(given)
+        folder = folder_of(given, trainer.settings)
+    except (ValueError, ImportError, RuntimeError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(asdict(trainer.settings), indent=2) + "\n")
     with StopRequest() as stop:
         return run(trainer, folder, stop)
 
 
-def prepare(given: dict[str, Any]) -> tuple[Settings, dict[str, Any] | None, Path]:
-    """Return settings, the state to go on from if any, and the folder of the run."""
-    if "resume" not in given:
-        settings = complete(given)
-        return settings, None, run_folder(settings)
+def prepare(given: dict[str, Any]) -> Trainer:
+    """Return the trainer, at its start or where the run to resume was."""
+    state = None
+    if "resume" in given:
+        state = load_checkpoint(checkpoint_of(given), needed=STATE)
+    settings = complete(given) if state is None else resumed(state["settings"], given)
+    device = choose_device(settings.device)
+    trainer = Trainer(settings, open_source(settings, device), device)
+    if state is not None:
+        trainer.load_state_dict(state)
+    return trainer
+
+
+def checkpoint_of(given: dict[str, Any]) -> Path:
+    """Return the checkpoint that --resume names, by its file or its folder."""
     path = Path(given["resume"])
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    state = load_checkpoint(path, needed=STATE)
-    settings = resumed(state["settings"], given)
-    return settings, state, Path(given.get("out", path.parent))
+    return path / "checkpoint.pt" if path.is_dir() else path
+
+
+def folder_of(given: dict[str, Any], settings: Settings) -> Path:
+    """Return the folder of the run, which exists then."""
+    if "resume" not in given:
+        return make_run_folder(settings.out, settings.dataset)
+    old = checkpoint_of(given).parent
+    new = Path(given.get("out", old))
+    return old if new.resolve() == old.resolve() else make_run_folder(str(new), settings.dataset)
 
 
 def choose_device(name: str) -> torch.device:
@@ -103,38 +114,66 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
     """Train, and report; return the exit status."""
     announce(trainer, folder)
     source, settings = trainer.source, trainer.settings
-    if "before" not in trainer.notes:
-        trainer.notes["before"] = rows_before(trainer)
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step + 1 if trainer.step else 0)
 
     def after_epoch(row: Row) -> None:
-        last = trainer.step == trainer.total_steps
-        due = settings.eval_every and row["epoch"] % settings.eval_every == 0
-        if source.has_val and (due or last or (settings.eval_every and row["epoch"] == 1)) and not stop.signal:
-            row |= nearest_neighbour_accuracy(extract(trainer.backbone, source))
-        for name, value in row.items():
-            writer.add_scalar(name, value, trainer.step)
-        write_csv(folder / "metrics.csv", trainer.history)
-        if row["epoch"] == 1:
+        if "first_neighbors" not in trainer.notes:
             trainer.notes["first_neighbors"] = find_neighbors(trainer)
+        last = trainer.step == trainer.total_steps
+        every = settings.eval_every
+        if (
+            source.has_val
+            and not stop.signal
+            and not last
+            and every
+            and (row["epoch"] == 1 or not row["epoch"] % every)
+        ):
+            row |= nearest_neighbour_accuracy(extract(trainer.backbone, source))
+        log(writer, row)
+        write_csv(folder / "metrics.csv", trainer.history)
         if last or row["epoch"] % settings.checkpoint_every == 0:
             save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
 
     started, first_step = time.perf_counter(), trainer.step
     problem = None
     try:
+        if "before" not in trainer.notes:
+            trainer.notes["before"] = rows_before(trainer)
         trainer.train(stop, after_epoch)
-    except OSError as error:  # an image that cannot be read
+    except UnreadableImage as error:
         problem = error
-    writer.close()
-    if trainer.step < trainer.total_steps:
+    except Diverged as error:  # a checkpoint of this would take the place of a sound one
+        writer.close()
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    if problem is not None or trainer.step < trainer.total_steps:
+        writer.close()
         save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
         print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; go on with --resume {folder}")
         if problem is not None:
             print(f"error: {problem}", file=sys.stderr)
         return 1 if problem is not None else 128 + stop.signal
-    report(trainer, folder, time.perf_counter() - started, trainer.step - first_step)
+    rows = rows_after(trainer)
+    trainer.history[-1] |= {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
+    log(writer, trainer.history[-1])
+    writer.close()
+    write_csv(folder / "metrics.csv", trainer.history)
+    save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
+    report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
     return 0
+
+
+def log(writer: SummaryWriter, row: Row) -> None:
+    """Write an epoch's metrics to TensorBoard."""
+    for name, value in row.items():
+        writer.add_scalar(name, value, row["step"])
+
+
+def rows_after(trainer: Trainer) -> dict[str, float]:
+    """Return the table's last row: what the trained encoder is worth; nothing where there is nothing to test on."""
+    if not trainer.source.has_val:
+        return {}
+    return evaluate(extract(trainer.backbone, trainer.source), max(trainer.settings.k, 5))
 
 
 def announce(trainer: Trainer, folder: Path) -> None:
@@ -189,8 +228,8 @@ def shown(source: DataSource) -> tuple[list[int], list[int]]:
     return order[:count], order[count : count + GALLERY]
 
 
-def report(trainer: Trainer, folder: Path, seconds: float, steps: int) -> None:
-    """Evaluate, print the table, write pictures and weights."""
+def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: float, steps: int) -> None:
+    """Print the table, write pictures, weights and the record."""
     s, source = trainer.settings, trainer.source
     name = "BYOL" if s.method == "byol" else f"MSF, k = {s.k}"
     export_backbone(trainer.backbone, folder / "backbone.safetensors")
@@ -201,9 +240,14 @@ def report(trainer: Trainer, folder: Path, seconds: float, steps: int) -> None:
     print(f"{last['data_share']:.1%} of the time waiting for data, {last['search_share']:.1%} in the search")
     rows = dict(trainer.notes["before"])
     if source.has_val:
-        rows[name] = evaluate(extract(trainer.backbone, source), max(s.k, 5))
+        rows[name] = after
         print(f"\n{table(rows)}\n")
-        record = {"settings": asdict(s), **environment(trainer.device), "seconds": round(seconds, 1), "rows": rows}
+        record = {
+            "settings": asdict(s),
+            **environment(trainer.device),
+            "seconds_of_this_session": round(seconds, 1),
+            "rows": rows,
+        }
         (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     print(verdict(rows, name, last))
     files = "checkpoint.pt, backbone.safetensors, metrics.csv, tensorboard/, curves.png, neighbors.png"

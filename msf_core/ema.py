@@ -41,8 +41,6 @@ class EMATarget(nn.Module):
     def __init__(self, online: nn.Module, momentum: float | Schedule = 0.99, *, buffers: str = "keep") -> None:
         super().__init__()
         _check_module(online)
-        if isinstance(momentum, bool) or not (isinstance(momentum, Real) or callable(momentum)):
-            raise TypeError(f"momentum must be a number or a schedule of the update, got {momentum!r}")
         if not callable(momentum):
             _check_momentum(momentum)
         if buffers not in BUFFER_POLICIES:
@@ -69,10 +67,10 @@ class EMATarget(nn.Module):
         Raises:
             ValueError: tensors are missing on one side, or differ in shape or device; the message names them,
                 and nothing has moved.
-            TypeError: an ``online`` that is no module.
+            TypeError: an ``online`` that is no module, or a schedule that gives no number.
         """
         _check_module(online)
-        momentum = float(self.momentum(self.updates)) if callable(self.momentum) else float(self.momentum)
+        momentum = self.momentum(self.updates) if callable(self.momentum) else self.momentum
         _check_momentum(momentum)
         averaged, copied = self._pair_up(online)
         if momentum in (0, 1):  # exactly g, or exactly f: an Inf on the other side must not make a NaN
@@ -161,5 +159,7 @@ def _check_module(online: Any) -> None:
 
 
 def _check_momentum(momentum: float) -> None:
+    if isinstance(momentum, bool) or not isinstance(momentum, Real):
+        raise TypeError(f"momentum must be a number or a schedule of the update, got {momentum!r}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be between 0 and 1, got {momentum}")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msf_core.memory_bank import UNKNOWN_LABEL, MemoryBank, Neighbors, check_labels
+from msf_core.memory_bank import UNKNOWN_LABEL, MemoryBank, Neighbors, check_labels, check_tensor, unit_rows
 from msf_core.schedules import Schedule
 
 
@@ -33,6 +33,7 @@ def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
     tensor(1.)
     """
     _check_prediction(prediction)
+    check_tensor("neighbors", neighbors)
     if neighbors.ndim != 3 or neighbors.shape[1] < 1 or neighbors.shape[::2] != prediction.shape:
         raise ValueError(
             f"neighbors must be [B, k, D] beside a prediction {list(prediction.shape)}, got {list(neighbors.shape)}"
@@ -65,7 +66,7 @@ class MeanShiftLoss(nn.Module):
 
     Raises:
         ValueError: k below 1 or above the bank's size, or no bank with another k than 1.
-        TypeError: k neither an int nor callable.
+        TypeError: another bank, or a k that is neither an int nor callable.
 
     >>> bank = MemoryBank(size=128, dim=16)
     >>> criterion = MeanShiftLoss(bank, k=5)
@@ -78,6 +79,8 @@ class MeanShiftLoss(nn.Module):
 
     def __init__(self, bank: MemoryBank | None, k: int | Schedule = 5) -> None:
         super().__init__()
+        if not (bank is None or isinstance(bank, MemoryBank)):
+            raise TypeError(f"bank must be a MemoryBank or None, got {bank!r}")
         if isinstance(k, bool) or not (isinstance(k, int) or callable(k)):
             raise TypeError(f"k must be an int or a schedule of the step, got {k!r}")
         if isinstance(k, int):
@@ -122,10 +125,10 @@ class MeanShiftLoss(nn.Module):
             TypeError: tensors that are not floating, labels that are not integers.
             ImportError: the bank's backend does not work on its device.
         """
-        k = self.k if isinstance(self.k, int) else round(self.k(self.steps))
+        k = self.k if isinstance(self.k, int) else _rounded(self.k(self.steps))
         self._check(prediction, target, labels, k)
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-            u = F.normalize(target.detach().float(), dim=1)  # [B, D]
+            u = unit_rows(target)  # [B, D]
             neighbors = self._find_neighbors(u, labels, k)
         if self.training:
             self.steps += 1
@@ -163,6 +166,7 @@ class MeanShiftLoss(nn.Module):
         """Raise before anything changes."""
         _check_prediction(prediction)
         _check_k(k, self.bank)
+        check_tensor("target", target)
         if target.shape != prediction.shape:
             raise ValueError(f"target must be {list(prediction.shape)} as the prediction, got {list(target.shape)}")
         if not target.is_floating_point():
@@ -196,7 +200,15 @@ def _without(slots: Tensor, similarity: Tensor, index: Tensor) -> tuple[Tensor, 
     return similarity.gather(1, place), index.gather(1, place)
 
 
+def _rounded(k: float) -> int:
+    try:
+        return round(float(k))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"the schedule of k must give a finite number, got {k!r}") from error
+
+
 def _check_prediction(prediction: Tensor) -> None:
+    check_tensor("prediction", prediction)
     if prediction.ndim != 2 or prediction.shape[0] < 1:
         raise ValueError(f"prediction must be [B, D] with at least one row, got {list(prediction.shape)}")
     if not prediction.is_floating_point():

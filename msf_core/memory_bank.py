@@ -127,9 +127,7 @@ class MemoryBank(nn.Module):
         check_labels(labels, embeddings)
         count = embeddings.shape[0]
         kept = min(count, self.size)
-        embeddings = embeddings.detach().float()
-        finite = torch.linalg.vector_norm(embeddings, dim=1).isfinite()  # [B]
-        rows = F.normalize(embeddings, dim=1).masked_fill_(~finite[:, None], torch.nan)
+        rows = unit_rows(embeddings)
         if labels is None:
             labels = self.labels.new_full((count,), UNKNOWN_LABEL)
 
@@ -137,7 +135,7 @@ class MemoryBank(nn.Module):
         self.rows.index_copy_(0, slots[count - kept :], rows[count - kept :].to(self.rows.dtype))
         self.labels.index_copy_(0, slots[count - kept :], labels[count - kept :].to(torch.int64))
         self.pushed += count
-        self.nonfinite += (~finite).sum()
+        self.nonfinite += rows[:, 0].isnan().sum()
         self._filled = min(self._filled + count, self.size)
         slots[: count - kept] = -1
         return slots
@@ -155,7 +153,7 @@ class MemoryBank(nn.Module):
 
         Raises:
             ValueError: k out of range, or a shape or device that does not fit.
-            TypeError: queries that are not floating.
+            TypeError: queries that are not floating, or a k that is no int.
         """
         return self.take(*self.nearest(queries, k))
 
@@ -163,10 +161,12 @@ class MemoryBank(nn.Module):
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Do the search of `search` alone: return similarity [Q, k] and index [Q, k] as it has them."""
         self.check("queries", queries)
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k must be an int, got {k!r}")
         if not 1 <= k <= len(self):
             raise ValueError(f"k must be between 1 and the {len(self)} rows in the bank, got {k}")
         backend = self.resolve_backend(k)
-        queries = F.normalize(queries.detach().float(), dim=1).to(self.rows.dtype)
+        queries = unit_rows(queries).to(self.rows.dtype)
         similarity, index = backend.topk(queries, self.rows[: len(self)], k)
         return similarity.clamp(max=1.0), index  # rounding leaves rows, half-precision ones above all, a little long
 
@@ -209,6 +209,7 @@ class MemoryBank(nn.Module):
 
     def check(self, name: str, embeddings: Tensor) -> None:
         """Raise ValueError or TypeError, naming ``name``, unless these are [any, D] floats on the bank's device."""
+        check_tensor(name, embeddings)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dim:
             raise ValueError(
                 f"{name} must be [B, {self.dim}] as the bank has dim={self.dim}, got {list(embeddings.shape)}"
@@ -280,18 +281,34 @@ class MemoryBank(nn.Module):
             rows, labels, total = rows[newest], labels[newest.to(labels.device)], kept
         if rows.dtype != self.rows.dtype:
             rows = F.normalize(rows.float(), dim=1)
-        self.clear()
-        self.rows[: rows.shape[0]] = rows.to(self.rows)
-        self.labels[: labels.shape[0]] = labels.to(self.labels)
+        filled = rows.shape[0]  # the saved tensors may be the bank's own: nothing is cleared before it is read
+        self.rows[:filled] = rows.to(self.rows)
+        self.rows[filled:].zero_()
+        self.labels[:filled] = labels.to(self.labels)
+        self.labels[filled:] = UNKNOWN_LABEL
         self.pushed.fill_(total)
         self.nonfinite.copy_(nonfinite)
         self._filled = min(total, self.size)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Return the rows of x [B, D] as float32 unit vectors; all NaN where the norm of a row is not finite."""
+    x = x.detach().float()
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [B, 1]
+    return F.normalize(x, dim=1).masked_fill_(~norm.isfinite(), torch.nan)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless the value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def check_labels(labels: Tensor | None, embeddings: Tensor) -> None:
     """Raise ValueError or TypeError unless labels are None or one integer for each embedding, beside them."""
     if labels is None:
         return
+    check_tensor("labels", labels)
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(f"labels must be [{embeddings.shape[0]}], one a row, got {list(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

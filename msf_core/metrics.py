@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msf_core.memory_bank import UNKNOWN_LABEL, check_labels
+from msf_core.memory_bank import UNKNOWN_LABEL, check_labels, check_tensor, unit_rows
 from msf_core.search import SearchBackend, find_backend
 
 
@@ -24,10 +24,13 @@ def neighbor_purity(neighbor_labels: Tensor, labels: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes that do not fit.
+        TypeError: arguments that are no tensors.
 
     >>> neighbor_purity(torch.tensor([[3, 3, 4], [5, -1, 5]]), torch.tensor([3, 5]))
     tensor(0.7500)
     """
+    check_tensor("neighbor_labels", neighbor_labels)
+    check_tensor("labels", labels)
     if neighbor_labels.ndim != 2 or labels.shape != neighbor_labels.shape[:1]:
         raise ValueError(
             "neighbor_labels and labels must be [B, k] and [B], "
@@ -60,6 +63,7 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
     >>> embedding_spread(torch.ones(8, 4))
     tensor(0.)
     """
+    check_tensor("embeddings", embeddings)
     if embeddings.ndim != 2 or embeddings.shape[0] < 2:
         raise ValueError(f"embeddings must be [B, D] with at least two rows, got {list(embeddings.shape)}")
     unit = F.normalize(embeddings.detach().float(), dim=1)  # [B, D]
@@ -88,7 +92,7 @@ def knn_classify(
             normalized copy of the features.
 
     Returns:
-        [Q] int64.
+        [Q] int64; −1 for a query that is not finite.
 
     Raises:
         ValueError: shapes that do not fit, an unknown label, k or chunk out of range.
@@ -97,6 +101,8 @@ def knn_classify(
     >>> knn_classify(torch.tensor([[2.0, 0.1]]), torch.eye(2), torch.tensor([5, 9]), k=1)
     tensor([5])
     """
+    for name, value in (("queries", queries), ("features", features), ("labels", labels)):
+        check_tensor(name, value)
     if queries.ndim != 2 or features.ndim != 2 or queries.shape[1] != features.shape[1]:
         raise ValueError(
             f"queries and features must be [Q, D] and [n, D], got {list(queries.shape)} and {list(features.shape)}"
@@ -107,14 +113,15 @@ def knn_classify(
     if labels.min() < 0:
         raise ValueError(f"labels must be 0 or above: unknown ones cannot vote, got {int(labels.min())}")
     search = find_backend(backend, features.device)
-    unit = F.normalize(features.float(), dim=1)
+    unit = unit_rows(features)
     classes = int(labels.max()) + 1
     return torch.cat([_vote(part, unit, labels.long(), k, classes, search) for part in queries.split(chunk)])
 
 
 def _vote(queries: Tensor, features: Tensor, labels: Tensor, k: int, classes: int, search: SearchBackend) -> Tensor:
-    similarity, index = search.topk(F.normalize(queries.float(), dim=1), features, k)  # [q, k] each
+    similarity, index = search.topk(unit_rows(queries), features, k)  # [q, k] each
     # One vote each, plus less than half a vote in all for similarity: it decides ties and nothing else.
     weight = (1 + similarity.double() / (4 * k)).masked_fill_(index < 0, 0.0)  # −1: a feature that is not finite
     votes = weight.new_zeros(queries.shape[0], classes)
-    return votes.scatter_add_(1, labels[index.clamp(min=0)], weight).argmax(dim=1)
+    best = votes.scatter_add_(1, labels[index.clamp(min=0)], weight).max(dim=1)
+    return best.indices.masked_fill(best.values == 0, UNKNOWN_LABEL)

@@ -629,3 +629,13 @@ CONSTRUCTION = {
 def test_a_target_that_makes_no_sense_is_refused(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         EMATarget(**{"online": nn.Linear(2, 2), **arguments})
+
+
+@pytest.mark.parametrize("value", [None, "fast", True])
+def test_a_schedule_that_gives_no_number_is_a_type_error_and_nothing_moves(value: object) -> None:
+    target = EMATarget(nn.Linear(2, 2), momentum=lambda step: value)
+    before = state_of(target)
+    with pytest.raises(TypeError, match="momentum must be a number or a schedule"):
+        target.update(nn.Linear(2, 2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(target).items())
+    assert target.updates == 0

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -141,13 +142,15 @@ def test_a_run_that_is_stopped_goes_on_exactly(
 def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", train=4, val=1)
     command = [sys.executable, SCRIPT, "--data", tree, "--image-size", "64", "--batch-size", "4", "--epochs", "2"]
-    command += ["--bank-size", "64", "--workers", "1"]
+    command += ["--bank-size", "64", "--hidden", "128", "--workers", "1"]
     assert subprocess.run([*command, "--out", tmp_path / "whole"], capture_output=True).returncode == 0
 
-    run = subprocess.Popen([*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        [*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
     while run.stderr.read(1) not in (b"%", b""):  # the progress bar is there: training has begun
         pass
-    run.send_signal(signal.SIGTERM)
+    os.killpg(run.pid, signal.SIGTERM)  # as timeout, systemd and Slurm do: the workers get it too
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 128 + signal.SIGTERM, output
     stopped = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
@@ -204,16 +207,18 @@ def test_every_augmentation_trains(tmp_path: Path, augmentation: str) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text())["augmentation"] == augmentation
 
 
-def test_an_unreadable_image_costs_no_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("when", ["before training", "in the first epoch"])
+def test_an_unreadable_image_costs_no_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
     tree = make_tree(tmp_path / "tree", train=4)
     assert train("--data", tree, *SMALL, "--out", tmp_path / "whole") == 0
     broken = tree / "train" / "class2" / "1.jpg"
     content = broken.read_bytes()
     broken.write_bytes(content[:100])
-    flags = ["--data", tree, *SMALL, "--out", tmp_path / "run"]
-    with pytest.MonkeyPatch.context() as monkeypatch:  # evaluation before training would meet the image first
+    if when == "in the first epoch":
         monkeypatch.setattr(imagenet_train, "rows_before", lambda trainer: {})
-        assert train(*flags) == 1
+    assert train("--data", tree, *SMALL, "--out", tmp_path / "run") == 1
     assert "class2/1.jpg" in capsys.readouterr().err
     broken.write_bytes(content)
     assert train("--resume", tmp_path / "run") == 0
@@ -267,14 +272,33 @@ def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pyt
         (["--arch", "resnet5000"], "no model 'resnet5000'"),
         (["--backend", "magic"], "unknown search backend 'magic'"),
         (["--device", "warp"], "warp"),
+        (["--epochs", "5", "--steps", "100"], "--epochs and --steps"),
+        (["--arch", "googlenet", "--data", "TREE", "--batch-size", "4"], "one feature vector"),
         (["--augmentation", "s/w"], "invalid choice: 's/w'"),
     ],
 )
 def test_a_wrong_flag_is_a_clear_error_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
 ) -> None:
+    if "TREE" in arguments:
+        arguments = [str(make_tree(tmp_path / "tree")) if argument == "TREE" else argument for argument in arguments]
     assert message in error_of(capsys, *arguments, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_divergence_is_said_and_leaves_the_last_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train(*DIGITS, "--checkpoint-every", 1, "--lr", "1e30", "--out", tmp_path / "run") == 1
+    assert "the loss became nan" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, state: dict) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(imagenet_train, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        train("--steps", 3, "--out", tmp_path / "run")
 
 
 def test_a_fresh_run_without_out_takes_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

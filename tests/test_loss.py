@@ -756,3 +756,42 @@ def test_any_object_with_topk_serves_as_backend_and_gets_the_rows_where_they_lie
     v, u = Case().batch_of()
     MeanShiftLoss(bank, k=5)(v, u)
     assert seen == [(bank.rows.data_ptr(), (7, 33), torch.float16, 5)]
+
+
+def test_a_target_whose_norm_overflows_is_counted_and_is_no_neighbor() -> None:
+    bank = MemoryBank(size=8, dim=4)
+    criterion = MeanShiftLoss(bank, k=2)
+    loss = criterion(torch.ones(2, 4), torch.tensor([[1e30] * 4, [1.0] * 4]))
+    assert int(bank.nonfinite) == 1
+    assert loss.isnan()
+    _, neighbors = criterion(torch.ones(2, 4), torch.ones(2, 4), return_neighbors=True)
+    assert 0 not in neighbors.index
+    assert neighbors.embedding.isfinite().all()
+
+
+@pytest.mark.parametrize("bank", [5, "bank", MemoryBank])
+def test_a_bank_that_is_none_is_a_type_error(bank: object) -> None:
+    with pytest.raises(TypeError, match="bank must be a MemoryBank or None"):
+        MeanShiftLoss(bank, k=1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "five"])
+def test_a_schedule_that_gives_no_number_is_an_error_before_anything_is_pushed(value: object) -> None:
+    bank = MemoryBank(size=8, dim=4)
+    criterion = MeanShiftLoss(bank, k=lambda step: value)
+    with pytest.raises(ValueError, match="the schedule of k must give a finite number"):
+        criterion(torch.ones(2, 4), torch.ones(2, 4))
+    assert len(bank) == criterion.steps == 0
+
+
+def test_arguments_that_are_no_tensors_are_type_errors_that_name_them() -> None:
+    criterion, v = MeanShiftLoss(MemoryBank(size=8, dim=4), k=1), torch.ones(2, 4)
+    for arguments, name in (
+        (([1.0], v), "prediction"),
+        ((v, [1.0]), "target"),
+        ((v, v, [1, 2]), "labels"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+            criterion(*arguments)
+    with pytest.raises(TypeError, match="neighbors must be a tensor"):
+        mean_shift_loss(v, None)

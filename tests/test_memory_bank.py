@@ -525,3 +525,30 @@ def test_more_neighbours_than_the_backend_finds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"k .*at most 2 .*cpu.* 3"):
         bank.search(torch.ones(1, 3), 3)
     assert bank.search(torch.ones(1, 3), 2).index.shape == (1, 2)
+
+
+def test_loading_a_banks_own_state_leaves_it_as_it_is() -> None:
+    bank = MemoryBank(size=8, dim=3)
+    bank.push(torch.randn(5, 3), torch.arange(5))
+    before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
+    bank.load_state_dict(bank.state_dict())
+    assert len(bank) == 5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bank.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [[[1.0, 0.0]], None, 3], ids=["list", "None", "int"])
+def test_what_is_no_tensor_is_a_type_error_that_names_it(value: object) -> None:
+    bank = MemoryBank(size=8, dim=2)
+    with pytest.raises(TypeError, match="embeddings must be a tensor"):
+        bank.push(value)
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        bank.push(torch.ones(1, 2), [1])
+    assert len(bank) == 0
+
+
+@pytest.mark.parametrize("k", [1.0, None, True])
+def test_a_k_that_is_no_int_is_a_type_error(k: object) -> None:
+    bank = MemoryBank(size=8, dim=2)
+    bank.push(torch.eye(2))
+    with pytest.raises(TypeError, match="k must be an int, got"):
+        bank.search(torch.eye(2), k)

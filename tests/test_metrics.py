@@ -315,3 +315,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 def test_what_cannot_be_classified_is_refused(call: Callable, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_query_that_is_not_finite_has_no_label() -> None:
+    queries = torch.tensor([[torch.nan, 1.0], [1.0, 0.0], [torch.inf, 0.0]])
+    assert knn_classify(queries, torch.eye(2), torch.tensor([5, 9]), k=1).tolist() == [-1, 5, -1]
+
+
+def test_metrics_name_what_is_no_tensor() -> None:
+    labels = torch.tensor([0])
+    with pytest.raises(TypeError, match="neighbor_labels must be a tensor"):
+        neighbor_purity([[1]], labels)
+    with pytest.raises(TypeError, match="embeddings must be a tensor"):
+        embedding_spread([[1.0], [2.0]])
+    with pytest.raises(TypeError, match="labels must be a tensor"):
+        knn_classify(torch.ones(1, 1), torch.ones(1, 1), None, k=1)

@@ -414,3 +414,14 @@ def test_without_a_working_faiss_auto_is_torch_and_asking_for_faiss_tells_how_to
         assert "faiss-cpu" in text
     assert error.startswith("search backend 'faiss' does not work here")
     assert found == "TorchSearch [[0], [1]]"
+
+
+def test_without_a_gpu_no_backend_serves_cuda_tensors() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert set(available_backends("cuda").values()) == {"PyTorch sees no GPU here"}
+
+
+def test_a_device_that_pytorch_does_not_know_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        available_backends("nonsense")

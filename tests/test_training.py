@@ -198,6 +198,10 @@ def test_a_folder_that_cannot_serve_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "stranger" / "val" / "class0").rename(tmp_path / "stranger" / "val" / "other")
     with pytest.raises(ValueError, match=r"classes that .* lacks: other"):
         open_folder(tmp_path / "stranger")
+    make_tree(tmp_path / "loose")
+    (tmp_path / "loose" / "train" / "class0" / "0.jpg").rename(tmp_path / "loose" / "train" / "0.jpg")
+    with pytest.raises(ValueError, match="images beside its class folders"):
+        open_folder(tmp_path / "loose")
     make_tree(tmp_path / "half")
     (tmp_path / "half" / "train").rename(tmp_path / "half" / "training")
     with pytest.raises(ValueError, match="val but no folder train"):
@@ -371,7 +375,7 @@ def test_warming_up_gives_batchnorm_statistics_and_leaves_the_encoder_alone() ->
 
 def test_a_timed_search_finds_the_same_and_counts_its_time() -> None:
     rows = nn.functional.normalize(torch.randn(500, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    timed = TimedSearch("torch")
+    timed = TimedSearch("torch", CPU)
     similarity, index = timed.topk(rows[:3], rows, 1)
     assert index.flatten().tolist() == [0, 1, 2]
     torch.testing.assert_close(similarity, torch.ones(3, 1))

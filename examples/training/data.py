@@ -26,6 +26,10 @@ UNKNOWN = -1
 Views = tuple[Tensor, Tensor, Tensor]  # for the target [B, C, H, W], for the online encoder, labels [B]
 
 
+class UnreadableImage(OSError):
+    """An image file that is not one, or cannot be read; the message names it."""
+
+
 class DataSource(Protocol):
     """Training views and evaluation images of one data set."""
 
@@ -142,7 +146,7 @@ class Photos:
             "batch_size": batch_size,
             "num_workers": workers,
             "pin_memory": device.type == "cuda",
-            "worker_init_fn": _leave_ctrl_c_to_the_parent,
+            "worker_init_fn": _leave_signals_to_the_parent,
             "generator": torch.Generator(),  # its draws must not disturb those of the model
         }
         self._order = _EpochOrder(self.train_size, seed, batch_size)
@@ -202,13 +206,17 @@ def open_folder(root: Path) -> tuple[Dataset, Dataset | None, bool]:
     is the training set; without at least two class folders the images have no labels, and nothing is tested on.
 
     Raises:
-        ValueError: no such folder, no images, val without train, or classes in val that train does not have.
+        ValueError: no such folder, no images, images beside class folders, val without train, or classes in val
+            that train does not have.
     """
     if not root.is_dir():
         raise ValueError(f"no such folder: {root}")
     train_root = root / "train" if (root / "train").is_dir() else root
     if train_root == root and (root / "val").is_dir():
         raise ValueError(f"{root} has a folder val but no folder train")
+    loose = any(path.suffix.lower() in IMG_EXTENSIONS for path in train_root.iterdir())
+    if loose and len(_class_folders(train_root)) > 1:
+        raise ValueError(f"{train_root} has images beside its class folders: which class are they?")
     if len(_class_folders(train_root)) < 2:
         unlabelled = UnlabelledFolder(train_root)
         if not len(unlabelled):
@@ -258,7 +266,7 @@ class _TwoViews(Dataset):
         epoch, index = key
         image, label = _read(self.images, index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, epoch, index))
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
             return self.target(image), self.online(image), label
 
 
@@ -291,7 +299,7 @@ def _read(images: Dataset, index: int) -> tuple[Any, int]:
         return images[index]
     except OSError as error:
         where = getattr(images, "samples", getattr(images, "paths", None))
-        raise OSError(f"cannot read image {where[index] if where else index}: {error}") from error
+        raise UnreadableImage(f"cannot read image {where[index] if where else index}: {error}") from error
 
 
 def _class_folders(root: Path) -> list[Path]:
@@ -302,5 +310,7 @@ def _class_folders(root: Path) -> list[Path]:
     return [folder for folder in folders if any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))]
 
 
-def _leave_ctrl_c_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Workers end when the parent does; a Ctrl-C or SIGTERM to the whole group must not take them from it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

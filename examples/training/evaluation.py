@@ -106,7 +106,8 @@ def purity(features: Tensor, labels: Tensor, k: int) -> float:
     """Return the purity (paper section 3.4) of each image's k nearest among all of them."""
     unit = F.normalize(features, dim=1)
     _, index = find_backend("auto", unit.device).topk(unit, unit, k)
-    return float(neighbor_purity(labels[index], labels))
+    found = labels[index.clamp(min=0)].masked_fill(index < 0, -1)
+    return float(neighbor_purity(found, labels))
 
 
 def _accuracy(predicted: Tensor, labels: Tensor) -> float:

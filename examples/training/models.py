@@ -1,5 +1,6 @@
 """Backbones by name, the paper's MLPs, and the export of a trained backbone."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -66,9 +67,10 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int]) -> tuple[nn.Mod
     try:
         with torch.no_grad():
             features = backbone.eval()(torch.zeros(2, *image_shape))
+            in_training = copy.deepcopy(backbone).train()(torch.randn(4, *image_shape))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"{arch!r} does not take images of {image_shape}: {error}") from error
-    if not isinstance(features, Tensor) or features.ndim != 2:
+    if any(not isinstance(output, Tensor) or output.ndim != 2 for output in (features, in_training)):
         raise ValueError(f"{arch!r} does not give one feature vector an image, so it cannot serve as a backbone")
     return backbone.train(), features.shape[1]
 

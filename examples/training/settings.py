@@ -1,6 +1,7 @@
 """The flags, and what they are when not given: the paper's settings, or a small recipe for small images."""
 
 import argparse
+import itertools
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -138,6 +139,8 @@ def complete(given: dict[str, Any]) -> Settings:
     if dataset == "digits" and "data" in given:
         raise ValueError("--data goes with --dataset folder, cifar10, cifar100 or stl10")
     preset = {"dataset": dataset, **PRESETS[dataset]}
+    if "epochs" in given and "steps" in given:
+        raise ValueError("--epochs and --steps say the same: give one of them")
     if "epochs" in given:
         preset["steps"] = 0
     settings = Settings(**{**preset, **given})
@@ -162,6 +165,8 @@ def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
     ]
     if differing:
         raise ValueError(f"the run to resume has other settings: {'; '.join(differing)}")
+    if saved.keys() != {field.name for field in fields(Settings)}:
+        raise ValueError("the run to resume was saved by another version of this script")
     settings = Settings(**{**saved, **given})
     check(settings)
     return settings
@@ -184,20 +189,23 @@ def check(settings: Settings) -> None:
         raise ValueError(f"the digits are 16 pixels wide, got --image-size {settings.image_size}")
 
 
-def run_folder(settings: Settings) -> Path:
-    """Return the folder of a fresh run: --out, or the first free one below runs/.
+def make_run_folder(out: str, dataset: str) -> Path:
+    """Make the folder of a fresh run: ``out``, or a new one below runs/, and return it.
 
     Raises:
-        ValueError: --out has a checkpoint already, which the run would overwrite.
+        ValueError: ``out`` has a checkpoint already, which the run would overwrite.
     """
-    if settings.out:
-        folder = Path(settings.out)
+    if out:
+        folder = Path(out)
         if (folder / "checkpoint.pt").exists():
             raise ValueError(f"{folder} holds a run: go on with --resume {folder}, or choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
-    base, number = Path("runs") / settings.dataset, 1
-    folder = base
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder
+    for number in itertools.count(1):
+        folder = Path("runs") / (dataset if number == 1 else f"{dataset}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")

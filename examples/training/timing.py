@@ -13,26 +13,25 @@ Item = TypeVar("Item")
 
 
 class TimedSearch:
-    """A search backend that adds up the time of its searches: `MemoryBank(backend=TimedSearch("auto"))`."""
+    """A search backend that adds up the time of its searches: `MemoryBank(backend=TimedSearch("auto", device))`."""
 
-    def __init__(self, backend: str) -> None:
-        find_backend(backend, torch.device("cpu"))  # says now if it does not work here
-        self.backend = backend
+    def __init__(self, backend: str, device: torch.device) -> None:
+        self.backend = find_backend(backend, device)
+        self.most_neighbors = getattr(self.backend, "most_neighbors", {})
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
-        search = find_backend(self.backend, rows.device)
         if rows.is_cuda:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            found = search.topk(queries, rows, k)
+            found = self.backend.topk(queries, rows, k)
             end.record()
             self._events.append((begin, end))
             return found
         started = time.perf_counter()
-        found = search.topk(queries, rows, k)
+        found = self.backend.topk(queries, rows, k)
         self._seconds += time.perf_counter() - started
         return found
 

@@ -1,5 +1,6 @@
 """The training loop: two encoders, one loss, and a state that can stop and go on at any step."""
 
+import math
 import signal
 import sys
 import time
@@ -21,6 +22,10 @@ from training.timing import TimedSearch, WaitClock
 Row = dict[str, Any]  # one epoch of the metrics
 PARTS = ("online", "predictor", "target", "criterion", "optimizer")
 STATE = {"settings", "train_size", "step", "history", "sums", "notes", "rng", *PARTS}
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
 
 
 class StopRequest:
@@ -60,7 +65,7 @@ class Trainer:
         self.online = online.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.predictor = mlp(settings.dim, settings.hidden, settings.dim).to(device)
         self.target = EMATarget(self.online, momentum=settings.momentum)
-        self.search = TimedSearch(settings.backend)
+        self.search = TimedSearch(settings.backend, device)
         self.criterion = MeanShiftLoss(self._build_bank(), k=settings.k).to(device)
         self.parameters = [*self.online.parameters(), *self.predictor.parameters()]
         self.optimizer = torch.optim.SGD(
@@ -103,6 +108,8 @@ class Trainer:
         if self.step % self.steps_per_epoch and self.step < self.total_steps:
             return  # stopped within the epoch: its sums are kept
         loss, purity, spread = self._means()
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss became {loss} in epoch {epoch + 1}: try a lower --lr")
         seconds, steps = time.perf_counter() - started, self.step - epoch * self.steps_per_epoch - first_step
         row: Row = {
             "epoch": epoch + 1,

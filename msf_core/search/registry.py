@@ -24,12 +24,19 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     Returns:
         name -> None where the backend works, else the reason with what helps.
 
+    Raises:
+        ValueError: PyTorch knows no such device.
+
     >>> available_backends("cpu")["torch"] is None
     True
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: why_not(name, torch.device(device).type) for name in _CLASSES if name != "auto"}
+    try:
+        device_type = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device must be one of PyTorch's, got {device!r}") from error
+    return {name: why_not(name, device_type) for name in _CLASSES if name != "auto"}
 
 
 def load_backend(name: str, device: torch.device | None = None) -> SearchBackend:
@@ -66,6 +73,8 @@ def find_backend(backend: str | SearchBackend, device: torch.device) -> SearchBa
 
 def why_not(name: str, device_type: str) -> str | None:
     """Return None if that backend serves tensors on that type of device here, else the reason with what helps."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no GPU here"
     _, reason = _try_load(name)
     if reason is None and name == "faiss" and device_type != "cpu":
         from msf_core.search.faiss_backend import has_cuda
