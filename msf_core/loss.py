@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msf_core.memory_bank import UNKNOWN_LABEL, MemoryBank, Neighbors, check_labels, check_tensor, unit_rows
+from msf_core.checks import check_labels, check_tensor
+from msf_core.memory_bank import UNKNOWN_LABEL, MemoryBank, Neighbors, unit_rows
 from msf_core.schedules import Schedule
 
 

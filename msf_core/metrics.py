@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msf_core.memory_bank import UNKNOWN_LABEL, check_labels, check_tensor, unit_rows
+from msf_core.checks import check_labels, check_tensor
+from msf_core.memory_bank import UNKNOWN_LABEL, unit_rows
 from msf_core.search import SearchBackend, find_backend
 
 

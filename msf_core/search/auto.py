@@ -5,8 +5,8 @@ from torch import Tensor
 from msf_core.search.base import SearchBackend, check_topk_arguments
 from msf_core.search.registry import load_backend, why_not
 
-# FAISS multiplies blocks of 1,024 rows. On a CPU its OpenBLAS does so at full speed from this many Q·D on, 1.2 to
-# 2.2 times faster than PyTorch; below it is up to 5 times slower (benchmarks/results/cpu_auto.md).
+# FAISS multiplies blocks of 1,024 rows. On a CPU its OpenBLAS does so at full speed from this many Q·D on, 1.3 to
+# 1.5 times faster than PyTorch; below it is up to 4 times slower (benchmarks/results/cpu_auto.md).
 FAISS_LEAST_WORK = 256 * 512
 
 
