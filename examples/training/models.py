@@ -67,7 +67,7 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int]) -> tuple[nn.Mod
     try:
         with torch.no_grad():
             features = backbone.eval()(torch.zeros(2, *image_shape))
-            in_training = copy.deepcopy(backbone).train()(torch.randn(4, *image_shape))
+            in_training = copy.deepcopy(backbone).train()(torch.zeros(4, *image_shape))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"{arch!r} does not take images of {image_shape}: {error}") from error
     if any(not isinstance(output, Tensor) or output.ndim != 2 for output in (features, in_training)):
