@@ -28,7 +28,7 @@ import msf_core
 from msf_core.search import find_backend
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import UNKNOWN, DataSource, Digits, Photos, UnreadableImage, open_folder, open_torchvision, seed_of
-from training.evaluation import PROBE_LIMIT, evaluate, extract, nearest_neighbour_accuracy, warmed_up
+from training.evaluation import PROBE_LIMIT, evaluate, extract, features_of, nearest_neighbour_accuracy, warmed_up
 from training.models import export_backbone
 from training.report import Row, draw_curves, draw_neighbors, table, write_csv
 from training.settings import Settings, build_parser, complete, make_run_folder, resumed
@@ -204,16 +204,13 @@ def find_neighbors(trainer: Trainer) -> list[list[int]]:
     """Return for a few fixed queries the places of their nearest images in a fixed gallery of training images."""
     source = trainer.source
     queries, gallery = shown(source)
-    mode = trainer.backbone.training
-    features = {}
-    for split, places in (("val" if source.has_val else "train", queries), ("train", gallery)):
-        trainer.backbone.eval()
-        with torch.no_grad():
-            parts = [trainer.backbone(images).float() for images, _ in source.images(split, places)]
-        features["gallery" if places is gallery else "queries"] = torch.nn.functional.normalize(torch.cat(parts), dim=1)
-    trainer.backbone.train(mode)
+    wanted = (("val" if source.has_val else "train", queries), ("train", gallery))
+    query_features, gallery_features = (
+        torch.nn.functional.normalize(features_of(trainer.backbone, source.images(split, chosen))[0], dim=1)
+        for split, chosen in wanted
+    )
     n = min(SHOWN_NEIGHBORS, len(gallery))
-    _, index = find_backend("auto", trainer.device).topk(features["queries"], features["gallery"], n)
+    _, index = find_backend("auto", trainer.device).topk(query_features, gallery_features, n)
     return [[gallery[place] for place in places] for places in index.tolist()]
 
 

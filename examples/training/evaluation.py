@@ -1,6 +1,7 @@
 """What a representation is worth: nearest neighbours, a linear probe, few labels, and purity."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +28,19 @@ COLUMNS = {
 
 
 @torch.no_grad()
-def extract(backbone: nn.Module, source: DataSource, splits: tuple[str, ...] = ("train", "val")) -> Features:
-    """Return the features of the evaluation images in eval mode, and leave the backbone in the mode it had."""
+def features_of(backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return features [n, F] and labels [n] in eval mode, and leave the backbone in the mode it had."""
     mode = backbone.training
     backbone.eval()
-    features = {}
-    for split in splits:
-        parts = [(backbone(images).float().flatten(1), labels) for images, labels in source.images(split)]
-        features[split] = (torch.cat([part for part, _ in parts]), torch.cat([labels for _, labels in parts]))
+    parts = [(backbone(images).float().flatten(1), labels) for images, labels in batches]
     backbone.train(mode)
-    return {split: (values, labels.to(values.device)) for split, (values, labels) in features.items()}
+    features = torch.cat([part for part, _ in parts])
+    return features, torch.cat([labels for _, labels in parts]).to(features.device)
+
+
+def extract(backbone: nn.Module, source: DataSource) -> Features:
+    """Return the features of all evaluation images."""
+    return {split: features_of(backbone, source.images(split)) for split in ("train", "val")}
 
 
 @torch.no_grad()
