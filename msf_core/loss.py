@@ -90,7 +90,12 @@ class MeanShiftLoss(nn.Module):
             raise ValueError("a schedule of k needs a bank; bank=None goes with k=1")
         self.bank = bank
         self.k = k
-        self.steps = 0
+        self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # no int, as `MemoryBank._filled`
+
+    @property
+    def steps(self) -> int:
+        """Training forwards so far."""
+        return int(self._steps)
 
     @overload
     def forward(
@@ -132,7 +137,7 @@ class MeanShiftLoss(nn.Module):
             u = unit_rows(target)  # [B, D]
             neighbors = self._find_neighbors(u, labels, k)
         if self.training:
-            self.steps += 1
+            self._steps.add_(1)
         loss = mean_shift_loss(prediction, neighbors.embedding)
         return (loss, neighbors) if return_neighbors else loss
 
@@ -147,7 +152,9 @@ class MeanShiftLoss(nn.Module):
             label=torch.full_like(slots, UNKNOWN_LABEL)[:, None] if labels is None else labels[:, None].long(),
         )
         if self.training and self.bank is not None and k > 1:
-            found = _without(slots, *self.bank.nearest(u, min(k, len(self.bank))))  # [B, k − 1]
+            # A batch of k fills k rows at least; only a smaller one has to ask.
+            there = k if u.shape[0] >= k else min(k, len(self.bank))
+            found = _without(slots, *self.bank.nearest(u, there))  # [B, k − 1]
         elif self.bank is not None and min(k - 1, len(self.bank)) > 0:
             found = self.bank.nearest(u, min(k - 1, len(self.bank)))
         else:
@@ -177,7 +184,7 @@ class MeanShiftLoss(nn.Module):
         check_labels(labels, target)
         if self.bank is not None:
             self.bank.check("target", target)
-            self.bank.resolve_backend(k)
+            self.bank.check_backend(k)
 
     def get_extra_state(self) -> Tensor:
         """Return the number of training forwards so far, for the ``state_dict``."""
@@ -185,7 +192,7 @@ class MeanShiftLoss(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the saved number of training forwards over."""
-        self.steps = int(state)
+        self._steps.fill_(int(state))
 
     def extra_repr(self) -> str:
         """Describe k."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msf_core.checks import check_labels, check_tensor
-from msf_core.search import SearchBackend, find_backend
+from msf_core.search import SearchBackend, check_backend, find_backend, topk
 from msf_core.search.base import ROW_DTYPES
 
 UNKNOWN_LABEL = -1
@@ -91,16 +91,18 @@ class MemoryBank(nn.Module):
         self.register_buffer("labels", torch.full((size,), UNKNOWN_LABEL, dtype=torch.int64), persistent)
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64), persistent)
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64), persistent)
-        self._filled = 0  # min(pushed, size), known to the host without asking the device
+        # min(pushed, size), always on the CPU: the host knows it without asking the device. A tensor and not an int,
+        # since torch.compile would take an int for a constant and compile again when it moves.
+        self._filled = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
         """Rows filled so far, n; at most ``size``."""
-        return self._filled
+        return int(self._filled)
 
     @property
     def full(self) -> bool:
         """Whether every slot is filled."""
-        return self._filled == self.size
+        return len(self) == self.size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +139,7 @@ class MemoryBank(nn.Module):
         self.labels.index_copy_(0, slots[count - kept :], labels[count - kept :].to(torch.int64))
         self.pushed += count
         self.nonfinite += rows[:, 0].isnan().sum()
-        self._filled = min(self._filled + count, self.size)
+        self._filled.add_(count).clamp_(max=self.size)
         slots[: count - kept] = -1
         return slots
 
@@ -156,19 +158,26 @@ class MemoryBank(nn.Module):
             ValueError: k out of range, or a shape or device that does not fit.
             TypeError: queries that are not floating, or a k that is no int.
         """
-        return self.take(*self.nearest(queries, k))
-
-    @torch.no_grad()
-    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Do the search of `search` alone: return similarity [Q, k] and index [Q, k] as it has them."""
         self.check("queries", queries)
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"k must be an int, got {k!r}")
         if not 1 <= k <= len(self):
             raise ValueError(f"k must be between 1 and the {len(self)} rows in the bank, got {k}")
-        backend = self.resolve_backend(k)
+        self.check_backend(k)
+        return self.take(*self.nearest(queries, k))
+
+    @torch.no_grad()
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Do the search of `search` alone, for arguments known to be right.
+
+        Returns:
+            similarity [Q, k] and index [Q, k], as `search` has them.
+        """
         queries = unit_rows(queries).to(self.rows.dtype)
-        similarity, index = backend.topk(queries, self.rows[: len(self)], k)
+        if isinstance(self.backend, str):
+            similarity, index = topk(queries, self.rows, self._filled, k, self.backend)
+        else:
+            similarity, index = self.backend.topk(queries, self.rows[: len(self)], k)
         return similarity.clamp(max=1.0), index  # rounding leaves rows, half-precision ones above all, a little long
 
     @torch.no_grad()
@@ -193,20 +202,17 @@ class MemoryBank(nn.Module):
         self.labels.fill_(UNKNOWN_LABEL)
         self.pushed.zero_()
         self.nonfinite.zero_()
-        self._filled = 0
+        self._filled.zero_()
 
-    def resolve_backend(self, k: int = 1) -> SearchBackend:
-        """Return the search backend that finds k neighbours on the bank's present device.
+    def check_backend(self, k: int = 1) -> None:
+        """Raise unless the search backend finds k neighbors on the bank's present device.
 
         Raises:
             ImportError: one asked for by name does not work on that device.
             ValueError: it does not find that many.
         """
-        backend = find_backend(self.backend, self.rows.device)
-        most = getattr(backend, "most_neighbors", {}).get(self.rows.device.type, k)
-        if k > most:
-            raise ValueError(f"k must be at most {most} for this backend on {self.rows.device}, got {k}")
-        return backend
+        if not torch.compiler.is_compiling():  # else the operator does so
+            check_backend(self.backend, self.rows.device, k)
 
     def check(self, name: str, embeddings: Tensor) -> None:
         """Raise ValueError or TypeError, naming ``name``, unless these are [any, D] floats on the bank's device."""
@@ -289,7 +295,7 @@ class MemoryBank(nn.Module):
         self.labels[filled:] = UNKNOWN_LABEL
         self.pushed.fill_(total)
         self.nonfinite.copy_(nonfinite)
-        self._filled = min(total, self.size)
+        self._filled.fill_(min(total, self.size))
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What all tests share: seeds, the hypothesis profile, the gpu marker, and the judge of neighbours."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,9 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from msf_core import available_backends
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
 
 settings.register_profile(
     "msf_core", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]

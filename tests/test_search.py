@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msf_core import MemoryBank, available_backends
-from msf_core.search import SearchBackend, load_backend
+from msf_core.search import SearchBackend, find_backend, load_backend
 from msf_core.search import base as search_base
 from msf_core.search.auto import AutoSearch
 
@@ -325,7 +325,6 @@ def test_a_bank_takes_any_object_with_topk_and_uses_its_answer() -> None:
     assert torch.equal(queries, torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16))
     assert rows.data_ptr() == bank.rows.data_ptr()
     assert (rows.shape, k) == ((3, 2), 1)
-    assert bank.resolve_backend() is furthest
 
 
 def test_a_backend_without_topk_is_a_type_error() -> None:
@@ -334,9 +333,12 @@ def test_a_backend_without_topk_is_a_type_error() -> None:
 
 
 def test_backends_by_name_are_the_ones_that_serve(backend_name: str) -> None:
-    served = MemoryBank(2, 2, backend=backend_name).resolve_backend()
-    assert type(served).__name__ == {"torch": "TorchSearch", "faiss": "FaissSearch"}[backend_name]
-    assert served is load_backend(backend_name, torch.device("cpu"))
+    served = load_backend(backend_name, torch.device("cpu"))
+    assert (
+        type(served).__name__
+        == {"torch": "TorchSearch", "faiss": "FaissSearch", "triton": "TritonSearch"}[backend_name]
+    )
+    assert find_backend(backend_name, torch.device("cpu")) is served
 
 
 def test_auto_on_the_cpu_is_faiss_for_large_searches_where_it_works_and_torch_otherwise() -> None:
@@ -345,7 +347,7 @@ def test_auto_on_the_cpu_is_faiss_for_large_searches_where_it_works_and_torch_ot
     assert auto.choose(torch.empty(256, 512)) is load_backend("faiss" if works else "torch")
     assert auto.choose(torch.empty(255, 512)) is load_backend("torch")
     assert auto.choose(torch.empty(256, 512, device="meta")) is load_backend("torch")
-    assert isinstance(MemoryBank(2, 2).resolve_backend(), AutoSearch)
+    assert isinstance(load_backend(MemoryBank(2, 2).backend), AutoSearch)
 
 
 @pytest.mark.parametrize("count", [3, 300], ids=["torch", "faiss"])
@@ -357,7 +359,7 @@ def test_auto_finds_the_nearest_whatever_it_chooses(count: int, assert_k_nearest
 def test_faiss_says_that_it_does_not_search_other_devices() -> None:
     if available_backends("cpu")["faiss"] is not None:
         pytest.skip(available_backends("cpu")["faiss"])
-    assert available_backends("meta") == {"torch": None, "faiss": "FAISS does not search meta tensors"}
+    assert available_backends("meta")["faiss"] == "FAISS does not search meta tensors"
     with pytest.raises(ImportError, match=r"'faiss'.*meta"):
         load_backend("faiss", torch.device("meta"))
 
@@ -379,6 +381,7 @@ def test_importing_msf_core_imports_neither_faiss_nor_triton() -> None:
 WITHOUT_FAISS = """
 import torch
 from msf_core import MemoryBank, available_backends
+from msf_core.search import load_backend
 print(available_backends("cpu")["torch"])
 print(available_backends("cpu")["faiss"])
 try:
@@ -387,7 +390,7 @@ except ImportError as error:
     print(error)
 bank = MemoryBank(4, 2)
 bank.push(torch.eye(2))
-print(type(bank.resolve_backend().choose(torch.empty(256, 512))).__name__, bank.search(torch.eye(2), 1).index.tolist())
+print(type(load_backend("auto").choose(torch.empty(256, 512))).__name__, bank.search(torch.eye(2), 1).index.tolist())
 """
 
 

@@ -16,6 +16,7 @@ from msf_core.search.base import RunningTopk, check_topk_arguments
 CPU_CHUNK_ROWS = 4096
 # Scratch memory of FAISS on a GPU. Its own default takes 1.5 GB.
 CUDA_SCRATCH_BYTES = 48 << 20
+GPU_REMEDY = "pip install 'msf_core[faiss-gpu]' (Linux x86-64)"
 
 
 def has_cuda() -> bool:
@@ -31,6 +32,12 @@ class FaissSearch:
     def __init__(self) -> None:
         self._resources: dict[int, Any] = {}  # device index -> faiss.StandardGpuResources
 
+    def why_not(self, device_type: str) -> str | None:
+        """Return None if it searches that type of device here, else the reason."""
+        if device_type == "cuda" and not has_cuda():
+            return f"this FAISS sees no GPU; {GPU_REMEDY}"
+        return None if device_type in ("cpu", "cuda") else f"FAISS does not search {device_type} tensors"
+
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`. On CUDA, k is at most 2,048."""
         check_topk_arguments(queries, rows, k)
@@ -43,7 +50,7 @@ class FaissSearch:
 
     def _topk_cuda(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if not has_cuda():
-            raise ValueError("this FAISS has no GPU support: pip install 'msf_core[faiss-gpu]', or backend='torch'")
+            raise ValueError(f"{self.why_not('cuda')}, or backend='torch'")
         if k > self.most_neighbors["cuda"]:
             raise ValueError(f"faiss.knn_gpu finds at most {self.most_neighbors['cuda']} neighbors, got k={k}")
         import faiss.contrib.torch_utils

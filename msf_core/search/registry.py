@@ -11,8 +11,12 @@ _CLASSES = {
     "auto": ("msf_core.search.auto", "AutoSearch"),
     "torch": ("msf_core.search.torch_backend", "TorchSearch"),
     "faiss": ("msf_core.search.faiss_backend", "FaissSearch"),
+    "triton": ("msf_core.search.triton_backend", "TritonSearch"),
 }
-_REMEDY = {"faiss": "pip install 'msf_core[faiss-gpu]' (Linux x86-64, CPU and CUDA) or 'msf_core[faiss-cpu]'"}
+_REMEDY = {
+    "faiss": "pip install 'msf_core[faiss-gpu]' (Linux x86-64, CPU and CUDA) or 'msf_core[faiss-cpu]'",
+    "triton": "PyTorch for CUDA on Linux brings Triton along; elsewhere pip install triton, where there is one",
+}
 
 
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
@@ -71,19 +75,26 @@ def find_backend(backend: str | SearchBackend, device: torch.device) -> SearchBa
     return load_backend(backend, device)
 
 
+def check_backend(backend: str | SearchBackend, device: torch.device, k: int) -> None:
+    """Raise unless the backend that a ``backend=`` argument stands for finds k neighbors on that device.
+
+    Raises:
+        ValueError, ImportError, TypeError: as `find_backend`, and ValueError for a k above its most.
+    """
+    most = getattr(find_backend(backend, device), "most_neighbors", {}).get(device.type, k)
+    if k > most:
+        raise ValueError(f"k must be at most {most} for this backend on {device}, got {k}")
+
+
 def why_not(name: str, device_type: str) -> str | None:
     """Return None if that backend serves tensors on that type of device here, else the reason with what helps."""
     if device_type == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no GPU here"
-    _, reason = _try_load(name)
-    if reason is None and name == "faiss" and device_type != "cpu":
-        from msf_core.search.faiss_backend import has_cuda
-
-        if device_type != "cuda":
-            return f"FAISS does not search {device_type} tensors"
-        if not has_cuda():
-            return f"this FAISS sees no GPU; {_REMEDY[name]}"
-    return reason
+    backend, reason = _try_load(name)
+    if backend is None:
+        return reason
+    why = getattr(backend, "why_not", None)
+    return why(device_type) if why else None
 
 
 @cache

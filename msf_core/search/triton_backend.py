@@ -1,0 +1,322 @@
+"""Exact search by group maxima, fused in Triton: one pass over the rows, and no Q×N matrix.
+
+Rows that follow one another form groups of G.
+
+1. `_group_maxima`: the products of a tile of queries with a tile of rows stay in registers; only the largest of each
+   group is written, [Q, n / G] values.
+2. `_select`, one program a query: takes groups in the order of their maxima, computes the products of their rows
+   again in float32, and keeps the k best.
+
+After k groups the k best are known: any row of another group has k others, the maxima of the groups taken, that are
+at least as similar. It may stop before, when no maximum left is above the k-th best.
+
+Half-precision rows are multiplied exactly and summed in float32 in both steps, so only similarities that differ by
+the rounding of such a sum, about 1e-6, can change places. Float32 rows are multiplied in TF32 in the first step,
+which cuts 13 of the 23 bits of each factor off: both are off by less than 2⁻¹⁰ of their size, and a product of vectors by
+less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the rounding of the sum). Groups are taken until no maximum left
+reaches the k-th best less that bound, so the result is exact in float32.
+"""
+
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from msf_core.search.base import check_topk_arguments
+
+MOST_NEIGHBORS = 256
+MAXIMA_BYTES = 48 << 20  # of the maxima that are held at once
+TF32_ERROR = 2**-9 + 2**-12
+LANES = 1024  # of `_select`: groups are dealt out to so many lanes
+MEMBERS = 32  # groups of a lane that are looked at in one go
+LOWEST = tl.constexpr(-(2**63))
+
+
+class Tiles(NamedTuple):
+    """Sizes of one launch of `_group_maxima`."""
+
+    queries: int
+    rows: int
+    dims: int
+    warps: int
+    stages: int
+
+
+class TritonSearch:
+    """`SearchBackend` in Triton, on CUDA devices of compute capability 8.0 or newer."""
+
+    most_neighbors = MappingProxyType({"cuda": MOST_NEIGHBORS, "cpu": MOST_NEIGHBORS})
+
+    def why_not(self, device_type: str) -> str | None:
+        """Return None if it searches that type of device here, else the reason."""
+        if device_type == "cpu":
+            return None if INTERPRETED else "Triton searches CUDA tensors; its interpreter (slow, for tests) CPU ones"
+        if device_type != "cuda":
+            return f"Triton does not search {device_type} tensors"
+        capability = torch.cuda.get_device_capability()
+        return None if capability >= (8, 0) else f"it needs compute capability 8.0, this GPU has {capability}"
+
+    def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `SearchBackend.topk`; k is at most 256. The same bits come at every call."""
+        check_topk_arguments(queries, rows, k)
+        if k > MOST_NEIGHBORS:
+            raise ValueError(f"the triton backend finds at most {MOST_NEIGHBORS} neighbors, got k={k}")
+        if not (rows.is_cuda or (INTERPRETED and rows.device.type == "cpu")):
+            raise ValueError(f"the triton backend searches CUDA tensors, got {rows.device}")
+        queries, rows = queries.detach().contiguous(), rows.detach()
+        count, dim = queries.shape
+        n = rows.shape[0]
+        similarity = queries.new_empty((count, k), dtype=torch.float32)
+        index = queries.new_empty((count, k), dtype=torch.int64)
+        if count == 0:
+            return similarity, index
+        group = choose_group(min(count, 256), n, dim, k, rows.element_size())
+        groups = triton.cdiv(n, group)
+        at_once = min(count, max(1, MAXIMA_BYTES // (4 * groups)))
+        if at_once > 128:
+            at_once -= at_once % 128 if at_once < count else 0
+        tiles = choose_tiles(at_once, dim, rows)
+        maxima = queries.new_empty((at_once, groups), dtype=torch.float32)
+        with _device_of(rows):
+            for start in range(0, count, at_once):
+                part = queries[start : start + at_once]
+                _launch(part, rows, maxima, similarity[start:], index[start:], k, group, tiles)
+        return similarity, index
+
+
+def _launch(
+    queries: Tensor, rows: Tensor, maxima: Tensor, similarity: Tensor, index: Tensor, k: int, group: int, tiles: Tiles
+) -> None:
+    """Search for at most as many queries as ``maxima`` has lines."""
+    count, dim = queries.shape
+    n, groups = rows.shape[0], maxima.shape[1]
+    grid = (triton.cdiv(count, tiles.queries) * triton.cdiv(n, tiles.rows),)
+    _group_maxima[grid](
+        queries,
+        rows,
+        maxima,
+        count,
+        n,
+        groups,
+        DIM=dim,
+        GROUP=group,
+        BLOCK_Q=tiles.queries,
+        BLOCK_N=tiles.rows,
+        BLOCK_D=tiles.dims,
+        WIDEN=INTERPRETED,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    exact = rows.dtype != torch.float32
+    _select[(count,)](
+        queries,
+        rows,
+        maxima,
+        similarity,
+        index,
+        n,
+        groups,
+        k if exact else groups,
+        DIM=dim,
+        K=k,
+        K_LANES=triton.next_power_of_2(k),
+        GROUP=group,
+        BLOCK_D=min(128, triton.next_power_of_2(dim)),
+        LANES=LANES,
+        MEMBERS=MEMBERS,
+        ERROR=0.0 if exact else TF32_ERROR,
+        num_warps=4,
+    )
+
+
+def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
+    """Return the rows of a group, G: a power of two from 16 to 128.
+
+    The bytes that G decides on are 2·4·Q·n/G for writing and reading the maxima and Q·k·G·D·(bytes of a value) for
+    the rows that are looked at again; their sum is least at the root below. The maxima of ``count`` queries stay
+    under `MAXIMA_BYTES` where a G of 128 or less allows it.
+    """
+    best = (8 * n / (k * dim * value_bytes)) ** 0.5
+    group = 16
+    while group < 128 and (group * 2**0.5 < best or 4 * count * n / group > MAXIMA_BYTES):
+        group *= 2
+    return group
+
+
+def choose_tiles(count: int, dim: int, rows: Tensor) -> Tiles:
+    """Return tiles that fit the device's shared memory."""
+    queries = min(128, max(16, triton.next_power_of_2(count)))
+    dims = max(16, min(128 // rows.element_size(), triton.next_power_of_2(dim)))
+    shared = _shared_memory(rows)
+    if queries == 128 and shared >= 160 << 10:
+        return Tiles(queries, 256, dims, warps=8, stages=3)
+    return Tiles(queries, 128, dims, warps=4, stages=4 if shared >= 160 << 10 else 2)
+
+
+def _shared_memory(rows: Tensor) -> int:
+    """Return the bytes of shared memory that a program may have."""
+    if not rows.is_cuda:
+        return 0
+    return torch.cuda.get_device_properties(rows.device).shared_memory_per_block_optin
+
+
+def _device_of(rows: Tensor) -> Any:
+    return torch.cuda.device(rows.device) if rows.is_cuda else torch.no_grad()
+
+
+@triton.jit
+def _key(similarity, index):
+    """Pack into an int64 that sorts by similarity (float32), and among equal ones by the lower index first."""
+    bits = similarity.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as a signed integer it now sorts as the float
+    return (bits.to(tl.int64) << 32) | (0xFFFFFFFF - index.to(tl.int64))
+
+
+@triton.jit
+def _similarity_of(key):
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _index_of(key):
+    return 0xFFFFFFFF - (key & 0xFFFFFFFF)
+
+
+@triton.jit(do_not_specialize=["count", "n", "groups"])
+def _group_maxima(
+    queries,  # [count, DIM]
+    rows,  # [n, DIM]
+    maxima,  # [count, groups] float32, written
+    count,
+    n,
+    groups,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,  # for Triton's interpreter, which multiplies the bits of bfloat16 values as integers
+):
+    # Programs that follow one another read the same rows, which the second finds in the L2 cache.
+    blocks = tl.cdiv(count, BLOCK_Q)
+    block_q, block_n = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    q = block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    r = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    # Beyond the end the last row stands in: within its own group that changes no maximum.
+    q_values = queries + tl.minimum(q, count - 1)[:, None] * DIM + d[None, :]
+    r_values = rows + tl.minimum(r, n - 1).to(tl.int64)[None, :] * DIM + d[:, None]
+    products = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)
+    for start in range(0, DIM, BLOCK_D):
+        if DIM % BLOCK_D == 0:
+            q_tile = tl.load(q_values + start)
+            r_tile = tl.load(r_values + start)
+        else:
+            q_tile = tl.load(q_values + start, mask=d[None, :] < DIM - start, other=0.0)
+            r_tile = tl.load(r_values + start, mask=d[:, None] < DIM - start, other=0.0)
+        if WIDEN:
+            q_tile = q_tile.to(tl.float32)
+            r_tile = r_tile.to(tl.float32)
+        products = tl.dot(q_tile, r_tile, products, input_precision="tf32")
+    # A NaN counts only in a group that has nothing else.
+    largest = tl.max(tl.reshape(products, (BLOCK_Q, BLOCK_N // GROUP, GROUP)), axis=2)
+    g = block_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
+    places = maxima + q.to(tl.int64)[:, None] * groups + g[None, :]
+    tl.store(places, largest, mask=(q[:, None] < count) & (g[None, :] < groups))
+
+
+@triton.jit(do_not_specialize=["n", "groups", "most"])
+def _select(
+    queries,  # [Q, DIM]
+    rows,  # [n, DIM]
+    maxima,  # [Q, groups] float32
+    similarity,  # [Q, K] float32, written
+    index,  # [Q, K] int64, written
+    n,
+    groups,
+    most,  # groups that are looked at, at most
+    DIM: tl.constexpr,
+    K: tl.constexpr,
+    K_LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LANES: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    ERROR: tl.constexpr,
+):
+    query = tl.program_id(0).to(tl.int64)
+    queries += query * DIM
+    maxima += query * groups
+
+    # The best group of each lane; lane i has the groups i, i + LANES, i + 2·LANES, …
+    lanes = tl.arange(0, LANES)
+    lane_best = tl.full((LANES,), LOWEST, dtype=tl.int64)
+    for start in range(0, groups, LANES):
+        g = start + lanes
+        values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
+        lane_best = tl.maximum(lane_best, tl.where(values == values, _key(values, g), LOWEST))
+
+    d = tl.arange(0, BLOCK_D)
+    length = 0.0
+    if ERROR > 0:
+        for start in range(0, DIM, BLOCK_D):
+            q_tile = tl.load(queries + start + d, mask=d < DIM - start, other=0.0).to(tl.float32)
+            length += tl.sum(q_tile * q_tile)
+        length = tl.sqrt(length)
+    error = ERROR * length
+
+    # The k best rows so far, first placeholders that differ, below every row's key; lanes beyond k stay out of it.
+    k_lanes = tl.arange(0, K_LANES)
+    best = tl.where(k_lanes < K, LOWEST + 1 + k_lanes.to(tl.int64), 0x7FFFFFFFFFFFFFFF)
+    worst = tl.min(best)
+    group_key = tl.max(lane_best)
+    taken = 0
+    going = group_key > LOWEST
+    while going:
+        group = _index_of(group_key)
+        r = group * GROUP + tl.arange(0, GROUP)
+        products = tl.zeros((GROUP,), dtype=tl.float32)
+        for start in range(0, DIM, BLOCK_D):
+            inside = d < DIM - start
+            q_tile = tl.load(queries + start + d, mask=inside, other=0.0).to(tl.float32)
+            r_tile = tl.load(
+                rows + r[:, None] * DIM + start + d[None, :], mask=(r < n)[:, None] & inside[None, :], other=0.0
+            )
+            products += tl.sum(r_tile.to(tl.float32) * q_tile[None, :], axis=1)
+        keys = tl.where((r < n) & (products == products), _key(products, r), LOWEST)
+        key = tl.max(keys)
+        while key > worst:
+            best = tl.where(best == worst, key, best)
+            keys = tl.where(keys == key, LOWEST, keys)
+            key = tl.max(keys)
+            worst = tl.min(best)
+
+        # The next best group of that lane, then of all.
+        lane = (group % LANES).to(tl.int32)
+        next_best = tl.full((MEMBERS,), LOWEST, dtype=tl.int64)
+        for start in range(0, groups, LANES * MEMBERS):
+            g = start + lane + tl.arange(0, MEMBERS) * LANES
+            values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
+            member_keys = tl.where(values == values, _key(values, g), LOWEST)
+            next_best = tl.maximum(next_best, tl.where(member_keys < group_key, member_keys, LOWEST))
+        lane_best = tl.where(lanes == lane, tl.max(next_best), lane_best)
+        group_key = tl.max(lane_best)
+        taken += 1
+        enough = (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
+        going = (group_key > LOWEST) & (taken < most) & (enough == 0)
+
+    best = tl.where(k_lanes < K, best, LOWEST)
+    for place in range(K):
+        key = tl.max(best)
+        found = key > LOWEST + K
+        tl.store(similarity + query * K + place, tl.where(found, _similarity_of(key), float("-inf")))
+        tl.store(index + query * K + place, tl.where(found, _index_of(key), -1))
+        best = tl.where(best == key, LOWEST, best)
+
+
+# With TRITON_INTERPRET=1 in the environment before Triton is imported, the kernels run on CPU tensors.
+INTERPRETED = not isinstance(_select, triton.JITFunction)
