@@ -4,6 +4,7 @@ from torch import Tensor
 
 from msf_core.search.base import SearchBackend, check_topk_arguments
 from msf_core.search.registry import load_backend, why_not
+from msf_core.search.screen import screen_pays, screened_topk
 
 # FAISS multiplies blocks of 1,024 rows. On a CPU its OpenBLAS does so at full speed from this many Q·D on, 1.3 to
 # 1.5 times faster than PyTorch; below it is up to 4 times slower (benchmarks/results/cpu_auto.md).
@@ -16,10 +17,18 @@ class AutoSearch:
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
         check_topk_arguments(queries, rows, k)
-        return self.choose(queries).topk(queries, rows, k)
+        chosen = self.choose(queries, k)
+        if screen_pays(queries, rows, k):
+            return screened_topk(queries.detach(), rows.detach(), k, otherwise=chosen.topk)
+        return chosen.topk(queries, rows, k)
 
-    def choose(self, queries: Tensor) -> SearchBackend:
-        """Return the backend for these queries [Q, D]."""
-        if queries.device.type == "cpu" and queries.numel() >= FAISS_LEAST_WORK and why_not("faiss", "cpu") is None:
+    def choose(self, queries: Tensor, k: int) -> SearchBackend:
+        """Return the backend for k neighbors of these queries [Q, D], where `screened_topk` is not the fastest."""
+        device = queries.device.type
+        if device == "cpu" and queries.numel() >= FAISS_LEAST_WORK and why_not("faiss", "cpu") is None:
             return load_backend("faiss")
+        if device == "cuda" and why_not("triton", "cuda") is None:
+            triton = load_backend("triton")
+            if k <= triton.most_neighbors["cuda"]:
+                return triton
         return load_backend("torch")

@@ -1,6 +1,8 @@
 """What a search backend is, and what all of them share."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ class SearchBackend(Protocol):
 
         Args:
             queries: [Q, D], in the dtype and on the device of ``rows``.
-            rows: [n, D], contiguous, float32, float16 or bfloat16. Searched where it lies: no copy of its size.
+            rows: [n, D], contiguous, float32, float16 or bfloat16, none longer than a unit vector but for rounding.
+                Searched where it lies: no copy of its size.
             k: between 1 and n.
 
         Returns:
@@ -62,3 +65,31 @@ class RunningTopk:
     def result(self) -> tuple[Tensor, Tensor]:
         """Return (similarity [Q, k], index [Q, k]), with index −1 where the similarity is −inf."""
         return self.similarity, self.index.masked_fill(self.similarity == -torch.inf, -1)
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Switch autocast, TF32 and bfloat16 arithmetic off: float32 products are float32 products."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before PyTorch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    reduced = {}
+    matmuls: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    for backend in matmuls:
+        if backend.fp32_precision not in ("ieee", "none"):
+            # A value that is inherited is given back as inherited.
+            inherited = backend.fp32_precision == torch.backends.fp32_precision
+            reduced[backend] = "none" if inherited else backend.fp32_precision
+            backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in reduced.items():
+            backend.fp32_precision = precision

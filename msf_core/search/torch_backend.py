@@ -1,13 +1,10 @@
-"""Exact search by PyTorch's matrix product and top-k, a chunk of rows at a time."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+"""Exact search by PyTorch's matrix product and top-k, a chunk of rows at a time; large ones on a CPU by `screen`."""
 
 import torch
 from torch import Tensor
 
-from msf_core.search.base import RunningTopk, check_topk_arguments
+from msf_core.search.base import RunningTopk, check_topk_arguments, exact_float32
+from msf_core.search.screen import screen_pays, screened_topk
 
 # Bytes of one chunk of rows and of its products, as float32: they should stay in a CPU's cache, and keep a GPU busy.
 CPU_CHUNK_BYTES = 4 << 20
@@ -20,17 +17,25 @@ class TorchSearch:
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
         check_topk_arguments(queries, rows, k)
-        chunk_bytes = CUDA_CHUNK_BYTES if rows.is_cuda else CPU_CHUNK_BYTES
-        chunk = max(1024, chunk_bytes // (4 * max(queries.shape)))
-        best = RunningTopk(queries, k)
-        with torch.no_grad(), _exact_float32(rows.device):
-            for start in range(0, rows.shape[0], chunk):
-                products = _products(queries, rows[start : start + chunk])  # [Q, chunk]
-                products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # top-k ranks NaN first
-                similarity, index = products.topk(min(k, products.shape[1]), dim=1)
-                del products  # before the next chunk's come
-                best.merge(similarity, index + start)
-        return best.result()
+        queries, rows = queries.detach(), rows.detach()
+        if screen_pays(queries, rows, k):
+            return screened_topk(queries, rows, k, otherwise=float32_topk)
+        return float32_topk(queries, rows, k)
+
+
+def float32_topk(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Search as `SearchBackend.topk` does, by products in float32 alone."""
+    chunk_bytes = CUDA_CHUNK_BYTES if rows.is_cuda else CPU_CHUNK_BYTES
+    chunk = max(1024, chunk_bytes // (4 * max(queries.shape)))
+    best = RunningTopk(queries, k)
+    with torch.no_grad(), exact_float32(rows.device):
+        for start in range(0, rows.shape[0], chunk):
+            products = _products(queries, rows[start : start + chunk])  # [Q, chunk]
+            products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # top-k ranks NaN first
+            similarity, index = products.topk(min(k, products.shape[1]), dim=1)
+            del products  # before the next chunk's come
+            best.merge(similarity, index + start)
+    return best.result()
 
 
 def _products(queries: Tensor, rows: Tensor) -> Tensor:
@@ -40,31 +45,3 @@ def _products(queries: Tensor, rows: Tensor) -> Tensor:
     if queries.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
         return torch.mm(queries, rows.T, out_dtype=torch.float32)
     return queries.float() @ rows.float().T
-
-
-@contextmanager
-def _exact_float32(device: torch.device) -> Iterator[None]:
-    """Switch autocast, TF32 and bfloat16 arithmetic off: float32 products are float32 products."""
-    if not hasattr(torch.backends, "fp32_precision"):  # before PyTorch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with torch.autocast(device.type, enabled=False):
-                yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    reduced = {}
-    matmuls: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    for backend in matmuls:
-        if backend.fp32_precision not in ("ieee", "none"):
-            # A value that is inherited is given back as inherited.
-            inherited = backend.fp32_precision == torch.backends.fp32_precision
-            reduced[backend] = "none" if inherited else backend.fp32_precision
-            backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in reduced.items():
-            backend.fp32_precision = precision

@@ -12,13 +12,14 @@ at least as similar. It may stop before, when no maximum left is above the k-th 
 
 Half-precision rows are multiplied exactly and summed in float32 in both steps, so only similarities that differ by
 the rounding of such a sum, about 1e-6, can change places. Float32 rows are multiplied in TF32 in the first step,
-which cuts 13 of the 23 bits of each factor off: both are off by less than 2⁻¹⁰ of their size, and a product of vectors by
-less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the rounding of the sum). Groups are taken until no maximum left
-reaches the k-th best less that bound, so the result is exact in float32.
+which cuts 13 of the 23 bits of each factor off: each is off by less than 2⁻¹⁰ of its size, and the product of two
+vectors by less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the rounding of the sum). Groups are taken until no
+maximum left reaches the k-th best less that bound (rows are unit vectors), so the result is exact in float32.
 """
 
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
@@ -163,8 +164,8 @@ def _shared_memory(rows: Tensor) -> int:
     return torch.cuda.get_device_properties(rows.device).shared_memory_per_block_optin
 
 
-def _device_of(rows: Tensor) -> Any:
-    return torch.cuda.device(rows.device) if rows.is_cuda else torch.no_grad()
+def _device_of(rows: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
 
 
 @triton.jit

@@ -1,0 +1,144 @@
+"""Exact search on CPUs that multiply bfloat16 natively: a screen in bfloat16 that leaves few rows to look at.
+
+Rows that follow one another form groups. The products of all rows are computed in bfloat16, several times faster
+than in float32, and only the largest of each group is kept. A group whose maximum, with the most that rounding can
+have taken off, reaches the k-th best found for sure may hold a neighbor: its rows are multiplied again in float32.
+
+How far a product s̃ of the screen is from q·r, for rows no longer than unit vectors (Cauchy-Schwarz; rounding to
+bfloat16 is off by at most 2⁻⁸ of the value):
+
+    |s̃ − q·r| ≤ ‖q − bfloat16(q)‖  +  2⁻⁸·‖q‖  +  D·2⁻²²·‖q‖  +  2⁻⁸·|s̃|
+                 rounding of q        of r         of the sum      of the result, which keeps the order
+
+Where so many rows are nearly as similar as the k-th that the screen leaves too many, the search goes on without it.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from msf_core.search.base import RunningTopk, exact_float32
+
+GROUP = 16  # rows
+CHUNK_ROWS = 2048  # whose bfloat16 copies and products stay in the cache
+MOST_QUERIES = 1024  # at once
+BLOCK_MAXIMA = 1 << 19  # that are kept before their candidates are looked at
+AGAIN_BYTES = 4 << 20  # of rows that are multiplied again at once
+WORTH_IT = 10  # a row again costs less than so many in a float32 product
+LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 1536  # benchmarks/results/cpu_auto.md
+ROUNDING = 2.0**-8
+
+Topk = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+@cache
+def is_fast() -> bool:
+    """Tell whether this CPU has instructions for products of bfloat16 values."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
+    """Tell whether the screen makes a search faster: on a CPU that has those instructions, from some size on."""
+    large = queries.shape[0] >= LEAST_QUERIES and rows.shape[0] >= LEAST_ROWS_FOR_EACH_NEIGHBOR * k
+    return large and rows.device.type == "cpu" and is_fast()
+
+
+def screened_topk(queries: Tensor, rows: Tensor, k: int, otherwise: Topk) -> tuple[Tensor, Tensor]:
+    """Search as `SearchBackend.topk` does, on the CPU; ``otherwise`` searches what the screen does not save."""
+    with torch.no_grad(), exact_float32(rows.device):
+        parts = [_search(part, rows, k, otherwise) for part in queries.split(MOST_QUERIES)]
+    return torch.cat([similarity for similarity, _ in parts]), torch.cat([index for _, index in parts])
+
+
+def _search(queries: Tensor, rows: Tensor, k: int, otherwise: Topk) -> tuple[Tensor, Tensor]:
+    best = RunningTopk(queries, k)
+    screen = _Screen(queries, best)
+    whole = rows.shape[0] - rows.shape[0] % GROUP
+    block = max(CHUNK_ROWS, BLOCK_MAXIMA // queries.shape[0] * GROUP)
+    done = 0
+    while done < whole and screen.search(rows[done : min(done + block, whole)], done):
+        done = min(done + block, whole)
+    if done < rows.shape[0]:
+        rest = rows[done:]
+        similarity, index = otherwise(queries, rest, min(k, rest.shape[0]))
+        best.merge(similarity, index + done)
+    return best.result()
+
+
+class _Screen:
+    """The screen of one search, fed with blocks of rows; what it finds goes into ``best``."""
+
+    def __init__(self, queries: Tensor, best: RunningTopk) -> None:
+        self.best = best
+        self.queries = queries.float()  # [Q, D]
+        self.rounded = self.queries.bfloat16().nan_to_num_()
+        rounding = torch.linalg.vector_norm(self.queries - self.rounded.float(), dim=1)
+        length = torch.linalg.vector_norm(self.queries, dim=1)
+        of_rows = 0.0 if queries.dtype == torch.bfloat16 else ROUNDING
+        # [Q], with 1 % for rows of half precision, which may be a little longer than 1; NaN for a query with NaN
+        self.error = 1.01 * (rounding + (of_rows + queries.shape[1] * 2.0**-22) * length)
+        self.products = torch.empty(CHUNK_ROWS, queries.shape[0], dtype=torch.bfloat16)
+        self.rows = torch.empty(CHUNK_ROWS, queries.shape[1], dtype=torch.bfloat16)
+
+    def search(self, rows: Tensor, offset: int) -> bool:
+        """Take rows [c · GROUP, D] in; return False, having done nothing, where the screen leaves too many."""
+        maxima = self._maxima(rows)  # [groups, Q]
+        wanted = (maxima >= self._least(maxima)).logical_or_(maxima.isnan())  # a NaN row hides the others of its group
+        counts = wanted.sum(dim=0)  # [Q]
+        count, most = wanted.shape[1], int(counts.max())
+        most = max(most, -(-self.best.k // GROUP))
+        worth_it = rows.shape[0] * count // (GROUP * WORTH_IT)
+        if int(counts.sum()) > worth_it or most * count > 4 * worth_it:
+            return False
+        group, query = wanted.nonzero(as_tuple=True)  # [p] each, by group: rows are read in their order
+        by_query = query.argsort(stable=True)
+        place = torch.empty_like(query)  # of a group among those of its query
+        place[by_query] = torch.arange(query.shape[0]) - (counts.cumsum(0) - counts)[query[by_query]]
+        similarity = torch.full((count, most, GROUP), -torch.inf)
+        index = torch.full((count, most, GROUP), -1)
+        similarity[query, place] = self._again(rows, query, group)
+        index[query, place] = group[:, None] * GROUP + torch.arange(GROUP) + offset
+        self.best.merge(similarity.flatten(1), index.flatten(1))
+        return True
+
+    def _least(self, maxima: Tensor) -> Tensor:
+        """Return the least product of the screen, [Q] bfloat16, that may belong to one of the k nearest."""
+        k = self.best.k
+        surely = torch.full_like(self.error, -torch.inf)  # [Q], the k-th best is at least that
+        if maxima.shape[0] >= k:
+            kth = maxima.masked_fill(maxima.isnan(), -torch.inf).topk(k, dim=0).values[-1].float()
+            surely = kth - self.error - 1.01 * ROUNDING * kth.abs()
+        if self.best.similarity.shape[1] == k:
+            surely = torch.maximum(surely, self.best.similarity[:, -1])
+        return (surely - self.error).bfloat16()  # rounded as the products were, so none of them falls below it
+
+    def _maxima(self, rows: Tensor) -> Tensor:
+        """Return the largest product of each group, [groups, Q] bfloat16; NaN where the group has a NaN."""
+        count = self.rounded.shape[0]
+        maxima = torch.empty(rows.shape[0] // GROUP, count, dtype=torch.bfloat16)
+        for start in range(0, rows.shape[0], CHUNK_ROWS):
+            part = rows[start : start + CHUNK_ROWS]
+            if part.dtype != torch.bfloat16:
+                part = self.rows[: part.shape[0]].copy_(part)
+            products = torch.mm(part, self.rounded.T, out=self.products[: part.shape[0]])
+            out = maxima[start // GROUP : (start + part.shape[0]) // GROUP]
+            torch.amax(products.view(-1, GROUP, count), dim=1, out=out)
+        return maxima
+
+    def _again(self, rows: Tensor, query: Tensor, group: Tensor) -> Tensor:
+        """Return the float32 products of the pairs, [p, GROUP]; −inf for NaN."""
+        dim = rows.shape[1]
+        groups = rows.view(-1, GROUP * dim)
+        step = max(1, AGAIN_BYTES // (4 * GROUP * dim))
+        result = torch.empty(query.shape[0], 1, GROUP)
+        buffer = rows.new_empty(step, GROUP * dim)
+        for start in range(0, query.shape[0], step):
+            part = group[start : start + step]
+            torch.index_select(groups, 0, part, out=buffer[: part.shape[0]])
+            values = buffer[: part.shape[0]].float().view(-1, GROUP, dim)
+            q = self.queries[query[start : start + step]]
+            torch.bmm(q[:, None], values.transpose(1, 2), out=result[start : start + step])
+        return result.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)[:, 0]

@@ -1,0 +1,224 @@
+"""The bfloat16 screen of large searches on a CPU: exact whatever it leaves, and out of the way where it leaves much."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from msf_core.search import load_backend, screen
+from msf_core.search.auto import AutoSearch
+from msf_core.search.screen import GROUP, screened_topk
+from msf_core.search.torch_backend import float32_topk
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Otherwise:
+    """Searches in float32, and notes how many rows it was given."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def __call__(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        self.rows.append(rows.shape[0])
+        return float32_topk(queries, rows, k)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_blocks():
+    """Blocks of four groups and chunks of two, so that a test of some hundred rows has many; none is given up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen, "CHUNK_ROWS", 2 * GROUP)
+        patch.setattr(screen, "BLOCK_MAXIMA", 4)
+        patch.setattr(screen, "WORTH_IT", 0.01)
+        patch.setattr(screen, "MOST_QUERIES", 5)
+        patch.setattr(screen, "AGAIN_BYTES", 4096)
+        yield
+
+
+def unit(count: int, dim: int, dtype: torch.dtype, seed: int, cone: float = 0.0) -> Tensor:
+    """Random unit rows; with ``cone`` all of them about one direction, that far apart."""
+    rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+    if cone:
+        rows = torch.ones(dim) / dim**0.5 + cone * rows / dim**0.5
+    return F.normalize(rows, dim=1).to(dtype)
+
+
+@given(
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+    count=st.integers(1, 12),
+    n=st.integers(1, 400),
+    dim=st.sampled_from([1, 3, 33, 64]),
+    cone=st.sampled_from([0.0, 0.3, 0.01]),
+    seed=st.integers(0, 2**31),
+)
+def test_what_the_screen_leaves_holds_the_k_nearest(
+    assert_k_nearest: Callable[..., None], data: st.DataObject, dtype, count: int, n: int, dim: int, cone: float, seed
+) -> None:
+    k = data.draw(st.one_of(st.integers(1, min(n, 20)), st.just(n)), label="k")
+    rows, queries = unit(n, dim, dtype, seed, cone), unit(count, dim, dtype, seed + 1, cone)
+    without = data.draw(st.sampled_from([0, 0, 1, n // 20, n // 2, n]), label="rows of NaN")
+    rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:without]] = torch.nan
+    assert_k_nearest(*screened_topk(queries, rows, k, otherwise=float32_topk), queries, rows, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounding_to_bfloat16_never_costs_a_neighbor(assert_k_nearest: Callable[..., None], dtype: torch.dtype) -> None:
+    """Rows so near one another that the screen's own order is mostly wrong."""
+    rows, queries = unit(4000, 64, dtype, seed=0, cone=0.05), unit(20, 64, dtype, seed=1, cone=0.05)
+    products = (queries.bfloat16() @ rows.bfloat16().T).float()
+    truth = queries.double() @ rows.double().T
+    missed = [set(a.tolist()) != set(b.tolist()) for a, b in zip(products.topk(5).indices, truth.topk(5).indices)]
+    assert sum(missed) > 10  # what this is about
+    otherwise = Otherwise()
+    assert_k_nearest(*screened_topk(queries, rows, 5, otherwise), queries, rows, 5)
+    assert otherwise.rows == []
+
+
+def rounded_the_same_way(dim: int) -> Tensor:
+    """A row no longer than 1 whose values lie almost half a step of bfloat16 above a power of two."""
+    row = torch.full((1, dim), dim**-0.5 * (1 + 0.99 * 2.0**-8))
+    row[:, : dim // 16] = 0
+    return row
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 64, 256, 1024])
+def test_the_error_bound_holds_for_the_worst_rounding(dtype: torch.dtype, dim: int) -> None:
+    worst = rounded_the_same_way(dim)
+    rows = torch.cat([worst, -worst, unit(50, dim, torch.float32, seed=0)]).to(dtype)
+    queries = torch.cat([worst, 3 * worst, unit(50, dim, torch.float32, seed=1)]).to(dtype)
+    made = screen._Screen(queries, screen.RunningTopk(queries, 1))
+    off = (made.rounded.double() @ rows.bfloat16().double().T - queries.double() @ rows.double().T).abs()
+    assert (off <= made.error.double()[:, None]).all()
+    if dtype == torch.float32:
+        assert off[0, 0] > 1.8 * 2.0**-8  # this is the worst: both factors lose half a step in each dimension
+    assert (made.error < 2.1 * 2.0**-8 * queries.float().norm(dim=1)).all()
+
+
+@given(k=st.integers(1, 9), error=st.sampled_from([0.0, 1e-3, 0.02]), offset=st.floats(-1, 1), seed=st.integers(0, 2**31))
+def test_products_off_by_the_bound_and_rounded_still_let_the_nearest_through(
+    k: int, error: float, offset: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    truth = offset + 0.03 * torch.randn(64, 1, generator=generator)  # [groups of one row, Q = 1]
+    off = error * (2.0 * torch.randint(2, truth.shape, generator=generator) - 1)
+    maxima = (truth + off).bfloat16()
+    made = object.__new__(screen._Screen)
+    made.error = torch.tensor([error])
+    made.best = screen.RunningTopk(torch.zeros(1, 2), k)
+    nearest = truth.topk(k, dim=0).indices[:, 0]
+    assert (maxima[nearest] >= made._least(maxima)).all()
+    made.best.merge(truth[nearest].T.contiguous(), nearest[None])  # once the k best are known exactly
+    assert (maxima[nearest] >= made._least(maxima)).all()
+
+
+@pytest.mark.parametrize("kind", ["all equal", "all zero", "opposite", "all NaN", "NaN query", "long", "zero query"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_degenerate_rows_and_queries_are_screened_exactly(
+    assert_k_nearest: Callable[..., None], kind: str, dtype: torch.dtype
+) -> None:
+    rows, queries = unit(165, 8, dtype, seed=0), unit(9, 8, dtype, seed=1)
+    if kind == "all equal":
+        rows[:] = rows[0].clone()
+    elif kind == "all zero":
+        rows.zero_()
+    elif kind == "opposite":
+        rows = F.normalize(-queries[:1].float() - 0.01 * rows.float(), dim=1).to(dtype)
+    elif kind == "all NaN":
+        rows[:] = torch.nan
+    elif kind == "NaN query":
+        queries[2, 0] = torch.nan
+    elif kind == "long":  # a query's length does not matter
+        queries = queries * 8
+    elif kind == "zero query":
+        queries[3] = 0
+    for k in (1, 5, 165):
+        assert_k_nearest(*screened_topk(queries, rows, k, otherwise=float32_topk), queries / 1, rows, k)
+
+
+def test_a_query_of_nan_does_not_spoil_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "WORTH_IT", 10)
+    monkeypatch.setattr(screen, "BLOCK_MAXIMA", 1 << 20)
+    rows, queries = unit(16 * 400, 256, torch.float32, seed=0), unit(5, 256, torch.float32, seed=1)
+    queries[3, 7] = torch.nan
+    otherwise = Otherwise()
+    similarity, index = screened_topk(queries, rows, 2, otherwise)
+    assert index[3].tolist() == [-1, -1]
+    assert similarity[3].tolist() == [-torch.inf] * 2
+    assert (index[[0, 1, 2, 4]] >= 0).all()
+    queries[:] = torch.nan
+    assert screened_topk(queries, rows, 20, otherwise)[1].tolist() == [[-1] * 20] * 5
+    assert otherwise.rows == []
+
+
+def test_where_too_many_rows_are_left_the_search_goes_on_without_the_screen(
+    assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "WORTH_IT", 10)
+    block = GROUP * 40
+    monkeypatch.setattr(screen, "BLOCK_MAXIMA", 40 * 5)
+    rows, queries = unit(3 * block + 7, 256, torch.float32, seed=0), unit(5, 256, torch.float32, seed=1)
+    otherwise = Otherwise()
+    assert_k_nearest(*screened_topk(queries, rows, 1, otherwise), queries, rows, 1)
+    assert otherwise.rows == [7]  # the last rows make no whole group
+    rows[block:] = unit(2 * block + 7, 256, torch.float32, seed=2, cone=1e-3)
+    queries = unit(5, 256, torch.float32, seed=3, cone=1e-3)
+    otherwise = Otherwise()
+    assert_k_nearest(*screened_topk(queries, rows, 1, otherwise), queries, rows, 1)
+    assert otherwise.rows == [2 * block + 7]
+
+
+def test_only_the_rows_that_may_be_neighbors_are_multiplied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = screen._Screen._again
+    pairs = []
+    monkeypatch.setattr(screen, "BLOCK_MAXIMA", 1 << 20)
+    monkeypatch.setattr(screen._Screen, "_again", lambda *a: pairs.append(a[2].shape[0]) or again(*a))
+    rows, queries = unit(16000, 256, torch.float32, seed=0), unit(5, 256, torch.float32, seed=1)
+    screened_topk(queries, rows, 3, float32_topk)
+    assert len(pairs) == 1
+    assert 15 <= pairs[0] < 200  # of 5,000
+
+
+def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "is_fast", lambda: True)
+    q, rows = torch.empty(8, 4), torch.empty(1536 * 5, 4)
+    assert screen.screen_pays(q, rows, 5)
+    assert not screen.screen_pays(q[:7], rows, 5)
+    assert not screen.screen_pays(q, rows, 6)
+    assert not screen.screen_pays(q.to("meta"), rows.to("meta"), 5)
+    monkeypatch.setattr(screen, "is_fast", lambda: False)
+    assert not screen.screen_pays(q, rows, 5)
+
+    used = []
+
+    def spy(queries: Tensor, rows: Tensor, k: int, otherwise: Callable) -> tuple[Tensor, Tensor]:
+        used.append(otherwise)
+        return float32_topk(queries, rows, k)
+
+    rows, queries = unit(3100, 8, torch.float32, seed=0), unit(9, 8, torch.float32, seed=1)
+    for module in ("torch_backend", "auto"):
+        monkeypatch.setattr(f"msf_core.search.{module}.screened_topk", spy)
+        monkeypatch.setattr(f"msf_core.search.{module}.screen_pays", lambda queries, rows, k: k == 2)
+    for backend in (load_backend("torch"), AutoSearch()):
+        for k in (1, 2):
+            backend.topk(queries, rows, k)
+    assert used == [float32_topk, load_backend("torch").topk]
+
+
+def test_whether_this_cpu_is_fast_is_asked_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen.is_fast.cache_clear()
+    for bf16, amx in [(False, False), (True, False), (False, True)]:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert screen.is_fast() == (bf16 or amx)
+        screen.is_fast.cache_clear()
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert not screen.is_fast()
+    screen.is_fast.cache_clear()
