@@ -211,8 +211,7 @@ class MemoryBank(nn.Module):
             ImportError: one asked for by name does not work on that device.
             ValueError: it does not find that many.
         """
-        if not torch.compiler.is_compiling():  # else the operator does so
-            check_backend(self.backend, self.rows.device, k)
+        check_backend(self.backend, self.rows.device, k)
 
     def check(self, name: str, embeddings: Tensor) -> None:
         """Raise ValueError or TypeError, naming ``name``, unless these are [any, D] floats on the bank's device."""

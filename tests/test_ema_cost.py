@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import gc
 import json
 import math
 import subprocess
@@ -61,6 +62,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", command)
             patch.setattr(builtins, "print", lambda text, **_: printed.append(text))
+            patch.setattr(gc, "collect", lambda: 0)  # of all of PyTorch, for each method: seconds
             ema_cost.main()
     finally:
         torch.set_num_threads(threads)
@@ -269,6 +271,25 @@ def test_memory_that_cannot_be_measured_is_said_so(task: Task, monkeypatch: pyte
     assert records[0].derived.keys() >= {"agrees", "times_ours"}
     assert "extra_memory_bytes" not in records[0].derived
     assert "| unmeasured | kept |" in ema_cost.write_report(list(records), {})
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_launches_are_counted_and_shown(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def call() -> None:
+        for name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cudaMemcpyAsync", "cudaEventRecord"):
+            with torch.profiler.record_function(name):
+                torch.ones(2).add_(1)
+
+    launches = ema_cost.count_launches(call, torch.device("cpu"))
+    assert launches == 3
+    (record,) = measure_with(task)
+    assert "launches" not in ema_cost.write_report([record], {})
+    record.derived["launches"] = launches
+    report = ema_cost.write_report([record], {})
+    assert "| extra memory | launches | buffers |" in report
+    assert "| 7.00 MB | 3 | kept |" in report
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ def test_the_error_bound_holds_for_the_worst_rounding(dtype: torch.dtype, dim: i
     assert (made.error < 2.1 * 2.0**-8 * queries.float().norm(dim=1)).all()
 
 
-@given(k=st.integers(1, 9), error=st.sampled_from([0.0, 1e-3, 0.02]), offset=st.floats(-1, 1), seed=st.integers(0, 2**31))
+@given(
+    k=st.integers(1, 9), error=st.sampled_from([0.0, 1e-3, 0.02]), offset=st.floats(-1, 1), seed=st.integers(0, 2**31)
+)
 def test_products_off_by_the_bound_and_rounded_still_let_the_nearest_through(
     k: int, error: float, offset: float, seed: int
 ) -> None:

@@ -9,6 +9,7 @@ from msf_core.search.screen import screen_pays, screened_topk
 # FAISS multiplies blocks of 1,024 rows. On a CPU its OpenBLAS does so at full speed from this many Q·D on, 1.3 to
 # 1.5 times faster than PyTorch; below it is up to 4 times slower (benchmarks/results/cpu_auto.md).
 FAISS_LEAST_WORK = 256 * 512
+TRITON_MOST_NEIGHBORS = 256
 
 
 class AutoSearch:
@@ -27,8 +28,6 @@ class AutoSearch:
         device = queries.device.type
         if device == "cpu" and queries.numel() >= FAISS_LEAST_WORK and why_not("faiss", "cpu") is None:
             return load_backend("faiss")
-        if device == "cuda" and why_not("triton", "cuda") is None:
-            triton = load_backend("triton")
-            if k <= triton.most_neighbors["cuda"]:
-                return triton
+        if device == "cuda" and k <= TRITON_MOST_NEIGHBORS and why_not("triton", "cuda") is None:
+            return load_backend("triton")
         return load_backend("torch")

@@ -86,6 +86,11 @@ def check_backend(backend: str | SearchBackend, device: torch.device, k: int) ->
         raise ValueError(f"k must be at most {most} for this backend on {device}, got {k}")
 
 
+# What torch.compiler.assume_constant_result does, without the seconds that importing the compiler takes:
+# torch.compile calls it once, while it traces.
+check_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def why_not(name: str, device_type: str) -> str | None:
     """Return None if that backend serves tensors on that type of device here, else the reason with what helps."""
     if device_type == "cuda" and not torch.cuda.is_available():

@@ -148,20 +148,24 @@ def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
 
 
 def choose_tiles(count: int, dim: int, rows: Tensor) -> Tiles:
-    """Return tiles that fit the device's shared memory."""
+    """Return the tiles for that many queries on the device of ``rows``."""
+    shared = 0
+    if rows.is_cuda:
+        shared = torch.cuda.get_device_properties(rows.device).shared_memory_per_block_optin
+    return tiles_for(count, dim, rows.element_size(), shared)
+
+
+def tiles_for(count: int, dim: int, value_bytes: int, shared_memory: int) -> Tiles:
+    """Return tiles whose stages fit the bytes of shared memory that a program may have.
+
+    A tile of 128 queries and 256 rows reads least for each product; it wants 144 KiB for three stages.
+    """
     queries = min(128, max(16, triton.next_power_of_2(count)))
-    dims = max(16, min(128 // rows.element_size(), triton.next_power_of_2(dim)))
-    shared = _shared_memory(rows)
-    if queries == 128 and shared >= 160 << 10:
+    dims = max(16, min(128 // value_bytes, triton.next_power_of_2(dim)))
+    large = shared_memory >= 150 << 10
+    if queries == 128 and large:
         return Tiles(queries, 256, dims, warps=8, stages=3)
-    return Tiles(queries, 128, dims, warps=4, stages=4 if shared >= 160 << 10 else 2)
-
-
-def _shared_memory(rows: Tensor) -> int:
-    """Return the bytes of shared memory that a program may have."""
-    if not rows.is_cuda:
-        return 0
-    return torch.cuda.get_device_properties(rows.device).shared_memory_per_block_optin
+    return Tiles(queries, 128, dims, warps=4, stages=4 if large else 2)
 
 
 def _device_of(rows: Tensor) -> AbstractContextManager[object]:
