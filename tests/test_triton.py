@@ -14,19 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msf_core import MeanShiftLoss, MemoryBank, available_backends, reference
-from msf_core.search import load_backend
 
+triton_backend = pytest.importorskip("msf_core.search.triton_backend", reason="Triton is not installed")
+InterpreterBuilder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
 reason = available_backends("cpu")["triton"]
-if reason is not None:
-    pytest.skip(f"triton: {reason}", allow_module_level=True)
-
-from triton.runtime.interpreter import InterpreterBuilder
-
-from msf_core.search import triton_backend
+pytestmark = [
+    pytest.mark.skipif(reason is not None, reason=f"triton: {reason}"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice"),  # of NumPy, in the interpreter
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TRITON = load_backend("triton")
-pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")  # of NumPy, in the interpreter
+TRITON = triton_backend.TritonSearch()
 
 
 @pytest.fixture(scope="module", params=["lanes of GPUs", "few lanes"])

@@ -17,8 +17,8 @@ vectors by less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the ro
 maximum left reaches the k-th best less that bound (rows are unit vectors), so the result is exact in float32.
 """
 
-from types import MappingProxyType
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
