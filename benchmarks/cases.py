@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import time_once
-from msf_core import MeanShiftLoss, MemoryBank, Neighbors, reference
+from msf_core import MeanShiftLoss, MemoryBank, reference
 
 FILL_CHUNK_ROWS = 16384
 RECALL_QUERIES = 8
 # Two rows whose similarities differ by less than float32 products can tell apart are a tie.
 RECALL_TOLERANCE = 1e-6
 RESNET_CPU_BATCH = 8
-RESNET_CPU_REPEATS = 3
+RESNET_CPU_REPEATS = 2
 RESNET_CUDA_REPEATS = 10
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -46,19 +46,17 @@ class Problem:
         return 3 * self.search_gflop
 
 
-def fill_bank(problem: Problem, backend: str = "auto", repeat_one_chunk: bool = False) -> MemoryBank:
-    """Return a full bank of random unit rows, filled by chunks from a seeded generator.
+def fill_bank(problem: Problem, backend: str = "auto") -> MemoryBank:
+    """Return a full bank of random unit rows from a seeded generator.
 
-    ``repeat_one_chunk`` pushes the same random rows again and again: faster, and the same to memory.
+    One chunk is random; the others are the same, its dimensions rotated: as far apart, and quickly made.
     """
     device = torch.device(problem.device)
     bank = MemoryBank(problem.rows, problem.dim, dtype=getattr(torch, problem.dtype), backend=backend).to(device)
     generator = torch.Generator(device).manual_seed(0)
-    chunk = torch.empty(0)
-    for start in range(0, problem.rows, FILL_CHUNK_ROWS):
-        if start == 0 or not repeat_one_chunk:
-            chunk = torch.randn(min(FILL_CHUNK_ROWS, problem.rows), problem.dim, generator=generator, device=device)
-        bank.push(chunk[: problem.rows - start])
+    chunk = torch.randn(min(FILL_CHUNK_ROWS, problem.rows), problem.dim, generator=generator, device=device)
+    for number, start in enumerate(range(0, problem.rows, FILL_CHUNK_ROWS)):
+        bank.push(chunk[: problem.rows - start].roll(number, dims=1))
     return bank
 
 
@@ -106,24 +104,30 @@ def count_gflop(call: Callable[[], Result], queries: int) -> tuple[float, Result
     return 1e-9 * counter.get_total_flops() / queries, result
 
 
-@torch.no_grad()
-def measure_recall(bank: MemoryBank, queries: Tensor, found: Neighbors) -> float:
-    """Return the share of the true k nearest that was found, for the first few queries.
+class Truth:
+    """The true nearest rows of a few queries, by brute force in float64, to judge searches of one bank with."""
 
-    The truth is a brute force in float64 over the stored rows, with queries rounded to the rows' dtype as a search
-    rounds them. A found row counts where its similarity reaches the k-th best up to float32 rounding, and once only.
-    """
-    queries = F.normalize(queries[:RECALL_QUERIES].float(), dim=1).to(bank.dtype).double()  # [q, D]
-    index = found.index[:RECALL_QUERIES]  # [q, k]
-    k = index.shape[1]
-    best = queries.new_empty(queries.shape[0], 0)
-    for chunk in bank.rows[: len(bank)].split(FILL_CHUNK_ROWS):
-        best = torch.cat([best, queries @ chunk.double().T], dim=1)
-        best = best.topk(min(k, best.shape[1]), dim=1).values  # [q, ≤ k]
-    similarity = (queries[:, None] * bank.rows[index.clamp(min=0)].double()).sum(dim=2)  # [q, k]
-    right = (similarity >= best[:, -1:] - RECALL_TOLERANCE) & (index >= 0)
-    hits = [len(set(row[mask].tolist())) for row, mask in zip(index, right, strict=True)]
-    return sum(hits) / (k * len(hits))
+    def __init__(self, bank: MemoryBank, queries: Tensor, most: int) -> None:
+        """Search the ``most`` nearest of the first few queries [Q, D], rounded as a search rounds them."""
+        self.rows = bank.rows[: len(bank)]
+        self.queries = F.normalize(queries[:RECALL_QUERIES].float(), dim=1).to(bank.dtype).double()  # [q, D]
+        best = self.queries.new_empty(self.queries.shape[0], 0)
+        for chunk in self.rows.split(FILL_CHUNK_ROWS):
+            best = torch.cat([best, self.queries @ chunk.double().T], dim=1)
+            best = best.topk(min(most, best.shape[1]), dim=1).values
+        self.similarity = best  # [q, most], descending
+
+    def recall(self, index: Tensor) -> float:
+        """Return the share of the true k nearest among the rows found, [Q, k].
+
+        A row counts where its similarity reaches the k-th best up to float32 rounding, and once only.
+        """
+        index = index[:RECALL_QUERIES]  # [q, k]
+        k = index.shape[1]
+        similarity = (self.queries[:, None] * self.rows[index.clamp(min=0)].double()).sum(dim=2)  # [q, k]
+        right = (similarity >= self.similarity[:, k - 1 : k] - RECALL_TOLERANCE) & (index >= 0)
+        hits = [len(set(row[mask].tolist())) for row, mask in zip(index, right, strict=True)]
+        return sum(hits) / (k * len(hits))
 
 
 def time_resnet50_step(device: torch.device, batch: int) -> tuple[list[float], int, str]:

@@ -1,26 +1,32 @@
-"""What the nearest neighbours cost: the paper's Table 1 beside this machine's own figures.
+"""What the nearest neighbors cost: the paper's Table 1, extended, beside this machine's own figures.
 
-    python benchmarks/knn_cost.py            (no arguments: N = 1,024,000 and 128,000, D = 512, batch 256, k = 5)
+    python benchmarks/knn_cost.py            (no arguments: a selection of sizes; some 2 minutes on two CPU cores)
+    python benchmarks/knn_cost.py --full     (every size: N, D, batch and k as the flags below list them)
 
-Measured, each as one record in OUT/knn_cost.jsonl, and shown in OUT/knn_cost.md (also printed) and OUT/knn_cost.png:
+Measured, each as one record in OUT/knn_cost.jsonl, and shown in OUT/knn_cost.md (also printed) and two pictures,
+OUT/knn_cost.png (time against N, with the floor) and OUT/knn_cost_share.png (share of a training step):
 
-- search: time of ``MemoryBank.search`` for one batch by each backend, fetching the neighbours' rows included.
+- search: one batch by each backend, ``MemoryBank.search``, which fetches the neighbors' rows too; and by the peers
+  that are installed (peers.py: product and top-k, faiss.knn or knn_gpu, lightly's bank, flashlib, cuVS), in turns.
 - authors: one step in the authors' formulation (msf_core.reference), in float32 whatever the bank's dtype: bank
-  write, loss by two distance matrices, backward to the prediction.
-- step: the same with msf_core: push, search, loss, backward; in turns with the authors' step, in one run.
-- matmul_rate: the fastest matrix product that this machine was seen to do, the ceiling of the above.
+  write, loss by two distance matrices, backward to the prediction. At the paper's sizes.
+- step: the same with msf_core: push, search, loss, backward; in turns with the authors' step, and with a bare
+  faiss.knn and lightly's k = 1 bank over the same rows, in one run.
+- matmul_rate, memory_rate: the fastest matrix products and memory reads that this machine was seen to do.
 - resnet50_step: forward and backward of the online ResNet50 and forward of the target, 224 x 224 images.
 - extra_memory: the peak during one call above what was there before, in a fresh process (memory.py says how).
 
 Formulas and units:
 
-    GFLOP a query   = 2·N·D / 1e9 (search), 6·N·D / 1e9 (authors' step: two products forward, one backward);
-                      a multiply-add is two operations. Counted: torch.utils.flop_counter on a real run, a query;
-                      for every backend on the run of the torch backend, whose products are the ones it sees
-    GFLOP/s         = counted GFLOP a query · batch / median time
-    share of rate   = GFLOP/s / the machine's matrix-product rate
-    share of step   = search time / ResNet50 step time, both for one batch
-    MB, GB          = 1e6, 1e9 bytes
+    GFLOP a query      = 2·N·D / 1e9 (search), 6·N·D / 1e9 (authors' step: two products forward, one backward);
+                         a multiply-add is two operations. Counted: torch.utils.flop_counter on a real run, a query;
+                         FAISS and Triton hide their products from it: there the count of the torch backend stands
+    GFLOP/s            = formula's GFLOP a query · batch / median time
+    product ceiling    = the fastest product in any dtype that an exact search of these rows can use for its screen:
+                         bfloat16 or float32 on a CPU, that of the rows on CUDA (TF32 for float32)
+    floor              = the longer of 2·Q·N·D / product ceiling and N·D·(bytes a value) / memory ceiling
+    share of step      = search time / ResNet50 step time, both for one batch
+    MB, GB             = 1e6, 1e9 bytes
 
 Times are medians with the 20 % and 80 % quantiles. On a CPU the ResNet50 step is measured on a few images and scaled
 by their number. Recall is against a float64 brute force on eight queries.
@@ -28,6 +34,7 @@ by their number. Recall is against a float64 brute force on eight queries.
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -35,12 +42,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
 from benchmarks import stages, tables
+from benchmarks.cases import Problem
 from benchmarks.measure import write_jsonl
 from msf_core import available_backends
 
-DEFAULT_ROWS = (1_024_000, 128_000)
+ALL_ROWS = (16_000, 64_000, 128_000, 256_000, 1_024_000)
+ALL_DIMS = (128, 256, 512, 1024)
+ALL_BATCHES = (64, 256, 1024)
+ALL_K = (1, 5, 10, 20, 50)
+ROWS, DIM, BATCH, K = 128_000, 512, 256, 5  # the paper's (section 3.1), in the middle of each list
 DEFAULT_STEP_ROWS = 131_072
-CPU_REPEATS, CUDA_REPEATS = 7, 30
+CPU_REPEATS, CUDA_REPEATS = 5, 30
 
 
 def main() -> None:
@@ -49,9 +61,9 @@ def main() -> None:
     torch.manual_seed(0)
     run = stages.Run(args, torch.device(args.device))
     stages.measure_machine(run)
-    for rows in args.rows:
-        stages.measure_searches(run, rows)
-    stages.measure_steps(run, args.step_rows)
+    for (rows, dim), problems in stages.by_bank(args.problems).items():
+        stages.measure_searches(run, rows, dim, problems)
+    stages.measure_steps(run, args.step_problem)
     stages.measure_memory(run)
     run.say("writing the results")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -59,8 +71,7 @@ def main() -> None:
     report = tables.write_report(run.records, run.unmeasured)
     (args.out / "knn_cost.md").write_text(report, encoding="utf-8")
     print("\n" + report)
-    plot_written = _plot(run)
-    run.say(f"written: knn_cost.jsonl, knn_cost.md{plot_written} in {args.out}")
+    run.say(f"written: knn_cost.jsonl, knn_cost.md{_plot(run)} in {args.out}")
 
 
 def _plot(run: stages.Run) -> str:
@@ -69,27 +80,32 @@ def _plot(run: stages.Run) -> str:
     except ImportError as error:
         print(f"no plot: it needs matplotlib: {error}")
         return ""
-    plots.plot_knn_cost(run.records, run.unmeasured, run.args.out / "knn_cost.png")
-    return ", knn_cost.png"
+    plots.plot_times(run.records, run.args.out / "knn_cost.png")
+    plots.plot_shares(run.records, run.unmeasured, run.args.out / "knn_cost_share.png")
+    return ", knn_cost.png, knn_cost_share.png"
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ends with exit code 2 and a message where it is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", type=_positive, nargs="+", help=f"bank sizes N (default: {_listed(DEFAULT_ROWS)})")
-    parser.add_argument(
-        "--step-rows",
-        type=_positive,
-        help=f"bank size of the whole step (default: {DEFAULT_STEP_ROWS}, or the smallest of --rows where given)",
-    )
-    parser.add_argument("--dim", type=_positive, default=512, help="dimensions D (default: 512)")
-    parser.add_argument("--batch", type=_positive, default=256, help="queries of a batch (default: 256)")
-    parser.add_argument("--k", type=_positive, default=5, help="neighbours (default: 5)")
+    parser.add_argument("--full", action="store_true", help="all N, D, batch and k, each with each")
+    for flag, what, numbers, default in (
+        ("--rows", "bank sizes N", ALL_ROWS, ROWS),
+        ("--dim", "dimensions D", ALL_DIMS, DIM),
+        ("--batch", "queries of a batch", ALL_BATCHES, BATCH),
+        ("--k", "neighbors", ALL_K, K),
+    ):
+        listed = " ".join(map(str, numbers))
+        text = f"{what}, one or more, each with each (with --full: {listed}; else, beside other flags: {default})"
+        parser.add_argument(flag, type=_positive, nargs="+", help=text)
+    parser.add_argument("--step-rows", type=_positive, help=f"bank size of the step (default: {DEFAULT_STEP_ROWS})")
     parser.add_argument("--repeats", type=_positive, help=f"runs of each (default: {CPU_REPEATS}; CUDA {CUDA_REPEATS})")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the rows")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the rows (default: float32; CUDA bfloat16)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all that work here")
-    parser.add_argument("--authors-at-1m", action="store_true", help="the authors' step at the largest sizes too")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: auto and all that work here")
+    parser.add_argument("--no-peers", action="store_true", help="leave the other libraries out")
     parser.add_argument("--no-resnet", action="store_true", help="leave the ResNet50 training step out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the results")
     args = parser.parse_args()
@@ -103,15 +119,25 @@ def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     args.device = args.device or ("cuda" if has_cuda else "cpu")
     if args.device == "cuda" and not has_cuda:
         parser.error("--device cuda: PyTorch sees no CUDA device here")
-    args.step_rows = args.step_rows or (min(args.rows) if args.rows else DEFAULT_STEP_ROWS)
-    args.rows = list(dict.fromkeys(args.rows or DEFAULT_ROWS))
-    args.repeats = args.repeats or (CUDA_REPEATS if args.device == "cuda" else CPU_REPEATS)
-    smallest = min(*args.rows, args.step_rows)
-    for name in ("k", "batch"):
-        if getattr(args, name) > smallest:
-            parser.error(f"--{name} {getattr(args, name)}: it may be at most the rows of the bank, {smallest}")
+    cuda = args.device == "cuda"
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    args.repeats = args.repeats or (CUDA_REPEATS if cuda else CPU_REPEATS)
+    sizes = _sizes(args)
+    args.problems = [Problem(*size, args.dtype, args.device) for size in dict.fromkeys(sizes)]
+    dim, batch, k = sizes[0][1:] if args.rows or args.dim or args.batch or args.k else (DIM, BATCH, K)
+    step_rows = args.step_rows or (min(args.rows) if args.rows else DEFAULT_STEP_ROWS)
+    args.step_problem = Problem(step_rows, dim, batch, k, args.dtype, args.device)
+    for problem in (*args.problems, args.step_problem):
+        for name in ("k", "batch"):
+            if getattr(problem, name) > problem.rows:
+                parser.error(
+                    f"--{name} {getattr(problem, name)}: it may be at most the rows of the bank, {problem.rows}"
+                )
     works = available_backends(args.device)
+    if "triton" in works and not cuda:
+        works["triton"] = "Triton searches CUDA tensors"  # its interpreter is no subject for a benchmark
     args.missing_backends = {} if args.backends else {name: reason for name, reason in works.items() if reason}
+    works = {"auto": None, **works}
     args.backends = list(dict.fromkeys(args.backends or [name for name, reason in works.items() if reason is None]))
     for name in args.backends:
         if name not in works:
@@ -122,6 +148,19 @@ def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--out {args.out}: that is a file, not a folder")
 
 
+def _sizes(args: argparse.Namespace) -> list[tuple[int, int, int, int]]:
+    """Return (N, D, batch, k) of every search that is asked for."""
+    if args.full or args.rows or args.dim or args.batch or args.k:
+        every = (ALL_ROWS, ALL_DIMS, ALL_BATCHES, ALL_K) if args.full else ((ROWS,), (DIM,), (BATCH,), (K,))
+        return list(product(args.rows or every[0], args.dim or every[1], args.batch or every[2], args.k or every[3]))
+    return [
+        *((rows, DIM, BATCH, K) for rows in ALL_ROWS),
+        *((ROWS, DIM, BATCH, k) for k in (1, 50)),
+        *((ROWS, DIM, batch, K) for batch in (64, 1024)),
+        *((ROWS, dim, BATCH, K) for dim in (128, 1024)),
+    ]
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -130,10 +169,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return value
-
-
-def _listed(numbers: tuple[int, ...]) -> str:
-    return " ".join(map(str, numbers))
 
 
 if __name__ == "__main__":

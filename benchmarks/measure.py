@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,8 @@ import msf_core
 # [rows of the left, inner, columns of the right] of the products that are tried for the machine's own rate.
 CPU_PRODUCTS = ((256, 512, 1024), (256, 512, 8192), (2048, 2048, 2048))
 CUDA_PRODUCTS = ((256, 512, 131072), (4096, 4096, 4096), (8192, 8192, 8192))
-PRODUCT_SECONDS, PRODUCT_MOST_REPEATS = 0.3, 300
+PRODUCT_SECONDS, PRODUCT_MOST_REPEATS = 0.15, 300
+MEMORY_REPEATS = 20
 
 
 class Summary(NamedTuple):
@@ -83,7 +86,9 @@ def time_once(call: Callable[[], object], device: torch.device) -> float:
 def time_interleaved(
     calls: Mapping[str, Callable[[int], object]], rounds: Mapping[str, int], device: torch.device
 ) -> dict[str, list[float]]:
-    """Time the calls in turns (A, B, A, B, …), so that a machine that slows down slows all of them.
+    """Time the calls in turns (A, B, C, B, C, A, …), so that a machine that slows down slows all of them.
+
+    Each round starts with another one: what comes after a call that empties the caches is not always the same.
 
     Args:
         calls: name -> what to time, given the number of the round.
@@ -95,35 +100,58 @@ def time_interleaved(
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(max(rounds.values())):
-        for name, call in calls.items():
+        names = list(calls)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             if number < rounds[name]:
-                seconds[name].append(time_once(partial(call, number), device))
+                seconds[name].append(time_once(partial(calls[name], number), device))
     return seconds
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> tuple[list[float], str]:
-    """Measure how fast this machine multiplies matrices: the ceiling of a search by products.
+def matmul_rates(device: torch.device) -> dict[str, tuple[list[float], str]]:
+    """Measure how fast this machine multiplies matrices, the ceiling of a search by products.
 
-    On a CPU float32 products by torch.mm and by NumPy; on CUDA torch.mm in ``dtype``.
+    On a CPU float32 and bfloat16 products by torch.mm, and float32 ones by NumPy; on CUDA by torch.mm in float32
+    with TF32, float16 and bfloat16.
 
     Returns:
-        GFLOP/s of each run of the product with the fastest single run, and which product that was.
+        dtype -> GFLOP/s of each run of the product with the fastest single run, and which product that was.
     """
+    dtypes = ("float32", "bfloat16") if device.type == "cpu" else ("float32", "float16", "bfloat16")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+    try:
+        return {dtype: _matmul_rate(device, getattr(torch, dtype)) for dtype in dtypes}
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> tuple[list[float], str]:
     cpu = device.type == "cpu"
     best: tuple[list[float], str] = ([0.0], "")
     for m, n, p in CPU_PRODUCTS if cpu else CUDA_PRODUCTS:
-        a = torch.randn(m, n, device=device).to(torch.float32 if cpu else dtype)
-        b = torch.randn(p, n, device=device).to(a.dtype)
+        a = torch.randn(m, n, device=device).to(dtype)
+        b = torch.randn(p, n, device=device).to(dtype)
         products: dict[str, Callable[[], object]] = {"torch.mm": partial(torch.mm, a, b.T)}
-        if cpu:
+        if cpu and dtype == torch.float32:
             products["numpy.matmul"] = partial(np.matmul, a.numpy(), b.numpy().T)
         for name, product in products.items():
             repeats = 5 + min(PRODUCT_MOST_REPEATS, int(PRODUCT_SECONDS / min(_time_three(product, device))))
             rates = [2e-9 * m * n * p / time_once(product, device) for _ in range(repeats)]
             if max(rates) > max(best[0]):
-                dtype_name = str(a.dtype).removeprefix("torch.")
+                dtype_name = str(dtype).removeprefix("torch.")
                 best = rates, f"{name}, [{m}, {n}] x [{n}, {p}] {dtype_name}"
     return best
+
+
+def memory_rate(device: torch.device) -> tuple[list[float], str]:
+    """Measure how fast this machine reads memory: GB/s of each sum over an array far larger than its caches."""
+    count = (1 << 28 if device.type == "cuda" else 1 << 26) * 2  # 2 GB on CUDA, 512 MB on a CPU
+    values = torch.ones(count, device=device)
+    for _ in range(2):
+        values.sum()
+    rates = [1e-9 * values.nbytes / time_once(values.sum, device) for _ in range(MEMORY_REPEATS)]
+    return rates, f"torch.sum over {values.nbytes / 1e9:.1f} GB of float32"
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -136,6 +164,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
             "faiss": _faiss_version(),
+            "triton": _triton_version(),
             "msf_core": msf_core.__version__,
         },
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -169,3 +198,7 @@ def _faiss_version() -> str | None:
     import faiss
 
     return str(faiss.__version__)
+
+
+def _triton_version() -> str | None:
+    return version("triton") if find_spec("triton") is not None else None

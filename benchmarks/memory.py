@@ -129,7 +129,7 @@ def measure_here(case: MemoryCase) -> MemoryResult:
 def prepare(case: MemoryCase) -> Callable[[], object]:
     """Build bank and batch of a case, and return the call to measure."""
     backend = "auto" if case.what == "authors" else case.method
-    bank = fill_bank(case.problem, backend, repeat_one_chunk=True)
+    bank = fill_bank(case.problem, backend)
     ((v, u),) = make_batches(case.problem, 1)
     if case.what == "search":
         return lambda: bank.search(u, case.problem.k)

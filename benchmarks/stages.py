@@ -3,20 +3,28 @@
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks import cases, memory
+from benchmarks import cases, memory, peers
 from benchmarks.cases import Problem
-from benchmarks.measure import Record, describe_environment, matmul_rate, quantiles, time_interleaved
+from benchmarks.measure import (
+    Record,
+    describe_environment,
+    matmul_rates,
+    memory_rate,
+    quantiles,
+    time_interleaved,
+)
+from benchmarks.tables import PAPER_TABLE_1
 from msf_core import MemoryBank
+from msf_core.search import load_backend
 
-# Above this many rows the authors' step needs several times the bank's memory: it runs only when asked for.
-AUTHORS_MOST_ROWS = 500_000
-FEW_REPEATS = 3  # on a CPU, of what takes seconds a run
-LEFT_OUT_AUTHORS = "left out; --authors-at-1m measures it"
+LONG_GFLOP, FEW_REPEATS = 40, 3  # on a CPU, a search of more operations is run that often
+AUTHORS_MOST_ROWS = 500_000  # on a CPU
 
 
 @dataclass
@@ -27,7 +35,7 @@ class Run:
     device: torch.device
     records: list[Record] = field(default_factory=list)
     unmeasured: dict[str, str] = field(default_factory=dict)
-    """What was not measured -> why. Keys: "resnet50_step", "<method> <rows>", "memory <method> <rows>"."""
+    """What was not measured -> why. Keys: "resnet50_step", a method, "<method> at <sizes>", "memory of <method> …"."""
     memory_cases: list[memory.MemoryCase] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
@@ -35,159 +43,253 @@ class Run:
         """Print, with the seconds since the start."""
         print(f"[{time.perf_counter() - self.started:5.1f} s] {message}", flush=True)
 
-    def problem(self, rows: int) -> Problem:
-        """Return the sizes for that many rows."""
-        return Problem(rows, self.args.dim, self.args.batch, self.args.k, self.args.dtype, self.device.type)
-
-    def rounds(self, rows: int, slow: bool = False) -> int:
-        """Return how often a case runs: fewer times on a CPU where one run takes seconds."""
-        slow = self.device.type == "cpu" and (slow or rows > AUTHORS_MOST_ROWS)
+    def rounds(self, problem: Problem, slow: bool = False) -> int:
+        """Return how often a case runs: less often on a CPU where one run takes long."""
+        slow = problem.device == "cpu" and (slow or problem.search_gflop * problem.batch > LONG_GFLOP)
         return min(FEW_REPEATS, self.args.repeats) if slow else self.args.repeats
 
-    def wants_authors(self, rows: int) -> bool:
-        """Tell whether the authors' step is to be measured at that size."""
-        return rows <= AUTHORS_MOST_ROWS or self.args.authors_at_1m
-
-    def find(self, name: str) -> Record | None:
-        """Return the first record of that name."""
-        return next((record for record in self.records if record.name == name), None)
+    def find(self, name: str, **parameters: object) -> Record | None:
+        """Return the first record of that name with those parameters."""
+        for record in self.records:
+            if record.name == name and parameters.items() <= record.parameters.items():
+                return record
+        return None
 
     def add(self, name: str, parameters: dict[str, Any], values: list[float], unit: str, **more: Any) -> Record:
         """Make a record of the measured values."""
         environment = describe_environment(self.device)
+        environment["versions"] |= {} if self.args.no_peers else peers.versions()
         record = Record(name, parameters, *quantiles(values), unit, len(values), environment, **more)
         self.records.append(record)
         return record
 
 
+def by_bank(problems: list[Problem]) -> dict[tuple[int, int], list[Problem]]:
+    """Group the problems that search one bank, (N, D)."""
+    groups: dict[tuple[int, int], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.rows, problem.dim), []).append(problem)
+    return dict(sorted(groups.items()))
+
+
+def is_papers(problem: Problem) -> bool:
+    """Tell whether the paper's Table 1 has a row for that problem: D = 512, batch 256, k = 5, two sizes."""
+    return problem.rows in PAPER_TABLE_1 and on_the_line(problem)
+
+
+def on_the_line(problem: Problem) -> bool:
+    """Tell whether a problem is the paper's but for N."""
+    return (problem.dim, problem.batch, problem.k) == (512, 256, 5)
+
+
 def measure_machine(run: Run) -> None:
-    """Measure the matrix-product rate and the ResNet50 step."""
-    run.say(f"{describe_environment(run.device)['device']}, {torch.get_num_threads()} threads: matrix products")
-    rates, product = matmul_rate(run.device, getattr(torch, run.args.dtype))
-    # The best single run is the ceiling; median and quantiles show how steady the machine is.
-    run.add("matmul_rate", {"product": product}, rates, "GFLOP/s", derived={"best": max(rates)})
-    run.say(f"best {max(rates):.0f} GFLOP/s: {product}")
-    if run.device.type == "cpu":
-        run.say(f"expect the whole run to take about {expected_seconds(run, max(rates)):.0f} s")
+    """Measure the rates of matrix products and of memory, and the ResNet50 step."""
+    environment = describe_environment(run.device)
+    run.say(f"{environment['device']}, {environment['threads']} threads: matrix products and memory")
+    for dtype, (rates, product) in matmul_rates(run.device).items():
+        # The best single run is the ceiling; median and quantiles show how steady the machine is.
+        run.add("matmul_rate", {"dtype": dtype, "product": product}, rates, "GFLOP/s", derived={"best": max(rates)})
+        run.say(f"best {max(rates):,.0f} GFLOP/s: {product}")
+    rates, what = memory_rate(run.device)
+    run.add("memory_rate", {"what": what}, rates, "GB/s", derived={"best": max(rates)})
+    run.say(f"best {max(rates):,.0f} GB/s: {what}")
     for name, reason in run.args.missing_backends.items():
-        run.unmeasured |= {f"{name} {rows}": reason for rows in {*run.args.rows, run.args.step_rows}}
+        run.unmeasured[f"msf_core, {name}"] = reason
         run.say(f"backend {name} left out: {reason}")
     if run.args.no_resnet:
         run.unmeasured["resnet50_step"] = "left out by --no-resnet"
         return
     run.say("ResNet50 training step")
+    batch = run.args.step_problem.batch
     try:
-        seconds, images, arithmetic = cases.time_resnet50_step(run.device, run.args.batch)
+        seconds, images, arithmetic = cases.time_resnet50_step(run.device, batch)
     except ImportError as error:
         run.unmeasured["resnet50_step"] = f"torchvision is needed: {error}"
         run.say(f"left out: {run.unmeasured['resnet50_step']}")
         return
     record = run.add("resnet50_step", {"images": images, "arithmetic": arithmetic}, seconds, "s")
-    record.derived.update(batch=run.args.batch, seconds_a_batch=record.median * run.args.batch / images)
+    record.derived.update(batch=batch, seconds_an_image=record.median / images)
 
 
-def expected_seconds(run: Run, gflops: float) -> float:
-    """Return a rough forecast: the products to come at 0.8 of the rate, an authors' step as ten searches."""
-    backends = len(run.args.backends)
-    rows_searched = run.args.step_rows * (backends + 1 + 10) * (run.args.repeats + 1)
-    for rows in run.args.rows:
-        rows_searched += rows * backends * (run.rounds(rows) + 1)
-        rows_searched += rows * 10 * (run.rounds(rows, slow=True) + 1) * run.wants_authors(rows)
-    products = 2e-9 * rows_searched * run.args.dim * run.args.batch / (0.8 * gflops)
-    filling_and_recall = 25e-9 * sum(run.args.rows) * run.args.dim
-    return 15 + products + filling_and_recall + (0 if run.args.no_resnet else 8)
+def ceilings(run: Run, problem: Problem) -> tuple[float, float]:
+    """Return GFLOP/s and GB/s that bound a search from above, of the machine as measured."""
+    dtypes = ("float32", "bfloat16") if problem.device == "cpu" else (problem.dtype,)
+    products = [record for dtype in dtypes if (record := run.find("matmul_rate", dtype=dtype)) is not None]
+    (memory_read,) = (record for record in run.records if record.name == "memory_rate")
+    return max(record.derived["best"] for record in products), memory_read.derived["best"]
 
 
-def measure_searches(run: Run, rows: int) -> None:
-    """Time the search by every backend, and the authors' step, at one size."""
-    problem = run.problem(rows)
-    run.say(f"N = {rows:,}: filling the bank, counting operations, recall")
-    bank = cases.fill_bank(problem)
-    *batches, (v, u) = cases.make_batches(problem, run.args.repeats + 1)
+def measure_searches(run: Run, rows: int, dim: int, problems: list[Problem]) -> None:
+    """Time the searches of one bank, by every backend and peer in turns."""
+    run.say(f"N = {rows:,}, D = {dim}: filling the bank, float64 brute force")
+    bank = cases.fill_bank(problems[0])
+    most = max(problem.k for problem in problems)
+    check = cases.make_batches(replace(problems[0], batch=cases.RECALL_QUERIES), 1)[0][1]
+    truth = cases.Truth(bank, check, most)
+    for problem in problems:
+        _measure_search(run, problem, bank, truth, check)
+    for problem in problems:
+        if is_papers(problem):
+            _measure_authors(run, problem, bank)
 
-    def search(backend: str) -> Callable[[int], object]:
-        def call(number: int) -> object:
+
+def _measure_search(run: Run, problem: Problem, bank: MemoryBank, truth: cases.Truth, check: Tensor) -> None:
+    rounds = run.rounds(problem)
+    batches = [u for _, u in cases.make_batches(problem, rounds + 1)]
+    batches[0][: len(check)] = check[: len(batches[0])]  # the first batch, the warm-up, is the one that is judged
+    prepared = [peers.unit_queries(u, bank.dtype) for u in batches]
+    others: dict[str, peers.Search] = {}
+    if not run.args.no_peers:
+        others, reasons = peers.build_all(bank.rows, problem)
+        if problem.device == "cpu" and not (on_the_line(problem) and problem.rows < AUTHORS_MOST_ROWS):
+            others.pop("bare faiss.knn", None)  # it costs what msf_core's faiss costs, and the run should end soon
+        run.unmeasured |= {f"{name} at {describe(problem)}": reason for name, reason in reasons.items()}
+
+    def ours(backend: str) -> Callable[[int], Tensor]:
+        def call(number: int) -> Tensor:
             bank.backend = backend
-            return bank.search(batches[number][1], problem.k)
+            return bank.search(batches[number + 1], problem.k).index
 
         return call
 
-    counted: dict[str, float] = {}
-    recall: dict[str, float] = {}
-    for name in dict.fromkeys([*run.args.backends, "torch"]):  # these runs are the warm-up too
-        bank.backend = name
-        counted[name], found = cases.count_gflop(lambda: bank.search(u, problem.k), problem.batch)
-        recall[name] = cases.measure_recall(bank, u, found)
-    calls = {name: search(name) for name in run.args.backends}
-    rounds = dict.fromkeys(calls, run.rounds(rows))
-    if run.wants_authors(rows):
-        step = cases.authors_step(bank, problem.k)
-        counted["authors"], _ = cases.count_gflop(lambda: step(v, u), problem.batch)
-        calls["authors"] = lambda number: step(*batches[number])
-        rounds["authors"] = run.rounds(rows, slow=True)
-    else:
-        run.unmeasured[f"authors {rows}"] = LEFT_OUT_AUTHORS
-    run.say(f"N = {rows:,}: timing {', '.join(f'{name} x {rounds[name]}' for name in calls)}, in turns")
-    for name, seconds in time_interleaved(calls, rounds, run.device).items():
-        _add_search(run, problem, name, seconds, counted["authors" if name == "authors" else "torch"], recall.get(name))
+    def theirs(name: str) -> Callable[[int], Tensor]:
+        return lambda number: others[name](prepared[number + 1])
+
+    calls = {name: ours(name) for name in run.args.backends} | {name: theirs(name) for name in others}
+    # The operator of a bank hides its products from the counter, so those of the torch backend are counted.
+    counted, _ = cases.count_gflop(lambda: load_backend("torch").topk(prepared[0], bank.rows, problem.k), problem.batch)
+    recall: dict[str, float | None] = {}
+    for name in list(calls):
+        try:
+            index = calls[name](-1)
+        except Exception as error:
+            if name in run.args.backends:
+                raise
+            del calls[name]  # a peer that cannot do it after all
+            run.unmeasured[f"{name} at {describe(problem)}"] = f"{type(error).__name__}: {error}"
+            continue
+        recall[name] = None if name == "lightly bank" else truth.recall(index)
+    run.say(f"{describe(problem)}: {', '.join(calls)} x {rounds}, in turns")
+    for name, seconds in time_interleaved(calls, dict.fromkeys(calls, rounds), run.device).items():
+        _add_search(run, problem, name, seconds, counted, recall[name])
+
+
+def _measure_authors(run: Run, problem: Problem, bank: MemoryBank) -> None:
+    if problem.device == "cpu" and problem.rows > AUTHORS_MOST_ROWS:
+        run.unmeasured[f"authors' step at {describe(problem)}"] = "left out on a CPU: it takes long, and gigabytes"
+        return
+    rounds = run.rounds(problem, slow=True)
+    batches = cases.make_batches(problem, rounds + 1)
+    step = cases.authors_step(bank, problem.k)
+    counted, _ = cases.count_gflop(lambda: step(*batches[-1]), problem.batch)
+    run.say(f"{describe(problem)}: authors' step x {rounds}")
+    calls: dict[str, Callable[[int], object]] = {"authors": lambda number: step(*batches[number])}
+    seconds = time_interleaved(calls, {"authors": rounds}, run.device)["authors"]
+    _add_search(run, problem, "authors", seconds, counted, None)
 
 
 def _add_search(
     run: Run, problem: Problem, method: str, seconds: list[float], counted: float, recall: float | None
 ) -> None:
-    """Make the record of one row of the table, and ask for its memory to be measured."""
-    authors = method == "authors"
-    name = "authors" if authors else "search"
+    """Make the record of one search, and ask for its memory to be measured where it is one of the paper's sizes."""
+    authors, ours = method == "authors", method in run.args.backends
+    name = "authors" if authors else "search" if ours else "peer"
     record = run.add(name, asdict(problem) | {"method": method}, seconds, "s", recall=recall)
-    gflops = counted * problem.batch / record.median
-    ceiling, resnet = run.find("matmul_rate"), run.find("resnet50_step")
+    formula = problem.authors_gflop if authors else problem.search_gflop
+    gflops = formula * problem.batch / record.median
+    products, reads = ceilings(run, problem)
+    value_bytes = 4 if authors else getattr(torch, problem.dtype).itemsize
+    bank_bytes = problem.rows * problem.dim * value_bytes
+    floor = max(problem.search_gflop * problem.batch / products, 1e-9 * bank_bytes / reads)
     record.derived.update(
-        gflop_a_query_formula=problem.authors_gflop if authors else problem.search_gflop,
+        gflop_a_query_formula=formula,
         gflop_a_query_counted=counted,
         gflop_a_second=gflops,
-        bank_bytes=problem.rows * problem.dim * (4 if authors else getattr(torch, problem.dtype).itemsize),
+        bank_bytes=bank_bytes,
+        share_of_products=gflops / products,
+        share_of_memory=1e-9 * bank_bytes / record.median / reads,
+        floor=floor,
+        times_the_floor=record.median / floor,
     )
-    if ceiling is not None:
-        record.derived["share_of_matmul_rate"] = gflops / ceiling.derived["best"]
+    resnet = run.find("resnet50_step")
     if resnet is not None:
-        record.derived["share_of_resnet50_step"] = record.median / resnet.derived["seconds_a_batch"]
-    run.memory_cases.append(memory.MemoryCase(name, method, problem))
+        record.derived["share_of_resnet50_step"] = record.median / (resnet.derived["seconds_an_image"] * problem.batch)
+    if ours and method != "auto" and is_papers(problem) and problem.rows == max(PAPER_TABLE_1):
+        run.memory_cases.append(memory.MemoryCase(name, method, problem))
 
 
-def measure_steps(run: Run, rows: int) -> None:
-    """Time one step of ours with each backend, and the authors', in turns; compare their losses."""
-    problem = run.problem(rows)
-    run.say(f"one step, N = {rows:,}: filling the banks")
+def describe(problem: Problem) -> str:
+    """Return the sizes in words.
+
+    >>> describe(Problem(128_000, 512, 256, 5, "float32", "cpu"))
+    'N = 128,000, D = 512, batch 256, k = 5'
+    """
+    return f"N = {problem.rows:,}, D = {problem.dim}, batch {problem.batch}, k = {problem.k}"
+
+
+def measure_steps(run: Run, problem: Problem) -> None:
+    """Time one step of ours with each backend, the authors', and two peers' searches, in turns; compare losses."""
+    run.say(f"one step, {describe(problem)}: filling the banks")
     filled = cases.fill_bank(problem)
     *batches, warm_up = cases.make_batches(problem, run.args.repeats + 1)
-    steps = {"authors": cases.authors_step(filled, problem.k)}
-    for backend in ("auto", *run.args.backends):
-        bank = MemoryBank(rows, problem.dim, dtype=filled.dtype, backend=backend).to(run.device)
+    steps: dict[str, cases.Step] = {}
+    for backend in dict.fromkeys(("auto", *run.args.backends)):
+        bank = MemoryBank(problem.rows, problem.dim, dtype=filled.dtype, backend=backend).to(run.device)
         bank.load_state_dict(filled.state_dict())
         steps[backend] = cases.our_step(bank, problem.k)
+    if not run.args.no_peers:
+        steps |= _peer_steps(run, problem, filled)
+    steps["authors"] = cases.authors_step(filled, problem.k)  # last: what comes after it finds the caches cold
     losses = {name: [step(*warm_up)] for name, step in steps.items()}
 
     def timed(name: str) -> Callable[[int], object]:
         return lambda number: losses[name].append(steps[name](*batches[number]))
 
-    run.say(f"one step, N = {rows:,}: timing {', '.join(steps)} x {run.args.repeats}, in turns")
+    run.say(f"one step, {describe(problem)}: {', '.join(steps)} x {run.args.repeats}, in turns")
     calls = {name: timed(name) for name in steps}
     seconds = time_interleaved(calls, dict.fromkeys(calls, run.args.repeats), run.device)
     for name in steps:
-        apart = [float(a - b) for a, b in zip(losses[name], losses["authors"], strict=True)]
         record = run.add("step", asdict(problem) | {"method": name}, seconds[name], "s")
-        record.derived.update(loss=float(losses[name][-1]), most_apart_from_authors_loss=max(map(abs, apart)))
-        run.memory_cases.append(memory.MemoryCase("authors" if name == "authors" else "step", name, problem))
+        if name in run.args.backends or name in ("auto", "authors"):
+            apart = [float(a - b) for a, b in zip(losses[name], losses["authors"], strict=True)]
+            record.derived.update(loss=float(losses[name][-1]), most_apart_from_authors_loss=max(map(abs, apart)))
+            if name in ("auto", "authors"):
+                run.memory_cases.append(memory.MemoryCase("authors" if name == "authors" else "step", name, problem))
+
+
+def _peer_steps(run: Run, problem: Problem, bank: MemoryBank) -> dict[str, cases.Step]:
+    """Return the searches to stand beside a step: a bare faiss.knn, and lightly's bank with its update, k = 1."""
+    single = replace(problem, k=1)
+    built, reasons = peers.build_all(bank.rows, problem)
+    lightly, lightly_reasons = peers.build_all(bank.rows.clone(), single)
+    found: dict[str, cases.Step] = {}
+    for name, (searches, why) in {
+        "bare faiss.knn": (built, reasons),
+        "lightly bank": (lightly, lightly_reasons),
+    }.items():
+        if name not in searches:
+            run.unmeasured[f"{name}, as a step"] = why[name]
+            continue
+        found[name] = _as_step(searches[name], bank.dtype)
+    return found
+
+
+def _as_step(search: peers.Search, dtype: torch.dtype) -> cases.Step:
+    def step(v: Tensor, u: Tensor) -> Tensor:
+        search(peers.unit_queries(u, dtype))
+        return v.new_tensor(torch.nan)  # a search alone: it has no loss
+
+    return step
 
 
 def measure_memory(run: Run) -> None:
-    """Measure the extra memory of everything that was timed."""
+    """Measure the extra memory of everything that is asked for."""
     wanted = list(dict.fromkeys(run.memory_cases))
     run.say(f"extra memory: {len(wanted)} cases, each in a fresh process")
     for case, result in memory.measure_cases(wanted).items():
         if not result.bytes:
-            run.unmeasured[f"memory {case.method} {case.problem.rows}"] = result.reason
-            run.say(f"extra memory of {case.method} at N = {case.problem.rows:,} unmeasured: {result.reason}")
+            run.unmeasured[f"memory of {case.what} by {case.method} at {describe(case.problem)}"] = result.reason
+            run.say(f"extra memory of {case.what} by {case.method} unmeasured: {result.reason}")
             continue
         parameters = asdict(case.problem) | {"what": case.what, "method": case.method}
         run.add("extra_memory", parameters, [float(count) for count in result.bytes], "bytes")

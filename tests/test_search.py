@@ -378,6 +378,18 @@ def test_importing_msf_core_imports_neither_faiss_nor_triton() -> None:
     assert run_python(code).strip() == "[]"
 
 
+def test_neither_the_import_nor_a_search_imports_the_compiler() -> None:
+    """It takes seconds, and a search on the CPU has no use for it."""
+    code = """
+import torch
+from msf_core import MeanShiftLoss, MemoryBank
+criterion = MeanShiftLoss(MemoryBank(64, 8), k=3)
+criterion(torch.randn(5, 8), torch.randn(5, 8))
+print(sorted({"torch._dynamo", "triton"} & set(sys.modules)))
+"""
+    assert run_python(code).strip() == "[]"
+
+
 WITHOUT_FAISS = """
 import torch
 from msf_core import MemoryBank, available_backends

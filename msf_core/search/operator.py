@@ -5,8 +5,11 @@ from torch import Tensor
 
 from msf_core.search.registry import load_backend
 
+# torch.library.custom_op would do the same in fewer lines, but imports the compiler, seconds, at the first call.
+_LIBRARY = torch.library.Library("msf_core", "DEF")
+_LIBRARY.define("topk(Tensor queries, Tensor rows, Tensor filled, int k, str backend) -> (Tensor, Tensor)")
 
-@torch.library.custom_op("msf_core::topk", mutates_args=())
+
 def topk(queries: Tensor, rows: Tensor, filled: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     """Search the first ``filled`` rows by the backend of that name.
 
@@ -23,10 +26,18 @@ def topk(queries: Tensor, rows: Tensor, filled: Tensor, k: int, backend: str) ->
     Raises:
         ValueError, TypeError, ImportError: as `load_backend` and `SearchBackend.topk`.
     """
+    similarity, index = torch.ops.msf_core.topk(queries, rows, filled, k, backend)
+    return similarity, index
+
+
+def _topk(queries: Tensor, rows: Tensor, filled: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     return load_backend(backend).topk(queries, rows[: int(filled)], k)
 
 
-@topk.register_fake
-def _(queries: Tensor, rows: Tensor, filled: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+def _fake_topk(queries: Tensor, rows: Tensor, filled: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+
+
+_LIBRARY.impl("topk", _topk, "CompositeExplicitAutograd")
+torch.library.register_fake("msf_core::topk", _fake_topk, lib=_LIBRARY)
