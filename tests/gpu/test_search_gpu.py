@@ -15,12 +15,9 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(params=["torch", "faiss"])
-def backend(request: pytest.FixtureRequest) -> SearchBackend:
-    reason = available_backends("cuda")[request.param]
-    if reason is not None:
-        pytest.skip(reason)
-    return load_backend(request.param, torch.device("cuda"))
+@pytest.fixture
+def backend(backend_name: str) -> SearchBackend:
+    return load_backend(backend_name, torch.device("cuda"))
 
 
 @pytest.fixture

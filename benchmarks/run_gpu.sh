@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: the GPU tests, then the benchmarks, their records and pictures written
+# to benchmarks/results (or the folder that is the first argument), and a log beside them.
+#
+#     bash benchmarks/run_gpu.sh [FOLDER]
+#
+# PYTHON names the interpreter (default: python3), which has msf_core's extras test and bench. A part that fails is
+# said at the end, and the others still run.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().split()[-1].lower().replace("/", "_"))') || {
+    echo "PyTorch sees no CUDA device here" >&2
+    exit 1
+}
+out=${1:-benchmarks/results}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$out"
+failed=()
+
+part() {
+    local title=$1
+    shift
+    echo "== $title: $*"
+    "$@" || failed+=("$title")
+}
+
+{
+    part "GPU tests" "$python" -m pytest tests/gpu -q -p no:cacheprovider
+    for dtype in bfloat16 float32; do
+        part "knn_cost $dtype" "$python" benchmarks/knn_cost.py --device cuda --dtype "$dtype" --out "$work/$dtype"
+        for file in "$work/$dtype"/*; do
+            [ -e "$file" ] && cp "$file" "$out/$(basename "$file" | sed "s/^knn_cost/knn_cost_${name}_$dtype/")"
+        done
+    done
+    part "ema_cost" "$python" benchmarks/ema_cost.py --device cuda --out "$work/ema"
+    for file in "$work/ema"/*; do
+        [ -e "$file" ] && cp "$file" "$out/$(basename "$file" | sed "s/^ema_cost/ema_cost_$name/")"
+    done
+    part "tiles" "$python" benchmarks/tune_triton.py --out "$out/tune_triton_$name.jsonl"
+    if [ ${#failed[@]} -gt 0 ]; then
+        echo "failed: ${failed[*]}"
+    else
+        echo "all parts passed"
+    fi
+    [ ${#failed[@]} -eq 0 ]
+} 2>&1 | tee "$out/run_gpu_$name.log"

@@ -1,0 +1,43 @@
+"""benchmarks/tune_triton.py as far as it goes without a GPU: what it tries, and that a trial is a search."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import tune_triton
+
+triton_backend = pytest.importorskip("msf_core.search.triton_backend", reason="Triton is not installed")
+SCRIPT = Path(tune_triton.__file__)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "PyTorch sees no CUDA device here" in done.stderr
+
+
+@pytest.mark.parametrize("problem", tune_triton.PROBLEMS[:2])
+def test_every_combination_is_one_that_the_kernel_takes(problem) -> None:
+    tried = list(tune_triton.combinations(problem, 2))
+    assert len(set(tried)) == len(tried) > 20
+    for tiles, group in tried:
+        assert tiles.rows % group == 0
+        assert tiles.queries <= problem.batch
+
+
+@pytest.mark.skipif(not triton_backend.INTERPRETED, reason="it runs in Triton's interpreter")
+def test_a_trial_is_a_search_with_those_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    launch = triton_backend._launch
+    monkeypatch.setattr(tune_triton, "REPEATS", 1)
+    monkeypatch.setattr(triton_backend, "_launch", lambda *a: launched.append(a) or launch(*a))
+    rows = torch.nn.functional.normalize(torch.randn(100, 16), dim=1)
+    seconds = tune_triton.time_search(rows[:3].clone(), rows, 2, (16, 64, 16, 4, 2), 32)
+    assert len(seconds) == 1
+    index, group, tiles = launched[-1][4], launched[-1][6], launched[-1][7]
+    assert index[:, 0].tolist() == [0, 1, 2]
+    assert (group, tiles.rows) == (32, 64)
