@@ -86,9 +86,9 @@ def time_once(call: Callable[[], object], device: torch.device) -> float:
 def time_interleaved(
     calls: Mapping[str, Callable[[int], object]], rounds: Mapping[str, int], device: torch.device
 ) -> dict[str, list[float]]:
-    """Time the calls in turns (A, B, C, B, C, A, …), so that a machine that slows down slows all of them.
+    """Time the calls in turns, so that a machine that slows down slows all of them.
 
-    Each round starts with another one: what comes after a call that empties the caches is not always the same.
+    Each round has an order of its own, from a seed: no call always finds the caches as the same other one left them.
 
     Args:
         calls: name -> what to time, given the number of the round.
@@ -100,9 +100,7 @@ def time_interleaved(
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(max(rounds.values())):
-        names = list(calls)
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in np.random.default_rng(number).permutation(list(calls)).tolist():
             if number < rounds[name]:
                 seconds[name].append(time_once(partial(calls[name], number), device))
     return seconds

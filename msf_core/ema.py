@@ -78,7 +78,7 @@ class EMATarget(nn.Module):
             averaged = []
         for dtype in {f.dtype for f, _ in averaged}:
             f = [f for f, _ in averaged if f.dtype == dtype]
-            g = [g.to(dtype) for f, g in averaged if f.dtype == dtype]
+            g = [g if g.dtype == dtype else g.to(dtype) for f, g in averaged if f.dtype == dtype]
             torch._foreach_lerp_(f, g, 1 - momentum)  # f + (1 − m)(g − f) = m·f + (1 − m)·g
         for f_tensor, g_tensor in copied:
             f_tensor.copy_(g_tensor)
@@ -121,10 +121,13 @@ class EMATarget(nn.Module):
         return f"momentum={self.momentum}, buffers={self.buffers_policy!r}, updates={self.updates}"
 
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
 def _unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside DDP, DataParallel and torch.compile wrappers."""
     while True:
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(module, _WRAPPERS):
             module = module.module
         elif type(module).__name__ == "OptimizedModule":  # its class lives in torch._dynamo, slow to import
             module = module._modules["_orig_mod"]  # type: ignore[assignment]

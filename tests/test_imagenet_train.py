@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -148,8 +149,11 @@ def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path) -> N
     run = subprocess.Popen(
         [*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    while run.stderr.read(1) not in (b"%", b""):  # the progress bar is there: training has begun
-        pass
+    shown = b""
+    while not re.search(rb" [1-5]/6", shown):  # the progress bar tells of a step
+        byte = run.stderr.read(1)
+        assert byte, shown
+        shown += byte
     os.killpg(run.pid, signal.SIGTERM)  # as timeout, systemd and Slurm do: the workers get it too
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 128 + signal.SIGTERM, output

@@ -191,9 +191,12 @@ def test_quantiles_of_known_numbers() -> None:
 def test_calls_are_timed_in_turns() -> None:
     calls: list[tuple[str, int]] = []
     timed = {name: lambda number, name=name: calls.append((name, number)) for name in ("a", "b")}
-    seconds = measure.time_interleaved(timed, {"a": 3, "b": 2}, CPU)
-    assert calls == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2)]  # another one is first in each round
-    assert [len(seconds["a"]), len(seconds["b"])] == [3, 2]
+    seconds = measure.time_interleaved(timed, {"a": 30, "b": 20}, CPU)
+    assert [number for _, number in calls] == sorted([*range(30), *range(20)])  # round after round
+    assert {name for name, number in calls if number < 20} == {"a", "b"}
+    firsts = [calls[2 * number][0] for number in range(20)]
+    assert 5 < firsts.count("a") < 15  # in an order of its own
+    assert [len(seconds["a"]), len(seconds["b"])] == [30, 20]
     assert min(seconds["a"] + seconds["b"]) > 0
 
 

@@ -33,7 +33,8 @@ def _small_blocks():
     """Blocks of four groups and chunks of two, so that a test of some hundred rows has many; none is given up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(screen, "CHUNK_ROWS", 2 * GROUP)
-        patch.setattr(screen, "BLOCK_MAXIMA", 4)
+        patch.setattr(screen, "LEAST_BLOCK_ROWS", 4 * GROUP)
+        patch.setattr(screen, "MOST_BLOCK_ROWS", 4 * GROUP)
         patch.setattr(screen, "WORTH_IT", 0.01)
         patch.setattr(screen, "MOST_QUERIES", 5)
         patch.setattr(screen, "AGAIN_BYTES", 4096)
@@ -146,7 +147,8 @@ def test_degenerate_rows_and_queries_are_screened_exactly(
 
 def test_a_query_of_nan_does_not_spoil_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "WORTH_IT", 10)
-    monkeypatch.setattr(screen, "BLOCK_MAXIMA", 1 << 20)
+    monkeypatch.setattr(screen, "LEAST_BLOCK_ROWS", 1 << 16)
+    monkeypatch.setattr(screen, "MOST_BLOCK_ROWS", 1 << 16)
     rows, queries = unit(16 * 400, 256, torch.float32, seed=0), unit(5, 256, torch.float32, seed=1)
     queries[3, 7] = torch.nan
     otherwise = Otherwise()
@@ -164,7 +166,8 @@ def test_where_too_many_rows_are_left_the_search_goes_on_without_the_screen(
 ) -> None:
     monkeypatch.setattr(screen, "WORTH_IT", 10)
     block = GROUP * 40
-    monkeypatch.setattr(screen, "BLOCK_MAXIMA", 40 * 5)
+    monkeypatch.setattr(screen, "LEAST_BLOCK_ROWS", block)
+    monkeypatch.setattr(screen, "MOST_BLOCK_ROWS", block)
     rows, queries = unit(3 * block + 7, 256, torch.float32, seed=0), unit(5, 256, torch.float32, seed=1)
     otherwise = Otherwise()
     assert_k_nearest(*screened_topk(queries, rows, 1, otherwise), queries, rows, 1)
@@ -176,10 +179,24 @@ def test_where_too_many_rows_are_left_the_search_goes_on_without_the_screen(
     assert otherwise.rows == [2 * block + 7]
 
 
+def test_candidates_that_would_take_too_much_memory_are_left_to_float32(
+    assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, queries = unit(4 * GROUP, 64, torch.float32, seed=0), unit(5, 64, torch.float32, seed=1)
+    queries[0] = rows[0]
+    rows[1:] = F.normalize(rows[:1] + 1e-3 * rows[1:], dim=1)  # one query has all of them for candidates
+    for most, expected in ((4, []), (3, [4 * GROUP])):
+        monkeypatch.setattr(screen, "CANDIDATE_BYTES", most * 5 * GROUP * 12)
+        otherwise = Otherwise()
+        assert_k_nearest(*screened_topk(queries, rows, 2, otherwise), queries, rows, 2)
+        assert otherwise.rows == expected
+
+
 def test_only_the_rows_that_may_be_neighbors_are_multiplied_again(monkeypatch: pytest.MonkeyPatch) -> None:
     again = screen._Screen._again
     pairs = []
-    monkeypatch.setattr(screen, "BLOCK_MAXIMA", 1 << 20)
+    monkeypatch.setattr(screen, "LEAST_BLOCK_ROWS", 1 << 16)
+    monkeypatch.setattr(screen, "MOST_BLOCK_ROWS", 1 << 16)
     monkeypatch.setattr(screen._Screen, "_again", lambda *a: pairs.append(a[2].shape[0]) or again(*a))
     rows, queries = unit(16000, 256, torch.float32, seed=0), unit(5, 256, torch.float32, seed=1)
     screened_topk(queries, rows, 3, float32_topk)
@@ -189,7 +206,7 @@ def test_only_the_rows_that_may_be_neighbors_are_multiplied_again(monkeypatch: p
 
 def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "is_fast", lambda: True)
-    q, rows = torch.empty(8, 4), torch.empty(1536 * 5, 4)
+    q, rows = torch.empty(8, 4), torch.empty(800 * 5, 4)
     assert screen.screen_pays(q, rows, 5)
     assert not screen.screen_pays(q[:7], rows, 5)
     assert not screen.screen_pays(q, rows, 6)

@@ -23,11 +23,14 @@ from msf_core.search.base import RunningTopk, exact_float32
 
 GROUP = 16  # rows
 CHUNK_ROWS = 2048  # whose bfloat16 copies and products stay in the cache
-MOST_QUERIES = 1024  # at once
-BLOCK_MAXIMA = 1 << 19  # that are kept before their candidates are looked at
+MOST_QUERIES = 512  # at once
+# Rows whose maxima are kept before the candidates among them are looked at: at first the k-th best of one block is
+# all that is known, so it has many rows for each neighbor.
+BLOCK_ROWS_FOR_EACH_NEIGHBOR, LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 1024, 32768, 131072
+CANDIDATE_BYTES = 32 << 20  # of one block's candidates
 AGAIN_BYTES = 4 << 20  # of rows that are multiplied again at once
 WORTH_IT = 10  # a row again costs less than so many in a float32 product
-LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 1536  # benchmarks/results/cpu_auto.md
+LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 800  # benchmarks/results/cpu_auto.md
 ROUNDING = 2.0**-8
 
 Topk = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -57,7 +60,7 @@ def _search(queries: Tensor, rows: Tensor, k: int, otherwise: Topk) -> tuple[Ten
     best = RunningTopk(queries, k)
     screen = _Screen(queries, best)
     whole = rows.shape[0] - rows.shape[0] % GROUP
-    block = max(CHUNK_ROWS, BLOCK_MAXIMA // queries.shape[0] * GROUP)
+    block = min(max(LEAST_BLOCK_ROWS, BLOCK_ROWS_FOR_EACH_NEIGHBOR * k), MOST_BLOCK_ROWS)
     done = 0
     while done < whole and screen.search(rows[done : min(done + block, whole)], done):
         done = min(done + block, whole)
@@ -90,8 +93,8 @@ class _Screen:
         counts = wanted.sum(dim=0)  # [Q]
         count, most = wanted.shape[1], int(counts.max())
         most = max(most, -(-self.best.k // GROUP))
-        worth_it = rows.shape[0] * count // (GROUP * WORTH_IT)
-        if int(counts.sum()) > worth_it or most * count > 4 * worth_it:
+        worth_it = rows.shape[0] * count / (GROUP * WORTH_IT)
+        if int(counts.sum()) > worth_it or most * count * GROUP * (4 + 8) > CANDIDATE_BYTES:
             return False
         group, query = wanted.nonzero(as_tuple=True)  # [p] each, by group: rows are read in their order
         by_query = query.argsort(stable=True)
