@@ -47,14 +47,14 @@ def plot_times(records: list[Record], path: Path) -> None:
         if x[-1] == max(line):
             ends.append((x[-1], y[-1], text, color))
         else:
-            top = max(y[-1], found[-1].q80)
+            slowest = max(line[x[-1]], key=lambda record: record.median) is found[-1]
             axes.annotate(
                 text,
-                (x[-1], top),
-                xytext=(0, 9),
+                (x[-1], y[-1]),
+                xytext=(-8, 5) if slowest else (8, -3),
                 textcoords="offset points",
-                ha="center",
-                va="bottom",
+                ha="right" if slowest else "left",
+                va="bottom" if slowest else "top",
                 color=color,
                 fontsize=9,
             )

@@ -42,7 +42,7 @@ class MemoryBank(nn.Module):
         dim: dimensions of an embedding, D.
         dtype: of the stored rows: float32, float16 or bfloat16. Queries are rounded to it, similarities are
             accumulated in float32.
-        backend: "auto", "torch", "faiss", or any object with a `SearchBackend.topk`.
+        backend: "auto", "torch", "faiss", "triton", or any object with a `SearchBackend.topk`.
         persistent: False leaves the bank out of the ``state_dict``.
 
     Raises:

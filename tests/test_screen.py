@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from msf_core import available_backends
 from msf_core.search import load_backend, screen
 from msf_core.search.auto import AutoSearch
 from msf_core.search.screen import GROUP, screened_topk
@@ -241,3 +242,20 @@ def test_whether_this_cpu_is_fast_is_asked_of_pytorch(monkeypatch: pytest.Monkey
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     assert not screen.is_fast()
     screen.is_fast.cache_clear()
+
+
+def test_auto_leaves_a_bank_of_few_rows_for_each_neighbor_to_a_fast_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    if available_backends("cpu")["faiss"] is not None:
+        pytest.skip(available_backends("cpu")["faiss"])
+    used = []
+    monkeypatch.setattr("msf_core.search.auto.screen_pays", lambda queries, rows, k: True)
+    monkeypatch.setattr(
+        "msf_core.search.auto.screened_topk",
+        lambda queries, rows, k, otherwise: (
+            used.append((queries.shape[0], rows.shape[0])) or otherwise(queries, rows, k)
+        ),
+    )
+    rows, queries = unit(2000, 1024, torch.float32, seed=0), unit(128, 1024, torch.float32, seed=1)
+    for count, n in ((128, 1999), (128, 2000), (127, 1999)):  # 128 x 1,024 query values are FAISS's
+        AutoSearch().topk(queries[:count], rows[:n], 2)
+    assert used == [(128, 2000), (127, 1999)]

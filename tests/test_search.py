@@ -344,9 +344,15 @@ def test_backends_by_name_are_the_ones_that_serve(backend_name: str) -> None:
 def test_auto_on_the_cpu_is_faiss_for_large_searches_where_it_works_and_torch_otherwise() -> None:
     works = available_backends("cpu")["faiss"] is None
     auto = AutoSearch()
-    assert auto.choose(torch.empty(256, 512), 5) is load_backend("faiss" if works else "torch")
-    assert auto.choose(torch.empty(255, 512), 5) is load_backend("torch")
-    assert auto.choose(torch.empty(256, 512, device="meta"), 5) is load_backend("torch")
+    faiss, rows = load_backend("faiss" if works else "torch"), torch.empty(9999, 512)
+    assert auto.choose(torch.empty(256, 512), rows, 5) is faiss
+    assert auto.choose(torch.empty(255, 512), rows, 5) is load_backend("torch")
+    assert auto.choose(torch.empty(256, 512, device="meta"), rows.to("meta"), 5) is load_backend("torch")
+    few, many = torch.empty(19_999, 256), torch.empty(20_000, 256)  # rows for 50 neighbors
+    assert auto.choose(torch.empty(64, 256), few, 50) is faiss
+    assert auto.choose(torch.empty(64, 256), many, 50) is load_backend("torch")
+    assert auto.choose(torch.empty(64, 256), few[:19_000], 49) is load_backend("torch")
+    assert auto.choose(torch.empty(64, 257), torch.empty(19_999, 257), 50) is load_backend("torch")
     assert isinstance(load_backend(MemoryBank(2, 2).backend), AutoSearch)
 
 
@@ -402,7 +408,8 @@ except ImportError as error:
     print(error)
 bank = MemoryBank(4, 2)
 bank.push(torch.eye(2))
-print(type(load_backend("auto").choose(torch.empty(256, 512), 5)).__name__, bank.search(torch.eye(2), 1).index.tolist())
+chosen = load_backend("auto").choose(torch.empty(256, 512), bank.rows, 1)
+print(type(chosen).__name__, bank.search(torch.eye(2), 1).index.tolist())
 """
 
 

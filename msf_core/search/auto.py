@@ -6,9 +6,13 @@ from msf_core.search.base import SearchBackend, check_topk_arguments
 from msf_core.search.registry import load_backend, why_not
 from msf_core.search.screen import screen_pays, screened_topk
 
-# FAISS multiplies blocks of 1,024 rows. On a CPU its OpenBLAS does so at full speed from this many Q·D on, 1.3 to
-# 1.5 times faster than PyTorch; below it is up to 4 times slower (benchmarks/results/cpu_auto.md).
+# By benchmarks/results/cpu_auto.md, on two AMD cores. FAISS multiplies blocks of 1,024 rows: on a CPU its OpenBLAS does
+# so at full speed from this many Q·D on, 1.3 to 1.5 times faster than PyTorch; below it is up to 4 times slower.
 FAISS_LEAST_WORK = 256 * 512
+# Where it is at full speed it is faster than the screen on a bank of fewer rows for each neighbor than that.
+SCREEN_LEAST_ROWS = 1000
+# Many neighbors from short, few rows: there the selection is the cost, and FAISS's the faster one.
+SELECTION_MOST_DIM, SELECTION_MOST_ROWS, SELECTION_LEAST_NEIGHBORS = 256, 400, 50
 TRITON_MOST_NEIGHBORS = 256
 
 
@@ -18,16 +22,23 @@ class AutoSearch:
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
         check_topk_arguments(queries, rows, k)
-        chosen = self.choose(queries, k)
-        if screen_pays(queries, rows, k):
+        chosen = self.choose(queries, rows, k)
+        fast_faiss = chosen is not load_backend("torch") and rows.shape[0] < SCREEN_LEAST_ROWS * k
+        if screen_pays(queries, rows, k) and not fast_faiss:
             return screened_topk(queries.detach(), rows.detach(), k, otherwise=chosen.topk)
         return chosen.topk(queries, rows, k)
 
-    def choose(self, queries: Tensor, k: int) -> SearchBackend:
-        """Return the backend for k neighbors of these queries [Q, D], where `screened_topk` is not the fastest."""
+    def choose(self, queries: Tensor, rows: Tensor, k: int) -> SearchBackend:
+        """Return the backend for k neighbors of queries [Q, D] among rows [n, D], where the screen does not serve."""
         device = queries.device.type
-        if device == "cpu" and queries.numel() >= FAISS_LEAST_WORK and why_not("faiss", "cpu") is None:
+        if device == "cpu" and _suits_faiss(queries, rows, k) and why_not("faiss", "cpu") is None:
             return load_backend("faiss")
         if device == "cuda" and k <= TRITON_MOST_NEIGHBORS and why_not("triton", "cuda") is None:
             return load_backend("triton")
         return load_backend("torch")
+
+
+def _suits_faiss(queries: Tensor, rows: Tensor, k: int) -> bool:
+    selects = rows.shape[1] <= SELECTION_MOST_DIM and rows.shape[0] < SELECTION_MOST_ROWS * k
+    large = queries.numel() >= FAISS_LEAST_WORK
+    return large or (selects and k >= SELECTION_LEAST_NEIGHBORS)
