@@ -37,10 +37,12 @@ def build_all(rows: Tensor, problem: Problem) -> tuple[dict[str, Search], dict[s
     for peer in PEERS:
         try:
             built[peer.name] = peer.build(rows, problem)
-        except ImportError as error:
-            reasons[peer.name] = f"{peer.package} is not installed or does not import: {error}"
         except Unfit as error:
             reasons[peer.name] = str(error)
+        except ImportError as error:
+            reasons[peer.name] = f"{peer.package} is not installed or does not import: {error}"
+        except Exception as error:  # of another library: no reason to lose what was measured
+            reasons[peer.name] = f"{type(error).__name__}: {error}"
     return built, reasons
 
 
@@ -50,7 +52,7 @@ def versions() -> dict[str, str | None]:
     for package in dict.fromkeys(peer.package for peer in PEERS if peer.package not in ("torch", "faiss")):
         try:
             found[package] = str(getattr(importlib.import_module(package), "__version__", "of unknown version"))
-        except ImportError:
+        except Exception:  # absent, or broken in a way of its own
             found[package] = None
     return found
 
@@ -109,15 +111,25 @@ def build_flashlib(rows: Tensor, problem: Problem) -> Search:
 
 
 def build_cuvs(rows: Tensor, problem: Problem) -> Search:
-    """Build cuVS's brute force by inner product. Its index is made once, outside the time."""
+    """Build cuVS's brute force by inner product. Its index and its handles are made once, outside the time."""
     if problem.device != "cuda":
         raise Unfit("it searches CUDA arrays alone")
+    from cuvs.common import Resources
     from cuvs.neighbors import brute_force
 
     if rows.dtype == torch.bfloat16:
         raise Unfit("its rows are float32 or float16")
-    index: Any = brute_force.build(rows, metric="inner_product")
-    return lambda queries: torch.as_tensor(brute_force.search(index, queries, problem.k)[1], device="cuda")
+    resources: Any = Resources()
+    index: Any = brute_force.build(rows, metric="inner_product", resources=resources)
+    resources.sync()
+
+    def search(queries: Tensor) -> Tensor:
+        torch.cuda.current_stream().synchronize()  # it works on a stream of its own
+        found = brute_force.search(index, queries, problem.k, resources=resources)[1]
+        resources.sync()
+        return torch.as_tensor(found, device="cuda")
+
+    return search
 
 
 def unit_queries(u: Tensor, dtype: torch.dtype) -> Tensor:

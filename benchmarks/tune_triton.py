@@ -43,8 +43,8 @@ def main() -> None:
     records: list[Record] = []
     for problem in PROBLEMS:
         records += tune(problem)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(records, args.out)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(records, args.out)  # after each, so that a run that is cut short leaves something
     print(f"written: {args.out}")
 
 
@@ -64,7 +64,7 @@ def tune(problem: Problem) -> list[Record]:
         try:
             seconds = time_search(queries, rows, problem.k, tiles, group)
         except Exception as error:  # too much shared memory, or more than the compiler can do
-            print(f"left out {tiles}, G = {group}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(f"left out {tiles}, G = {group}: {type(error).__name__}: {str(error)[:80]!r}")
             continue
         parameters = asdict(problem) | {"tiles": list(tiles), "group": group, "chosen": (tiles, group) == chosen}
         environment = describe_environment(rows.device)
@@ -84,7 +84,7 @@ def combinations(problem: Problem, value_bytes: int) -> Iterator[tuple[tuple[int
 
     queries = sorted({min(problem.batch, 64), min(problem.batch, 128), min(problem.batch, 256)})
     for block_q, block_n, dims, stages, group in product(
-        queries, (64, 128, 256), (64 // value_bytes, 128 // value_bytes), (2, 3, 4), (16, 32, 64)
+        queries, (128, 256), (64 // value_bytes, 128 // value_bytes), (3, 4), (16, 32)
     ):
         if block_q * block_n <= 128 * 256 and group <= block_n:
             yield Tiles(block_q, block_n, dims, 8 if block_q * block_n > 128 * 128 else 4, stages), group

@@ -146,7 +146,7 @@ class MeanShiftLoss(nn.Module):
         if self.bank is not None and self.training:
             slots = self.bank.push(u, labels)
         own = Neighbors(
-            similarity=torch.ones(u.shape[0], 1, device=u.device),
+            similarity=u.new_ones(u.shape[0], 1),
             index=slots[:, None],
             embedding=u[:, None],
             label=torch.full_like(slots, UNKNOWN_LABEL)[:, None] if labels is None else labels[:, None].long(),

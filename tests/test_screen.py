@@ -162,6 +162,18 @@ def test_a_query_of_nan_does_not_spoil_the_screen(monkeypatch: pytest.MonkeyPatc
     assert otherwise.rows == []
 
 
+def test_default_dtype_and_device_do_not_reach_into_a_search(assert_k_nearest: Callable[..., None]) -> None:
+    rows, queries = unit(165, 8, torch.float32, seed=0), unit(9, 8, torch.float32, seed=1)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = screened_topk(queries, rows, 5, otherwise=float32_topk)
+    finally:
+        torch.set_default_dtype(before)
+    assert_k_nearest(*found, queries, rows, 5)
+
+
 def test_where_too_many_rows_are_left_the_search_goes_on_without_the_screen(
     assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

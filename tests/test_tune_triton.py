@@ -23,7 +23,7 @@ def test_without_a_gpu_it_says_so() -> None:
 @pytest.mark.parametrize("problem", tune_triton.PROBLEMS[:2])
 def test_every_combination_is_one_that_the_kernel_takes(problem) -> None:
     tried = list(tune_triton.combinations(problem, 2))
-    assert len(set(tried)) == len(tried) > 20
+    assert len(set(tried)) == len(tried) > 10
     for tiles, group in tried:
         assert tiles.rows % group == 0
         assert tiles.queries <= problem.batch

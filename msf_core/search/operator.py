@@ -7,7 +7,12 @@ from msf_core.search.registry import load_backend
 
 # torch.library.custom_op would do the same in fewer lines, but imports the compiler, seconds, at the first call.
 _LIBRARY = torch.library.Library("msf_core", "DEF")
-_LIBRARY.define("topk(Tensor queries, Tensor rows, Tensor filled, int k, str backend) -> (Tensor, Tensor)")
+# It reads a number on the CPU: a CUDA graph of torch.compile's own, recorded while the bank fills, would freeze that.
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # PyTorch 2.9
+_LIBRARY.define(
+    "topk(Tensor queries, Tensor rows, Tensor filled, int k, str backend) -> (Tensor, Tensor)",
+    tags=() if _UNSAFE is None else (_UNSAFE,),
+)
 
 
 def topk(queries: Tensor, rows: Tensor, filled: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,9 @@ class _Screen:
         of_rows = 0.0 if queries.dtype == torch.bfloat16 else ROUNDING
         # [Q], with 1 % for rows of half precision, which may be a little longer than 1; NaN for a query with NaN
         self.error = 1.01 * (rounding + (of_rows + queries.shape[1] * 2.0**-22) * length)
-        self.products = torch.empty(CHUNK_ROWS, queries.shape[0], dtype=torch.bfloat16)
-        self.rows = torch.empty(CHUNK_ROWS, queries.shape[1], dtype=torch.bfloat16)
+        # Every new tensor is made from one that is there: users set default dtypes and devices.
+        self.products = self.rounded.new_empty(CHUNK_ROWS, queries.shape[0])
+        self.rows = self.rounded.new_empty(CHUNK_ROWS, queries.shape[1])
 
     def search(self, rows: Tensor, offset: int) -> bool:
         """Take rows [c · GROUP, D] in; return False, having done nothing, where the screen leaves too many."""
@@ -99,11 +100,13 @@ class _Screen:
         group, query = wanted.nonzero(as_tuple=True)  # [p] each, by group: rows are read in their order
         by_query = query.argsort(stable=True)
         place = torch.empty_like(query)  # of a group among those of its query
-        place[by_query] = torch.arange(query.shape[0]) - (counts.cumsum(0) - counts)[query[by_query]]
-        similarity = torch.full((count, most, GROUP), -torch.inf)
-        index = torch.full((count, most, GROUP), -1)
+        place[by_query] = (
+            torch.arange(query.shape[0], device=query.device) - (counts.cumsum(0) - counts)[query[by_query]]
+        )
+        similarity = self.queries.new_full((count, most, GROUP), -torch.inf)
+        index = query.new_full((count, most, GROUP), -1)
         similarity[query, place] = self._again(rows, query, group)
-        index[query, place] = group[:, None] * GROUP + torch.arange(GROUP) + offset
+        index[query, place] = group[:, None] * GROUP + torch.arange(GROUP, device=group.device) + offset
         self.best.merge(similarity.flatten(1), index.flatten(1))
         return True
 
@@ -121,7 +124,7 @@ class _Screen:
     def _maxima(self, rows: Tensor) -> Tensor:
         """Return the largest product of each group, [groups, Q] bfloat16; NaN where the group has a NaN."""
         count = self.rounded.shape[0]
-        maxima = torch.empty(rows.shape[0] // GROUP, count, dtype=torch.bfloat16)
+        maxima = self.rounded.new_empty(rows.shape[0] // GROUP, count)
         for start in range(0, rows.shape[0], CHUNK_ROWS):
             part = rows[start : start + CHUNK_ROWS]
             if part.dtype != torch.bfloat16:
@@ -136,7 +139,7 @@ class _Screen:
         dim = rows.shape[1]
         groups = rows.view(-1, GROUP * dim)
         step = max(1, AGAIN_BYTES // (4 * GROUP * dim))
-        result = torch.empty(query.shape[0], 1, GROUP)
+        result = self.queries.new_empty(query.shape[0], 1, GROUP)
         buffer = rows.new_empty(step, GROUP * dim)
         for start in range(0, query.shape[0], step):
             part = group[start : start + step]

@@ -18,6 +18,7 @@ maximum left reaches the k-th best less that bound (rows are unit vectors), so t
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from msf_core.search.base import check_topk_arguments
 
 MOST_NEIGHBORS = 256
-MAXIMA_BYTES = 48 << 20  # of the maxima that are held at once
+MAXIMA_BYTES = 40 << 20  # of the maxima that are held at once
 TF32_ERROR = 2**-9 + 2**-12
 LANES = 1024  # of `_select`: groups are dealt out to so many lanes
 MEMBERS = 32  # groups of a lane that are looked at in one go
@@ -57,6 +58,10 @@ class TritonSearch:
             return None if INTERPRETED else "Triton searches CUDA tensors; its interpreter (slow, for tests) CPU ones"
         if device_type != "cuda":
             return f"Triton does not search {device_type} tensors"
+        if torch.version.hip is not None:
+            return "its kernels are tuned and tested for CUDA alone, not for ROCm"
+        if (problem := _why_not_launch()) is not None:
+            return problem
         capability = torch.cuda.get_device_capability()
         return None if capability >= (8, 0) else f"it needs compute capability 8.0, this GPU has {capability}"
 
@@ -151,7 +156,11 @@ def choose_tiles(count: int, dim: int, rows: Tensor) -> Tiles:
     """Return the tiles for that many queries on the device of ``rows``."""
     shared = 0
     if rows.is_cuda:
-        shared = torch.cuda.get_device_properties(rows.device).shared_memory_per_block_optin
+        properties = torch.cuda.get_device_properties(rows.device)
+        if hasattr(properties, "shared_memory_per_block_optin"):  # PyTorch 2.7
+            shared = properties.shared_memory_per_block_optin
+        else:
+            shared = triton.runtime.driver.active.utils.get_device_properties(rows.device.index)["max_shared_mem"]
     return tiles_for(count, dim, rows.element_size(), shared)
 
 
@@ -170,6 +179,16 @@ def tiles_for(count: int, dim: int, value_bytes: int, shared_memory: int) -> Til
 
 def _device_of(rows: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
+
+
+@cache
+def _why_not_launch() -> str | None:
+    """Return None if Triton can start kernels here: at the first one it builds a module with the C compiler."""
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018
+    except Exception as error:
+        return f"Triton cannot start kernels: {type(error).__name__}: {error}"
+    return None
 
 
 @triton.jit
@@ -213,7 +232,7 @@ def _group_maxima(
     r = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     # Beyond the end the last row stands in: within its own group that changes no maximum.
-    q_values = queries + tl.minimum(q, count - 1)[:, None] * DIM + d[None, :]
+    q_values = queries + tl.minimum(q, count - 1).to(tl.int64)[:, None] * DIM + d[None, :]
     r_values = rows + tl.minimum(r, n - 1).to(tl.int64)[None, :] * DIM + d[:, None]
     products = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)
     for start in range(0, DIM, BLOCK_D):

@@ -1,5 +1,6 @@
 """The hot path on CUDA: nothing waits for the device, and a step can be compiled and captured in a CUDA graph."""
 
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -113,6 +114,7 @@ def test_a_step_is_captured_in_a_cuda_graph_once_the_bank_is_full(backend: str, 
     assert torch.equal(plain.bank.pushed, captured.bank.pushed)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ for the counters, which are on the CPU")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_step_gives_the_same_and_compiles_once(backend: str, mode: str) -> None:
     torch._dynamo.reset()
@@ -131,13 +133,17 @@ def test_a_compiled_step_gives_the_same_and_compiles_once(backend: str, mode: st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("k", [5, 50])
-def test_a_step_at_a_million_rows_takes_less_than_64_mib_more(backend: str, dtype: torch.dtype, k: int) -> None:
+@pytest.mark.parametrize(("count", "k"), [(256, 5), (256, 50), (8192, 5)])
+def test_a_search_at_a_million_rows_takes_less_than_64_mib_more(
+    backend: str, dtype: torch.dtype, count: int, k: int
+) -> None:
+    if count > 256 and backend == "torch":
+        pytest.skip("torch's chunks grow with so many queries")
     bank = MemoryBank(1_024_000, 512, dtype=dtype, backend=backend).cuda()
     chunk = torch.randn(16_000, 512, device="cuda")
     for number in range(64):
         bank.push(chunk.roll(number, dims=1))
-    queries = torch.randn(256, 512, device="cuda")
+    queries = torch.randn(count, 512, device="cuda")
     bank.search(queries, k)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
