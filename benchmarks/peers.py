@@ -30,11 +30,13 @@ class Peer(NamedTuple):
     build: Callable[[Tensor, Problem], Search]
 
 
-def build_all(rows: Tensor, problem: Problem) -> tuple[dict[str, Search], dict[str, str]]:
-    """Return name -> search of all peers that can do it, and name -> reason of the others."""
+def build_all(rows: Tensor, problem: Problem, only: str | None = None) -> tuple[dict[str, Search], dict[str, str]]:
+    """Return name -> search of all peers, or of one alone, that can do it, and name -> reason of the others."""
     built: dict[str, Search] = {}
     reasons: dict[str, str] = {}
     for peer in PEERS:
+        if only not in (None, peer.name):
+            continue
         try:
             built[peer.name] = peer.build(rows, problem)
         except Unfit as error:

@@ -239,7 +239,7 @@ def measure_steps(run: Run, problem: Problem) -> None:
         steps[backend] = cases.our_step(bank, problem.k)
     if not run.args.no_peers:
         steps |= _peer_steps(run, problem, filled)
-    steps["authors"] = cases.authors_step(filled, problem.k)  # last: what comes after it finds the caches cold
+    steps["authors"] = cases.authors_step(filled, problem.k)
     losses = {name: [step(*warm_up)] for name, step in steps.items()}
 
     def timed(name: str) -> Callable[[int], object]:
@@ -259,18 +259,12 @@ def measure_steps(run: Run, problem: Problem) -> None:
 
 def _peer_steps(run: Run, problem: Problem, bank: MemoryBank) -> dict[str, cases.Step]:
     """Return the searches to stand beside a step: a bare faiss.knn, and lightly's bank with its update, k = 1."""
-    single = replace(problem, k=1)
-    built, reasons = peers.build_all(bank.rows, problem)
-    lightly, lightly_reasons = peers.build_all(bank.rows.clone(), single)
+    wanted = {"bare faiss.knn": (bank.rows, problem), "lightly bank": (bank.rows.clone(), replace(problem, k=1))}
     found: dict[str, cases.Step] = {}
-    for name, (searches, why) in {
-        "bare faiss.knn": (built, reasons),
-        "lightly bank": (lightly, lightly_reasons),
-    }.items():
-        if name not in searches:
-            run.unmeasured[f"{name}, as a step"] = why[name]
-            continue
-        found[name] = _as_step(searches[name], bank.dtype)
+    for name, (rows, of) in wanted.items():
+        built, reasons = peers.build_all(rows, of, only=name)
+        found |= {peer: _as_step(search, bank.dtype) for peer, search in built.items()}
+        run.unmeasured |= {f"{peer}, as a step": reason for peer, reason in reasons.items()}
     return found
 
 

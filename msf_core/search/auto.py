@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from msf_core.search.base import SearchBackend, check_topk_arguments
-from msf_core.search.registry import load_backend, why_not
+from msf_core.search.registry import load_backend, most_neighbors, why_not
 from msf_core.search.screen import screen_pays, screened_topk
 
 # By benchmarks/results/cpu_auto.md, on two AMD cores. FAISS multiplies blocks of 1,024 rows: on a CPU its OpenBLAS does
@@ -13,7 +13,6 @@ FAISS_LEAST_WORK = 256 * 512
 SCREEN_LEAST_ROWS = 1000
 # Many neighbors from short, few rows: there the selection is the cost, and FAISS's the faster one.
 SELECTION_MOST_DIM, SELECTION_MOST_ROWS, SELECTION_LEAST_NEIGHBORS = 256, 400, 50
-TRITON_MOST_NEIGHBORS = 256
 
 
 class AutoSearch:
@@ -33,8 +32,10 @@ class AutoSearch:
         device = queries.device.type
         if device == "cpu" and _suits_faiss(queries, rows, k) and why_not("faiss", "cpu") is None:
             return load_backend("faiss")
-        if device == "cuda" and k <= TRITON_MOST_NEIGHBORS and why_not("triton", "cuda") is None:
-            return load_backend("triton")
+        if device == "cuda" and why_not("triton", "cuda") is None:
+            triton = load_backend("triton")
+            if k <= (most_neighbors(triton, "cuda") or k):
+                return triton
         return load_backend("torch")
 
 

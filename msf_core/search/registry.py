@@ -81,9 +81,15 @@ def check_backend(backend: str | SearchBackend, device: torch.device, k: int) ->
     Raises:
         ValueError, ImportError, TypeError: as `find_backend`, and ValueError for a k above its most.
     """
-    most = getattr(find_backend(backend, device), "most_neighbors", {}).get(device.type, k)
-    if k > most:
+    most = most_neighbors(find_backend(backend, device), device.type)
+    if most is not None and k > most:
         raise ValueError(f"k must be at most {most} for this backend on {device}, got {k}")
+
+
+def most_neighbors(backend: SearchBackend, device_type: str) -> int | None:
+    """Return how many neighbors a backend finds at most on that type of device; None where there is no limit."""
+    most: int | None = getattr(backend, "most_neighbors", {}).get(device_type)
+    return most
 
 
 # What torch.compiler.assume_constant_result does, without the seconds that importing the compiler takes:

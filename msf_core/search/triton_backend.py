@@ -82,8 +82,8 @@ class TritonSearch:
         group = choose_group(min(count, 256), n, dim, k, rows.element_size())
         groups = triton.cdiv(n, group)
         at_once = min(count, max(1, MAXIMA_BYTES // (4 * groups)))
-        if at_once > 128:
-            at_once -= at_once % 128 if at_once < count else 0
+        if 128 < at_once < count:
+            at_once -= at_once % 128  # whole tiles
         tiles = choose_tiles(at_once, dim, rows)
         maxima = queries.new_empty((at_once, groups), dtype=torch.float32)
         with _device_of(rows):
