@@ -40,6 +40,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
 from benchmarks import memory
+from benchmarks.arguments import positive, settle_device_and_folder
 from benchmarks.measure import Record, describe_environment, quantiles, time_interleaved, write_jsonl
 from benchmarks.tables import format_bytes, format_seconds
 from msf_core import EMATarget
@@ -487,17 +488,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--model", default="resnet50", help="a classification model of torchvision (default: resnet50)")
-    parser.add_argument("--repeats", type=_positive, help=f"updates (default: {CPU_REPEATS}; CUDA {CUDA_REPEATS})")
+    parser.add_argument("--repeats", type=positive, help=f"updates (default: {CPU_REPEATS}; CUDA {CUDA_REPEATS})")
     parser.add_argument("--momentum", type=_momentum, default=0.99, help="above 0 and below 1 (default: 0.99)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the results")
     args = parser.parse_args()
-    has_cuda = torch.cuda.is_available()
-    args.device = args.device or ("cuda" if has_cuda else "cpu")
-    if args.device == "cuda" and not has_cuda:
-        parser.error("--device cuda: PyTorch sees no CUDA device here")
+    settle_device_and_folder(parser, args)
     args.repeats = args.repeats or (CUDA_REPEATS if args.device == "cuda" else CPU_REPEATS)
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out}: that is a file, not a folder")
     try:
         args.encoder = build_encoder(args.model)
     except ValueError as error:
@@ -505,16 +501,6 @@ def parse_arguments() -> argparse.Namespace:
     except ImportError as error:
         parser.exit(1, f"the models are torchvision's; pip install 'msf_core[bench]': {error}\n")
     return args
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
 
 
 def _momentum(text: str) -> float:

@@ -42,6 +42,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
 from benchmarks import stages, tables
+from benchmarks.arguments import positive, settle_device_and_folder
 from benchmarks.cases import Problem
 from benchmarks.measure import write_jsonl
 from msf_core import available_backends
@@ -97,9 +98,9 @@ def parse_arguments() -> argparse.Namespace:
     ):
         listed = " ".join(map(str, numbers))
         text = f"{what}, one or more, each with each (with --full: {listed}; else, beside other flags: {default})"
-        parser.add_argument(flag, type=_positive, nargs="+", help=text)
-    parser.add_argument("--step-rows", type=_positive, help=f"bank size of the step (default: {DEFAULT_STEP_ROWS})")
-    parser.add_argument("--repeats", type=_positive, help=f"runs of each (default: {CPU_REPEATS}; CUDA {CUDA_REPEATS})")
+        parser.add_argument(flag, type=positive, nargs="+", help=text)
+    parser.add_argument("--step-rows", type=positive, help=f"bank size of the step (default: {DEFAULT_STEP_ROWS})")
+    parser.add_argument("--repeats", type=positive, help=f"runs of each (default: {CPU_REPEATS}; CUDA {CUDA_REPEATS})")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="of the rows (default: float32; CUDA bfloat16)"
     )
@@ -115,10 +116,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Set the defaults that depend on other arguments, and refuse what cannot be run."""
-    has_cuda = torch.cuda.is_available()
-    args.device = args.device or ("cuda" if has_cuda else "cpu")
-    if args.device == "cuda" and not has_cuda:
-        parser.error("--device cuda: PyTorch sees no CUDA device here")
+    settle_device_and_folder(parser, args)
     cuda = args.device == "cuda"
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     args.repeats = args.repeats or (CUDA_REPEATS if cuda else CPU_REPEATS)
@@ -144,8 +142,6 @@ def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--backends {name}: unknown; known: {', '.join(works)}")
         if works[name] is not None:
             parser.error(f"--backends {name}: it does not work here: {works[name]}")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out}: that is a file, not a folder")
 
 
 def _sizes(args: argparse.Namespace) -> list[tuple[int, int, int, int]]:
@@ -159,16 +155,6 @@ def _sizes(args: argparse.Namespace) -> list[tuple[int, int, int, int]]:
         *((ROWS, DIM, batch, K) for batch in (64, 1024)),
         *((ROWS, dim, BATCH, K) for dim in (128, 1024)),
     ]
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
 
 
 if __name__ == "__main__":
