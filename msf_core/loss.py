@@ -90,7 +90,7 @@ class MeanShiftLoss(nn.Module):
             raise ValueError("a schedule of k needs a bank; bank=None goes with k=1")
         self.bank = bank
         self.k = k
-        self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # no int, as `MemoryBank._filled`
+        self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # no int, as `MemoryBank._pushed`
 
     @property
     def steps(self) -> int:
@@ -131,8 +131,11 @@ class MeanShiftLoss(nn.Module):
             TypeError: tensors that are not floating, labels that are not integers.
             ImportError: the bank's backend does not work on its device.
         """
-        k = self.k if isinstance(self.k, int) else _rounded(self.k(self.steps))
-        self._check(prediction, target, labels, k)
+        if self.bank is not None and self.bank.waits_for_others(pushing=self.training):
+            with self.bank.sharing_errors(pushing=self.training):
+                k = self._check(prediction, target, labels)
+        else:
+            k = self._check(prediction, target, labels)
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
             u = unit_rows(target)  # [B, D]
             neighbors = self._find_neighbors(u, labels, k)
@@ -154,12 +157,11 @@ class MeanShiftLoss(nn.Module):
         if self.training and self.bank is not None and k > 1:
             # A batch of k fills k rows at least; only a smaller one has to ask.
             there = k if u.shape[0] >= k else min(k, len(self.bank))
-            found = _without(slots, *self.bank.nearest(u, there))  # [B, k − 1]
+            others = self.bank.find(u, there, leave_out=slots)  # [B, k − 1]
         elif self.bank is not None and min(k - 1, len(self.bank)) > 0:
-            found = self.bank.nearest(u, min(k - 1, len(self.bank)))
+            others = self.bank.find(u, min(k - 1, len(self.bank)))
         else:
             return own
-        others = self.bank.take(*found)
         absent = (others.index < 0)[..., None]
         embedding = torch.cat([own.embedding, others.embedding], dim=1)  # [B, k, D]
         embedding[:, 1:] = torch.where(absent, u[:, None], embedding[:, 1:])
@@ -170,8 +172,9 @@ class MeanShiftLoss(nn.Module):
             label=torch.cat([own.label, others.label], dim=1),
         )
 
-    def _check(self, prediction: Tensor, target: Tensor, labels: Tensor | None, k: int) -> None:
-        """Raise before anything changes."""
+    def _check(self, prediction: Tensor, target: Tensor, labels: Tensor | None) -> int:
+        """Return this step's k, or raise before anything changes."""
+        k = self.k if isinstance(self.k, int) else _rounded(self.k(self.steps))
         _check_prediction(prediction)
         _check_k(k, self.bank)
         check_tensor("target", target)
@@ -185,6 +188,7 @@ class MeanShiftLoss(nn.Module):
         if self.bank is not None:
             self.bank.check("target", target)
             self.bank.check_backend(k)
+        return k
 
     def get_extra_state(self) -> Tensor:
         """Return the number of training forwards so far, for the ``state_dict``."""
@@ -197,15 +201,6 @@ class MeanShiftLoss(nn.Module):
     def extra_repr(self) -> str:
         """Describe k."""
         return f"k={self.k}"
-
-
-def _without(slots: Tensor, similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave each query's own slot [B] out of its k neighbours [B, k]; where it is not among them, the last goes."""
-    k = index.shape[1]
-    own = (index == slots[:, None]) & (slots[:, None] >= 0)  # [B, k], at most one a row
-    # Places before the own slot stay, later ones move up by one.
-    place = torch.arange(k - 1, device=slots.device) + own.cumsum(dim=1)[:, : k - 1]  # [B, k − 1]
-    return similarity.gather(1, place), index.gather(1, place)
 
 
 def _rounded(k: float) -> int:

@@ -1,5 +1,7 @@
 """The memory bank of MSF (paper section 2): a first-in-first-out ring of target embeddings, searched exactly."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -7,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msf_core.checks import check_labels, check_tensor
+from msf_core.distributed import ERRORS, Ranks, as_shard, blocks_of, is_shard, problem_of, shard_bounds, untraced
 from msf_core.search import SearchBackend, check_backend, find_backend, topk
 from msf_core.search.base import ROW_DTYPES
 
 UNKNOWN_LABEL = -1
-_BUFFERS = ("rows", "labels", "pushed", "nonfinite")
+LAYOUTS = ("replicated", "sharded", "local")
+TENSORS = ("rows", "labels", "pushed", "nonfinite")
 
 
 class Neighbors(NamedTuple):
@@ -43,11 +47,16 @@ class MemoryBank(nn.Module):
         dtype: of the stored rows: float32, float16 or bfloat16. Queries are rounded to it, similarities are
             accumulated in float32.
         backend: "auto", "torch", "faiss", "triton", or any object with a `SearchBackend.topk`.
+        layout: who keeps what where torch.distributed runs. "replicated": every rank keeps all rows of all ranks.
+            "sharded": each rank keeps 1/W of them and answers for it, with the same results; the ``state_dict`` then
+            holds DTensors, for torch.distributed.checkpoint. "local": each rank keeps its own. With one process all
+            three are the same.
+        group: process group of the ranks that share the bank; None is the default group.
         persistent: False leaves the bank out of the ``state_dict``.
 
     Raises:
-        ValueError: ``size`` or ``dim`` below 1, or an unknown backend.
-        TypeError: another ``dtype``, or a backend without ``topk``.
+        ValueError: ``size`` or ``dim`` below 1, an unknown backend or layout, a group without this process.
+        TypeError: another ``dtype``, a backend without ``topk``, a group that is none.
         ImportError: the backend asked for by name does not work here.
 
     >>> bank = MemoryBank(size=4, dim=2)
@@ -71,6 +80,8 @@ class MemoryBank(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         backend: str | SearchBackend = "auto",
+        layout: str = "replicated",
+        group: Any = None,
         persistent: bool = True,
     ) -> None:
         super().__init__()
@@ -82,22 +93,30 @@ class MemoryBank(nn.Module):
         if dtype not in ROW_DTYPES:
             raise TypeError(f"dtype must be torch.float32, float16 or bfloat16, got {dtype}")
         find_backend(backend, torch.device("cpu"))  # says now if it does not work here
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         self.size = size
         self.dim = dim
         self.backend = backend
+        self.layout = layout
         self.persistent = persistent
+        self._ranks = Ranks(group)
+        # A shard is what this rank keeps: the slots from begin to end. Other layouts keep them all.
+        self._shards = self._ranks.size if layout == "sharded" else 1
+        self._begin, self._end = shard_bounds(size, self._shards, self._ranks.rank if self._shards > 1 else 0)
+        # No buffers: DDP would send those of rank 0 to all ranks at every forward, over what they hold.
         # Slot of the next row: pushed % size. Slots 0 … len − 1 are filled.
-        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype), persistent)
-        self.register_buffer("labels", torch.full((size,), UNKNOWN_LABEL, dtype=torch.int64), persistent)
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64), persistent)
-        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64), persistent)
-        # min(pushed, size), always on the CPU: the host knows it without asking the device. A tensor and not an int,
-        # since torch.compile would take an int for a constant and compile again when it moves.
-        self._filled = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.rows = torch.zeros(self._end - self._begin, dim, dtype=dtype)
+        self.labels = torch.full((self._end - self._begin,), UNKNOWN_LABEL)
+        self.pushed = torch.zeros((), dtype=torch.int64)
+        self.nonfinite = torch.zeros((), dtype=torch.int64)
+        # The same as ``pushed``, always on the CPU: the host knows it without asking the device. A tensor and not an
+        # int, since torch.compile would take an int for a constant and compile again when it moves.
+        self._pushed = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
-        """Rows filled so far, n; at most ``size``."""
-        return int(self._filled)
+        """Rows filled so far, n, on all ranks that share the bank; at most ``size``."""
+        return min(int(self._pushed), self.size)
 
     @property
     def full(self) -> bool:
@@ -109,9 +128,37 @@ class MemoryBank(nn.Module):
         """Dtype of the stored rows."""
         return self.rows.dtype
 
+    @property
+    def group(self) -> Any:
+        """Process group of the ranks that share the bank; None is the default one."""
+        return self._ranks.group
+
+    def waits_for_others(self, *, pushing: bool) -> bool:
+        """Tell whether a push, or else a search, is one that all ranks have to make together.
+
+        Raises:
+            RuntimeError: a sharded bank was made for another number of ranks.
+        """
+        if self.layout == "local":
+            return False
+        ranks = self._ranks.size
+        if self.layout == "sharded" and ranks != self._shards:
+            raise RuntimeError(
+                f"the bank was sharded for {self._shards} ranks, now there are {ranks}: "
+                "make it after torch.distributed.init_process_group"
+            )
+        return ranks > 1 and (pushing or self.layout == "sharded")
+
+    def sharing_errors(self, *, pushing: bool) -> AbstractContextManager[None]:
+        """Tell the ranks that wait for this one in a push, or a search, of an error in the block, and raise it."""
+        return self._ranks.sharing_errors("push" if pushing else "search")
+
     @torch.no_grad()
     def push(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
         """Store a batch, over the oldest rows once the bank is full. Never waits for the device.
+
+        Under torch.distributed all ranks push together, each a batch of its own, which may differ in B: the rows of
+        rank 0 come first. A rank whose batch does not fit makes it an error on all of them.
 
         Args:
             embeddings: [B, D], any float dtype and scale; normalized in float32 on the way in (a row shorter than
@@ -120,32 +167,23 @@ class MemoryBank(nn.Module):
             labels: [B], integers; −1, or no labels at all, is unknown.
 
         Returns:
-            The slots of the rows, [B] int64; −1 for those that later rows of the same batch pushed out.
+            The slots of these rows, [B] int64; −1 for those that later rows pushed out at once.
 
         Raises:
             ValueError: a shape or device that does not fit.
             TypeError: embeddings that are not floating, labels that are not integers.
+            RuntimeError: other ranks are not in a push.
         """
-        self.check("embeddings", embeddings)
-        check_labels(labels, embeddings)
-        count = embeddings.shape[0]
-        kept = min(count, self.size)
-        rows = unit_rows(embeddings)
-        if labels is None:
-            labels = self.labels.new_full((count,), UNKNOWN_LABEL)
-
-        slots = (self.pushed + torch.arange(count, device=self.rows.device)) % self.size
-        self.rows.index_copy_(0, slots[count - kept :], rows[count - kept :].to(self.rows.dtype))
-        self.labels.index_copy_(0, slots[count - kept :], labels[count - kept :].to(torch.int64))
-        self.pushed += count
-        self.nonfinite += rows[:, 0].isnan().sum()
-        self._filled.add_(count).clamp_(max=self.size)
-        slots[: count - kept] = -1
-        return slots
+        if self.waits_for_others(pushing=True):
+            return self._push_together(embeddings, labels)
+        self._check_batch(embeddings, labels)
+        return self._store(embeddings, labels)
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> Neighbors:
         """Find the k most similar rows of every query, exactly.
+
+        In a sharded bank all ranks search together, each with queries of its own, which may differ in number.
 
         Args:
             queries: [Q, D], any float dtype and scale.
@@ -157,32 +195,85 @@ class MemoryBank(nn.Module):
         Raises:
             ValueError: k out of range, or a shape or device that does not fit.
             TypeError: queries that are not floating, or a k that is no int.
+            RuntimeError: other ranks of a sharded bank are not in a search.
         """
-        self.check("queries", queries)
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {k!r}")
-        if not 1 <= k <= len(self):
-            raise ValueError(f"k must be between 1 and the {len(self)} rows in the bank, got {k}")
-        self.check_backend(k)
-        return self.take(*self.nearest(queries, k))
+        if self.waits_for_others(pushing=False):
+            with self.sharing_errors(pushing=False):
+                self._check_search(queries, k)
+        else:
+            self._check_search(queries, k)
+        return self.find(queries, k)
 
     @torch.no_grad()
-    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Do the search of `search` alone, for arguments known to be right.
+    def find(self, queries: Tensor, k: int, leave_out: Tensor | None = None) -> Neighbors:
+        """Do the search of `search` for arguments known to be right.
+
+        Args:
+            queries: [Q, D].
+            k: as there.
+            leave_out: [Q] slots; one that is among a query's k neighbors is left out, else the last neighbor is.
 
         Returns:
-            similarity [Q, k] and index [Q, k], as `search` has them.
+            `Neighbors`, with ``leave_out`` one fewer.
         """
-        queries = unit_rows(queries).to(self.rows.dtype)
-        if isinstance(self.backend, str):
-            similarity, index = topk(queries, self.rows, self._filled, k, self.backend)
-        else:
-            similarity, index = self.backend.topk(queries, self.rows[: len(self)], k)
-        return similarity.clamp(max=1.0), index  # rounding leaves rows, half-precision ones above all, a little long
+        if self.waits_for_others(pushing=False):
+            found = self._search_together(queries, k)
+            return found if leave_out is None else Neighbors(*_without(leave_out, found.index, *found))
+        similarity, index = self._nearest(unit_rows(queries).to(self.rows.dtype), k)
+        if leave_out is not None:
+            similarity, index = _without(leave_out, index, similarity, index)
+        return self._take(similarity, index)
 
     @torch.no_grad()
-    def take(self, similarity: Tensor, index: Tensor) -> Neighbors:
-        """Gather embeddings and labels for what `nearest` has found."""
+    def clear(self) -> None:
+        """Forget every row, as if newly made."""
+        self.rows.zero_()
+        self.labels.fill_(UNKNOWN_LABEL)
+        for count in (self.pushed, self.nonfinite, self._pushed):
+            count.zero_()
+
+    def _store(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        """Push what is known to be right, and keep of it what belongs here."""
+        count = embeddings.shape[0]
+        rows = unit_rows(embeddings)
+        if labels is None:
+            labels = self.labels.new_full((count,), UNKNOWN_LABEL)
+        gone = max(0, count - self.size)  # rows that later ones of the same batch push out
+        slots = (self.pushed + torch.arange(count, device=self.rows.device)) % self.size
+        if self._shards == 1:
+            self.rows.index_copy_(0, slots[gone:], rows[gone:].to(self.rows.dtype))
+            self.labels.index_copy_(0, slots[gone:], labels[gone:].to(torch.int64))
+        else:
+            for here, there in self._own_part(count, gone):
+                self.rows[here] = rows[there].to(self.rows.dtype)
+                self.labels[here] = labels[there].to(torch.int64)
+        self.pushed += count
+        self.nonfinite += rows[:, 0].isnan().sum()
+        self._pushed.add_(count)
+        slots[:gone] = -1
+        return slots
+
+    def _own_part(self, count: int, gone: int) -> Iterator[tuple[slice, slice]]:
+        """Yield which places of the shard take which of ``count`` new rows, known from the shapes alone."""
+        first = (int(self._pushed) + gone) % self.size  # slot of row number ``gone``
+        for wrap in (0, self.size):
+            begin = max(first, self._begin + wrap)
+            end = min(first + count - gone, self._end + wrap)
+            if begin < end:
+                here = slice(begin - wrap - self._begin, end - wrap - self._begin)
+                yield here, slice(begin - first + gone, end - first + gone)
+
+    def _nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return similarity [Q, k] and place [Q, k] among the rows kept here, for unit queries of their dtype."""
+        if isinstance(self.backend, str):
+            filled = self._pushed - self._begin if self._begin else self._pushed
+            similarity, index = topk(queries, self.rows, filled, k, self.backend)
+        else:
+            similarity, index = self.backend.topk(queries, self.rows[: len(self) - self._begin], k)
+        return similarity.clamp(max=1.0), index  # rounding leaves rows, half-precision ones above all, a little long
+
+    def _take(self, similarity: Tensor, index: Tensor) -> Neighbors:
+        """Gather embeddings and labels for what `_nearest` has found."""
         missing = index < 0
         slots = index.clamp(min=0)
         embedding = self.rows[slots].float()  # [Q, k, D]
@@ -195,14 +286,67 @@ class MemoryBank(nn.Module):
             label=self.labels[slots].masked_fill_(missing, UNKNOWN_LABEL),
         )
 
-    @torch.no_grad()
-    def clear(self) -> None:
-        """Forget every row, as if newly made."""
-        self.rows.zero_()
-        self.labels.fill_(UNKNOWN_LABEL)
-        self.pushed.zero_()
-        self.nonfinite.zero_()
-        self._filled.zero_()
+    @untraced
+    def _push_together(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        problem = problem_of(self._check_batch, embeddings, labels)
+        dtype, count = (_name(embeddings.dtype), len(embeddings)) if problem is None else ("", 0)
+        counts = self._agree("push", count, problem, **{"dtype of embeddings": dtype})
+        if labels is None:
+            labels = self.labels.new_full((len(embeddings),), UNKNOWN_LABEL)
+        first = sum(counts[: self._ranks.rank])
+        # As they came, not normalized: so the bank of one process that pushes the whole batch has the same bits.
+        rows = self._ranks.gather(embeddings.detach(), counts)
+        slots = self._store(rows, self._ranks.gather(labels.to(torch.int64), counts))
+        return slots[first : first + len(embeddings)]
+
+    @untraced
+    def _search_together(self, queries: Tensor, k: int) -> Neighbors:
+        """Ask every shard for the neighbors of all ranks' queries, and keep the best of the answers to one's own."""
+        counts = self._agree("search", len(queries), None, k=k)
+        problem: Exception | None = None
+        answers: tuple[Tensor, ...] = ()
+        asked = self._ranks.gather(unit_rows(queries).to(self.rows.dtype), counts)  # [ΣQ, D]
+        try:
+            answers = self._answer(asked, k)
+        except Exception as error:
+            problem = error if isinstance(error, ERRORS) else RuntimeError(f"{type(error).__name__}: {error}")
+        self._ranks.agree("answer", same={}, problem=problem)
+        candidates = self._ranks.exchange(answers, counts)  # [W, Q, k, …] each
+        similarity, index, embedding, label = (part.transpose(0, 1).flatten(1, 2) for part in candidates)  # [Q, W·k, …]
+        similarity, best = similarity.topk(k, dim=1)
+        index, label = index.gather(1, best), label.gather(1, best)
+        embedding = embedding.gather(1, best[..., None].expand(-1, -1, self.dim)).float()
+        if self.rows.dtype != torch.float32:
+            embedding = F.normalize(embedding, dim=2)
+        return Neighbors(similarity, index, embedding, label)
+
+    def _answer(self, queries: Tensor, k: int) -> tuple[Tensor, ...]:
+        """Return similarity, slot, stored row and label of the k nearest in this shard, as [ΣQ, k, …] each."""
+        similarity = self.rows.new_full((len(queries), k), -torch.inf, dtype=torch.float32)
+        place = self.labels.new_full((len(queries), k), -1)
+        there = min(k, max(0, min(len(self), self._end) - self._begin))
+        if there and len(queries):
+            similarity[:, :there], place[:, :there] = self._nearest(queries, there)
+        missing, place = place < 0, place.clamp(min=0)
+        if not len(self.rows):  # more ranks than rows
+            embedding = self.rows.new_zeros(*place.shape, self.dim)
+            return similarity, place - 1, embedding, torch.full_like(place, UNKNOWN_LABEL)
+        return (
+            similarity,
+            (place + self._begin).masked_fill_(missing, -1),
+            self.rows[place].masked_fill_(missing[..., None], 0.0),
+            self.labels[place].masked_fill_(missing, UNKNOWN_LABEL),
+        )
+
+    def _agree(self, call: str, count: int, problem: Exception | None, **same: int | str) -> list[int]:
+        """Return how many rows each rank brings."""
+        ours: dict[str, int | str] = {
+            "size": self.size,
+            "dim": self.dim,
+            "dtype of the bank": _name(self.dtype),
+            "number of rows pushed so far": int(self._pushed),
+        }
+        return self._ranks.agree(call, same={**ours, **same}, count=count, problem=problem)
 
     def check_backend(self, k: int = 1) -> None:
         """Raise unless the search backend finds k neighbors on the bank's present device.
@@ -227,17 +371,45 @@ class MemoryBank(nn.Module):
                 f"{name} must be on the bank's device, {self.rows.device}, got {embeddings.device}; "
                 f"move the bank with .to({str(embeddings.device)!r})"
             )
-        if self.rows.dtype not in ROW_DTYPES:
-            raise TypeError(f"the bank's rows must be float32, float16 or bfloat16, but were made {self.rows.dtype}")
+
+    def _check_batch(self, embeddings: Tensor, labels: Tensor | None) -> None:
+        self.check("embeddings", embeddings)
+        check_labels(labels, embeddings)
+
+    def _check_search(self, queries: Tensor, k: int) -> None:
+        self.check("queries", queries)
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k must be an int, got {k!r}")
+        if not 1 <= k <= len(self):
+            raise ValueError(f"k must be between 1 and the {len(self)} rows in the bank, got {k}")
+        self.check_backend(k)
 
     def extra_repr(self) -> str:
-        """Describe size, fill and cost."""
+        """Describe size, fill and cost; bytes are those of this process."""
         backend = self.backend if isinstance(self.backend, str) else type(self.backend).__name__
-        size_bytes = sum(getattr(self, name).nbytes for name in ("rows", "labels"))
+        layout = "" if self.layout == "replicated" else f" layout={self.layout!r},"
         return (
-            f"size={self.size}, dim={self.dim}, dtype={str(self.dtype).removeprefix('torch.')}, "
-            f"filled={len(self)}, backend={backend!r}, bytes={size_bytes}"
+            f"size={self.size}, dim={self.dim}, dtype={_name(self.dtype)}, "
+            f"filled={len(self)}, backend={backend!r},{layout} bytes={self.rows.nbytes + self.labels.nbytes}"
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MemoryBank":
+        """Follow the module to another device; the dtype stays what was asked for."""
+        super()._apply(fn, recurse)
+        for name in TENSORS:
+            tensor = getattr(self, name)
+            moved = fn(tensor)
+            setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.persistent:
+            return
+        for name in TENSORS:
+            tensor = getattr(self, name).detach()
+            sharded = self._shards > 1 and tensor.ndim > 0
+            destination[prefix + name] = as_shard(tensor, self.size, self.group) if sharded else tensor
 
     def _load_from_state_dict(
         self,
@@ -251,19 +423,20 @@ class MemoryBank(nn.Module):
     ) -> None:
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        ours = {prefix + name for name in _BUFFERS} if self.persistent else set()
+        ours = {prefix + name for name in TENSORS} if self.persistent else set()
         missing_keys += sorted(ours - state_dict.keys())
         if strict:
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in ours]
         if not ours or not ours <= state_dict.keys():
             return
-        rows, labels, pushed, nonfinite = (state_dict[prefix + name] for name in _BUFFERS)
+        rows, labels, pushed, nonfinite = (state_dict[prefix + name] for name in TENSORS)
         problem = self._why_not_loadable(rows, labels, pushed, nonfinite)
         if problem:
             error_msgs.append(f"{prefix}rows and its companions were not loaded: {problem}")
             return
         with torch.no_grad():
-            self._take_over(rows, labels, pushed, nonfinite)
+            self._take_over(rows, labels, int(pushed))
+            self.nonfinite.copy_(nonfinite)
 
     def _why_not_loadable(self, rows: Tensor, labels: Tensor, pushed: Tensor, nonfinite: Tensor) -> str | None:
         if not all(isinstance(part, Tensor) for part in (rows, labels, pushed, nonfinite)):
@@ -274,27 +447,34 @@ class MemoryBank(nn.Module):
             return f"the bank has dim={self.dim}, the saved rows are {list(rows.shape)}"
         if labels.shape != rows.shape[:1]:
             return f"{rows.shape[0]} saved rows have labels of shape {list(labels.shape)}"
+        if is_shard(rows) != is_shard(labels):
+            return "saved rows and labels must both be DTensors, or neither"
         for name, count in (("pushed", pushed), ("nonfinite", nonfinite)):
             if count.ndim != 0 or count.is_floating_point() or int(count) < 0:
                 return f"the saved {name} must be one whole number, got {count}"
         return None
 
-    def _take_over(self, rows: Tensor, labels: Tensor, pushed: Tensor, nonfinite: Tensor) -> None:
-        saved_size, total = rows.shape[0], int(pushed)
+    def _take_over(self, rows: Tensor, labels: Tensor, total: int) -> None:
+        """Put the newest saved rows that fit where they belong; of a bank of the same size every row into its slot."""
+        saved_size, first = rows.shape[0], 0
+        kept = min(total, self.size)
         if saved_size != self.size:
-            kept = min(total, saved_size, self.size)
-            newest = torch.arange(total - kept, total, device=rows.device) % saved_size  # slots, oldest first
-            rows, labels, total = rows[newest], labels[newest.to(labels.device)], kept
-        if rows.dtype != self.rows.dtype:
-            rows = F.normalize(rows.float(), dim=1)
-        filled = rows.shape[0]  # the saved tensors may be the bank's own: nothing is cleared before it is read
-        self.rows[:filled] = rows.to(self.rows)
+            kept = min(kept, saved_size)
+            first, total = (total - kept) % saved_size, kept
+        # The saved tensors may be the bank's own: nothing is cleared before it is read.
+        for ours, saved in ((self.rows, rows), (self.labels, labels)):
+            for begin, block in blocks_of(saved):
+                slots = torch.arange(begin - first, begin - first + len(block)) % saved_size
+                wanted = (slots < kept) & (slots >= self._begin) & (slots < self._end)
+                chosen = block[wanted.to(block.device)]
+                if ours.is_floating_point() and chosen.dtype != ours.dtype:
+                    chosen = F.normalize(chosen.float(), dim=1)
+                ours[(slots[wanted] - self._begin).to(ours.device)] = chosen.to(ours)
+        filled = max(0, kept - self._begin)
         self.rows[filled:].zero_()
-        self.labels[:filled] = labels.to(self.labels)
         self.labels[filled:] = UNKNOWN_LABEL
         self.pushed.fill_(total)
-        self.nonfinite.copy_(nonfinite)
-        self._filled.fill_(min(total, self.size))
+        self._pushed.fill_(total)
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -302,3 +482,21 @@ def unit_rows(x: Tensor) -> Tensor:
     x = x.detach().float()
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [B, 1]
     return F.normalize(x, dim=1).masked_fill_(~norm.isfinite(), torch.nan)
+
+
+def _without(slots: Tensor, index: Tensor, *parts: Tensor) -> list[Tensor]:
+    """Leave slots [Q] out of the neighbours with slots index [Q, k]; where it is not among them, the last goes.
+
+    Returns:
+        Each of parts [Q, k, …] as [Q, k − 1, …].
+    """
+    k = index.shape[1]
+    own = (index == slots[:, None]) & (slots[:, None] >= 0)  # [Q, k], at most one a row
+    # Places before the own slot stay, later ones move up by one.
+    place = torch.arange(k - 1, device=slots.device) + own.cumsum(dim=1)[:, : k - 1]  # [Q, k − 1]
+    query = torch.arange(len(slots), device=slots.device)[:, None]
+    return [part[query, place] for part in parts]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

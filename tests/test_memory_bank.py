@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from msf_core import MemoryBank
 from msf_core.search import load_backend
@@ -32,13 +32,13 @@ BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "overflow": 3e38}
 
 
 def snapshot(bank: MemoryBank) -> tuple[dict[str, Tensor], int]:
-    return {name: buffer.clone() for name, buffer in bank.named_buffers()}, len(bank)
+    return {name: buffer.clone() for name, buffer in bank.state_dict().items()}, len(bank)
 
 
 def assert_unchanged(bank: MemoryBank, before: tuple[dict[str, Tensor], int]) -> None:
     buffers, length = before
     assert len(bank) == length
-    for name, buffer in bank.named_buffers():
+    for name, buffer in bank.state_dict().items():
         assert_bits_equal(buffer, buffers[name])
 
 
@@ -149,7 +149,7 @@ class BankBesideDeque(RuleBasedStateMachine):
         self.bank.load_state_dict(state)
         if size == saved_size:
             self.model, self.pushed = deque(contents, maxlen=size), pushed
-            for name, buffer in self.bank.named_buffers():
+            for name, buffer in self.bank.state_dict().items():
                 assert_bits_equal(buffer, state[name])
         else:
             newest = contents[-size:]
@@ -163,8 +163,8 @@ class BankBesideDeque(RuleBasedStateMachine):
         self.model.clear()
         self.pushed = self.nonfinite = 0
         fresh = self.new_bank(self.bank.size)
-        for name, buffer in self.bank.named_buffers():
-            assert_bits_equal(buffer, fresh.get_buffer(name))
+        for name, buffer in self.bank.state_dict().items():
+            assert_bits_equal(buffer, getattr(fresh, name))
 
     @rule(which=st.integers(0, 7))
     def call_wrongly(self, which: int) -> None:
@@ -259,9 +259,9 @@ def test_a_row_that_rounding_made_long_is_no_more_similar_than_one(dtype: torch.
     assert similarity.min() > 0.99
 
 
-def test_a_search_is_what_is_nearest_and_taking_it() -> None:
+def test_a_search_is_a_find_of_right_arguments() -> None:
     bank, queries = filled_bank(), torch.randn(4, 3)
-    for value, expected in zip(bank.take(*bank.nearest(queries, 6)), bank.search(queries, 6), strict=True):
+    for value, expected in zip(bank.find(queries, 6), bank.search(queries, 6), strict=True):
         assert_bits_equal(value, expected)
 
 
@@ -432,24 +432,25 @@ def test_copies_are_equal_and_independent(duplicate: Callable[[MemoryBank], Memo
     assert_unchanged(twin, snapshot(bank))
 
 
-def test_a_cast_to_half_precision_keeps_contents_and_works_on() -> None:
+@pytest.mark.parametrize(
+    "cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda bank: bank.to(torch.half)]
+)
+def test_a_cast_of_the_model_leaves_the_rows_as_they_were_asked_for(cast: Callable[[nn.Module], nn.Module]) -> None:
     bank = filled_bank()
-    rows = bank.rows.clone()
-    bank.to(torch.bfloat16)
-    assert_bits_equal(bank.rows, rows.to(torch.bfloat16))
-    assert bank.labels.dtype == bank.pushed.dtype == bank.nonfinite.dtype == torch.int64
-    assert len(bank) == 6
+    before = snapshot(bank)
+    assert cast(bank) is bank
+    assert_unchanged(bank, before)
     assert bank.push(torch.ones(1, 3), torch.tensor([70])).tolist() == [2]
     assert bank.search(torch.ones(1, 3), k=1).label.tolist() == [[70]]
 
 
-def test_a_cast_to_double_is_a_type_error_at_the_next_use_that_changes_nothing() -> None:
-    bank = filled_bank().double()
-    before = snapshot(bank)
-    for use in (lambda: bank.push(torch.ones(1, 3)), lambda: bank.search(torch.ones(1, 3), 1)):
-        with pytest.raises(TypeError, match=r"float32.*torch\.float64"):
-            use()
-    assert_unchanged(bank, before)
+def test_the_bank_has_no_buffers_that_ddp_would_send_and_moves_with_its_module_all_the_same() -> None:
+    bank = filled_bank()
+    assert not list(bank.buffers())
+    model = nn.ModuleDict({"bank": bank}).to("meta")
+    assert {tensor.device.type for tensor in bank.state_dict().values()} == {"meta"}
+    assert len(bank) == 6  # the host's own count
+    assert model.to_empty(device="cpu")["bank"].rows.shape == (6, 3)
 
 
 # Errors

@@ -16,13 +16,13 @@ _LIBRARY.define(
 
 
 def topk(queries: Tensor, rows: Tensor, filled: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    """Search the first ``filled`` rows by the backend of that name.
+    """Search the first ``filled`` rows, all where there are fewer, by the backend of that name.
 
     Args:
         queries: [Q, D], in the dtype and on the device of ``rows``.
         rows: [N, D].
-        filled: int64 scalar on the CPU, so that reading it makes no GPU wait; n.
-        k: between 1 and n.
+        filled: int64 scalar on the CPU, so that reading it makes no GPU wait.
+        k: between 1 and n, the smaller of N and ``filled``.
         backend: a name as `load_backend` knows it.
 
     Returns:

@@ -148,5 +148,5 @@ def test_a_search_at_a_million_rows_takes_less_than_64_mib_more(
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    bank.nearest(queries, k)  # the rows that a search returns are k·Q·D values more
+    bank._nearest(queries, k)  # the rows that a search returns are k·Q·D values more
     assert torch.cuda.max_memory_allocated() - before < 64 << 20

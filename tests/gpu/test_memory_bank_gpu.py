@@ -62,7 +62,7 @@ def test_push_and_search_on_another_stream_wait_for_what_is_queued_there(
 def test_embeddings_queries_and_labels_on_the_cpu_are_refused_and_nothing_changes() -> None:
     bank = MemoryBank(size=4, dim=3).cuda()
     bank.push(torch.eye(3, device="cuda"), torch.arange(3, device="cuda"))
-    before = {name: buffer.clone() for name, buffer in bank.named_buffers()}
+    before = {name: buffer.clone() for name, buffer in bank.state_dict().items()}
     with pytest.raises(ValueError, match=r"embeddings .*cuda:0.*cpu"):
         bank.push(torch.eye(3))
     with pytest.raises(ValueError, match=r"labels .*cuda:0.*cpu"):
@@ -70,20 +70,20 @@ def test_embeddings_queries_and_labels_on_the_cpu_are_refused_and_nothing_change
     with pytest.raises(ValueError, match=r"queries .*cuda:0.*cpu"):
         bank.search(torch.eye(3), k=1)
     assert len(bank) == 3
-    for name, buffer in bank.named_buffers():
+    for name, buffer in bank.state_dict().items():
         assert torch.equal(buffer, before[name])
 
 
 def test_moving_to_cuda_and_back_keeps_everything(backend_name: str) -> None:
     bank = MemoryBank(size=6, dim=3)
     bank.push(torch.randn(8, 3), torch.arange(8))
-    before = {name: buffer.clone() for name, buffer in bank.named_buffers()}
+    before = {name: buffer.clone() for name, buffer in bank.state_dict().items()}
     bank.backend = backend_name
     bank.cuda()
     assert bank.search(bank.rows, k=1).index[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
     bank.cpu()
     bank.backend = "auto"
-    for name, buffer in bank.named_buffers():
+    for name, buffer in bank.state_dict().items():
         assert torch.equal(buffer, before[name])
     assert bank.push(torch.eye(3)).tolist() == [2, 3, 4]
     assert bank.search(torch.eye(3), k=1).index[:, 0].tolist() == [2, 3, 4]
@@ -99,7 +99,7 @@ def test_a_bank_saved_on_one_device_loads_on_the_other(
     torch.save(saved.state_dict(), tmp_path / "bank.pt")
     bank = MemoryBank(size=size, dim=3).to(destination)
     bank.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
-    assert {buffer.device.type for buffer in bank.buffers()} == {destination}
+    assert {buffer.device.type for buffer in bank.state_dict().values()} == {destination}
     newest = torch.arange(8 - len(bank), 8)
     here = newest % 6 if size == 6 else torch.arange(len(bank))
     assert len(bank) == min(size, 6)

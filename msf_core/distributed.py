@@ -1,0 +1,220 @@
+"""The collectives of a bank that several ranks share: the hosts agree first, then tensors of known sizes travel.
+
+Every shared call begins with `Ranks.agree`, a message of 64 bytes between the hosts. It says how many rows each rank
+brings, so that none has to be asked of a GPU, and whether a rank has failed: then all of them raise, and nobody waits.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, RuntimeError)
+_NUMBERS, _TEXT_BYTES = 8, 1024
+# The group in which the hosts of a group that has GPUs alone (NCCL) talk.
+_host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def untraced(function: Function) -> Function:
+    """Keep `torch.compile` out of a function, as torch.compiler.disable does after importing the compiler."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+class Ranks:
+    """The ranks of a process group; None is the default group, looked up at each call.
+
+    Raises:
+        TypeError: no process group.
+        ValueError: a group that this process is not in.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        if group is not None:
+            if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+                raise ValueError("group must have this process among its ranks")
+            if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+                raise TypeError(f"group must be a torch.distributed process group or None, got {group!r}")
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
+        return self  # of a group there is one
+
+    def __reduce__(self) -> Any:
+        if self.group is not None:
+            raise TypeError("a bank with a group cannot be pickled: save its state_dict instead")
+        return Ranks, ()
+
+    @property
+    def size(self) -> int:
+        """How many there are; 1 while torch.distributed is not initialized."""
+        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """Which of them this process is."""
+        return dist.get_rank(self.group) if self.size > 1 else 0
+
+    @untraced
+    def agree(
+        self, call: str, *, same: dict[str, int | str], count: int = 0, problem: Exception | None = None
+    ) -> list[int]:
+        """Return every rank's ``count``, once all are in the same call, without a problem.
+
+        Args:
+            call: what this rank is doing.
+            same: numbers, or words of 8 ASCII letters at most, that must not differ between ranks; at most five.
+            count: a number that may.
+            problem: why this rank cannot go on.
+
+        Raises:
+            ValueError, TypeError, ImportError, RuntimeError: ``problem``, on this rank; on the others an error of its
+                kind that names the rank. ValueError where ``same`` differs, RuntimeError where the calls do.
+        """
+        kind = 0 if problem is None else 1 + next(i for i, kind in enumerate(ERRORS) if isinstance(problem, kind))
+        own = torch.tensor([_coded(call), kind, count, *map(_coded, same.values()), *[0] * (_NUMBERS - 3 - len(same))])
+        table = self._gather_from_hosts(own).tolist()
+        failed = {rank: ERRORS[row[1] - 1] for rank, row in enumerate(table) if row[1]}
+        if failed:
+            self._raise_everywhere(problem, failed)
+        if len({row[0] for row in table}) > 1:
+            raise RuntimeError(f"all ranks must make the same calls in the same order, got {_listed(table, 0, call)}")
+        for column, (name, value) in enumerate(same.items(), start=3):
+            if len({row[column] for row in table}) > 1:
+                raise ValueError(f"{name} must be the same on all ranks, got {_listed(table, column, value)}")
+        return [row[2] for row in table]
+
+    @contextmanager
+    def sharing_errors(self, call: str) -> Iterator[None]:
+        """Tell ranks that are about to `agree` of an error in the block, and raise it."""
+        try:
+            yield
+        except ERRORS as error:
+            self.agree(call, same={}, problem=error)
+            raise
+
+    @untraced
+    def gather(self, tensor: Tensor, counts: list[int]) -> Tensor:
+        """Return all ranks' rows in rank order: [counts[r], …] here to [Σ counts, …] everywhere, bit by bit."""
+        most = max(counts)
+        if most == 0:
+            return tensor
+        padded = tensor.new_zeros(most, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        rows = padded.flatten(1) if tensor.ndim > 1 else padded[:, None]
+        everything = rows.new_empty(self.size * most, rows.shape[1])
+        dist.all_gather_into_tensor(everything.view(torch.uint8), rows.view(torch.uint8), group=self.group)
+        parts = [everything[rank * most : rank * most + count] for rank, count in enumerate(counts)]
+        return torch.cat(parts).view(-1, *tensor.shape[1:])
+
+    @untraced
+    def exchange(self, parts: Sequence[Tensor], counts: list[int]) -> list[Tensor]:
+        """Send every rank the answers to its rows, and return the answers to one's own.
+
+        Args:
+            parts: each [Σ counts, …], in rank order.
+            counts: rows of every rank.
+
+        Returns:
+            Each part as [W, counts[own rank], …]: what each of the W ranks has to say.
+        """
+        own = counts[self.rank]
+        as_bytes = [part.contiguous().flatten(1).view(torch.uint8) for part in parts]  # [Σ counts, bytes]
+        packed = torch.cat(as_bytes, dim=1)
+        received = packed.new_empty(self.size * own, packed.shape[1])
+        if sum(counts):
+            dist.all_to_all_single(received, packed, [own] * self.size, counts, group=self.group)
+        unpacked = received.split([part.shape[1] for part in as_bytes], dim=1)
+        return [
+            piece.contiguous().view(part.dtype).view(self.size, own, *part.shape[1:])
+            for piece, part in zip(unpacked, parts, strict=True)
+        ]
+
+    def _gather_from_hosts(self, own: Tensor) -> Tensor:
+        """Return [W, n] of the hosts' [n]."""
+        everything = own.new_empty(self.size, len(own))
+        dist.all_gather_into_tensor(everything.view(-1), own, group=self._host_group())
+        return everything
+
+    def _host_group(self) -> Any:
+        group = self.group if self.group is not None else dist.group.WORLD
+        assert group is not None
+        if "cpu:" in dist.get_backend_config(group):
+            return group
+        if group not in _host_groups:
+            members = dist.get_process_group_ranks(group)
+            hosts: Any = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+            _host_groups[group] = hosts
+        return _host_groups[group]
+
+    def _raise_everywhere(self, problem: Exception | None, failed: dict[int, type[Exception]]) -> NoReturn:
+        text = str(problem or "").encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES)
+        texts = self._gather_from_hosts(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        if problem is not None:
+            raise problem
+        rank, kind = next(iter(failed.items()))
+        raise kind(f"rank {rank}: {bytes(texts[rank].tolist()).decode(errors='replace').strip()}")
+
+
+def problem_of(check: Callable[..., object], *arguments: Any) -> Exception | None:
+    """Return what a check raises, to be shared with `Ranks.agree`."""
+    try:
+        check(*arguments)
+    except ERRORS as error:
+        return error
+    return None
+
+
+def shard_bounds(size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Return the slots [begin, end) of a rank's shard: ⌈size / ranks⌉ each, as DTensor divides; the last have less."""
+    share = -(-size // ranks)
+    return min(rank * share, size), min((rank + 1) * share, size)
+
+
+def as_shard(local: Tensor, size: int, group: Any) -> Tensor:
+    """Return the DTensor of ``size`` rows whose part here is ``local``: what torch.distributed.checkpoint takes."""
+    from torch.distributed.tensor import DeviceMesh, DTensor, Shard  # slow to import, and most do without
+
+    default: Any = dist.group.WORLD
+    mesh = DeviceMesh.from_group(default if group is None else group, local.device.type)
+    shape = torch.Size((size, *local.shape[1:]))
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=local.stride())
+
+
+def blocks_of(rows: Tensor, most: int = 1 << 26) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, block) of a plain tensor as a whole, of a DTensor in blocks of ``most`` bytes, on each rank."""
+    if not is_shard(rows):
+        yield 0, rows
+        return
+    group, local = rows.device_mesh.get_group(), rows.to_local()  # type: ignore[attr-defined]
+    ranks = dist.get_world_size(group)
+    step = max(1, most // (rows.shape[1:].numel() * rows.element_size()))
+    for rank in range(ranks):
+        begin, end = shard_bounds(rows.shape[0], ranks, rank)
+        for first in range(begin, end, step):
+            block = local.new_empty(min(step, end - first), *local.shape[1:])
+            if rank == dist.get_rank(group):
+                block.copy_(local[first - begin : first - begin + len(block)])
+            dist.broadcast(block.view(torch.uint8), dist.get_global_rank(group, rank), group=group)
+            yield first, block
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Tell whether this is a DTensor, without importing what that is."""
+    return hasattr(tensor, "placements")
+
+
+def _coded(value: int | str) -> int:
+    return value if isinstance(value, int) else int.from_bytes(value.encode("ascii")[:8].ljust(8), "big")
+
+
+def _listed(table: list[list[int]], column: int, like: int | str) -> str:
+    """Describe a column of what `Ranks.agree` gathered, its values being of the type of ``like``."""
+    values = [row[column] if isinstance(like, int) else row[column].to_bytes(8, "big").decode() for row in table]
+    shown = [f"{str(value).strip()} on rank {rank}" for rank, value in enumerate(values)]
+    return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "")
