@@ -124,14 +124,14 @@ class Ranks:
             Each part as [W, counts[own rank], …]: what each of the W ranks has to say.
         """
         own = counts[self.rank]
-        as_bytes = [part.contiguous().flatten(1).view(torch.uint8) for part in parts]  # [Σ counts, bytes]
+        as_bytes = [_packed(part.flatten(1)).view(torch.uint8) for part in parts]  # [Σ counts, bytes]
         packed = torch.cat(as_bytes, dim=1)
         received = packed.new_empty(self.size * own, packed.shape[1])
         if sum(counts):
             dist.all_to_all_single(received, packed, [own] * self.size, counts, group=self.group)
         unpacked = received.split([part.shape[1] for part in as_bytes], dim=1)
         return [
-            piece.contiguous().view(part.dtype).view(self.size, own, *part.shape[1:])
+            _packed(piece).view(part.dtype).view(self.size, own, *part.shape[1:])
             for piece, part in zip(unpacked, parts, strict=True)
         ]
 
@@ -207,6 +207,11 @@ def blocks_of(rows: Tensor, most: int = 1 << 26) -> Iterator[tuple[int, Tensor]]
 def is_shard(tensor: Tensor) -> bool:
     """Tell whether this is a DTensor, without importing what that is."""
     return hasattr(tensor, "placements")
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """Return a copy with the strides and the alignment that a view of another dtype needs."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _coded(value: int | str) -> int:
