@@ -5,33 +5,51 @@ Needs: pip install 'msf_core[examples]'
     python examples/imagenet_train.py                    scikit-learn's digits on the CPU, about a minute
     python examples/imagenet_train.py --data IMAGENET    ResNet50 with the paper's settings (a GPU is advised)
     python examples/imagenet_train.py --resume RUN       go on with a run that was stopped
+    torchrun --nproc-per-node=8 examples/imagenet_train.py --data IMAGENET --batchnorm shuffle       on 8 GPUs
 
 Where it departs from the paper: the target is updated after the step rather than before the next one (the same
 sequence), one process drives one GPU, and on a GPU the encoders run in bfloat16 autocast, channels last.
+--batch-size counts the images of all ranks.
 Labels serve purity and evaluation alone; a folder of images without labels works.
 """
 
+import contextlib
 import json
 import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 import msf_core
+from msf_core.distributed import Ranks
 from msf_core.search import find_backend
-from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import UNKNOWN, DataSource, Digits, Photos, UnreadableImage, open_folder, open_torchvision, seed_of
+from training.checkpoint import load_checkpoint, load_shards, save_checkpoint
+from training.data import (
+    UNKNOWN,
+    DataSource,
+    Digits,
+    Photos,
+    Share,
+    UnreadableImage,
+    open_folder,
+    open_torchvision,
+    seed_of,
+)
 from training.evaluation import PROBE_LIMIT, evaluate, extract, features_of, nearest_neighbour_accuracy, warmed_up
 from training.models import export_backbone
-from training.report import Row, draw_curves, draw_neighbors, table, write_csv
-from training.settings import Settings, build_parser, complete, make_run_folder, resumed
+from training.ranks import joined, may_restart, restarted
+from training.report import Row, draw_curves, draw_neighbors, keep_losses, table, write_csv, write_losses
+from training.settings import Settings, build_parser, check_division, complete, make_run_folder, resumed
 from training.trainer import STATE, Diverged, StopRequest, Trainer
 
 SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
@@ -42,63 +60,97 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the script; return its exit status."""
     parser = build_parser(__doc__.partition("\n\n")[0])
     given = vars(parser.parse_args(arguments))
-    try:
-        trainer = prepare(given)
-        folder = folder_of(given, trainer.settings)
-    except (ValueError, ImportError, RuntimeError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    (folder / "config.json").write_text(json.dumps(asdict(trainer.settings), indent=2) + "\n")
-    with StopRequest() as stop:
+    with ExitStack() as stack:
+        try:
+            ranks, device = stack.enter_context(
+                joined(given.get("device", Settings.device), given.get("timeout", Settings.timeout))
+            )
+            trainer, folder = prepare(given, ranks, device)
+        except (ValueError, ImportError, RuntimeError, OSError) as error:
+            if int(os.environ.get("RANK", 0)):
+                return 2  # all ranks know, and rank 0 says it
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+        stop = stack.enter_context(StopRequest())
         return run(trainer, folder, stop)
 
 
-def prepare(given: dict[str, Any]) -> Trainer:
-    """Return the trainer, at its start or where the run to resume was."""
-    state = None
-    if "resume" in given:
-        state = load_checkpoint(checkpoint_of(given), needed=STATE)
-    settings = complete(given) if state is None else resumed(state["settings"], given)
-    device = choose_device(settings.device)
-    trainer = Trainer(settings, open_source(settings, device), device)
-    if state is not None:
+def prepare(given: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[Trainer, Path]:
+    """Return the trainer, at its start or where the run to resume was, and the folder of the run.
+
+    Raises:
+        ValueError, ImportError, RuntimeError, OSError: on all ranks, where it goes wrong on one.
+    """
+    with shared(ranks):
+        path = checkpoint_of(given)
+        state = None if path is None else load_checkpoint(path, STATE, ranks)
+        settings = complete(given) if state is None else resumed(state["settings"], given)
+        check_division(settings, ranks.size)
+        source = open_source(settings, device, ranks)
+    with shared(ranks):
+        chosen = [str(folder_of(given, path, settings)) if ranks.rank == 0 else ""]
+    if ranks.size > 1:
+        dist.broadcast_object_list(chosen)
+    folder = Path(chosen[0])
+    trainer = Trainer(settings, source, device, ranks)
+    if state is not None and path is not None:
+        load_shards(path, state, trainer.criterion.state_dict())
         trainer.load_state_dict(state)
-    return trainer
+    if ranks.rank == 0:
+        keep_losses(folder / "losses.csv", trainer.step)
+        (folder / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    return trainer, folder
 
 
-def checkpoint_of(given: dict[str, Any]) -> Path:
-    """Return the checkpoint that --resume names, by its file or its folder."""
-    path = Path(given["resume"])
+@contextmanager
+def shared(ranks: Ranks) -> Iterator[None]:
+    """Make an error of one rank an error of all."""
+    if ranks.size == 1:
+        yield
+        return
+    with ranks.sharing_errors("prepare"):
+        yield
+    ranks.agree("prepare", same={})
+
+
+def checkpoint_of(given: dict[str, Any]) -> Path | None:
+    """Return the checkpoint to go on from: the one of --resume, by its file or its folder, or the one in --out.
+
+    Raises:
+        ValueError: a run that may be restarted has no --out to find its checkpoint in.
+    """
+    resume = given.get("resume", "auto" if restarted() else "")
+    if may_restart() and not given.get("out") and resume in ("", "auto"):
+        raise ValueError("torchrun --max-restarts needs --out DIR: a restarted run looks for its checkpoint there")
+    if resume == "auto":
+        if not given.get("out"):
+            raise ValueError("--resume auto needs --out DIR")
+        path = Path(given["out"]) / "checkpoint.pt"
+        return path if path.exists() else None
+    if not resume:
+        return None
+    path = Path(resume)
     return path / "checkpoint.pt" if path.is_dir() else path
 
 
-def folder_of(given: dict[str, Any], settings: Settings) -> Path:
+def folder_of(given: dict[str, Any], checkpoint: Path | None, settings: Settings) -> Path:
     """Return the folder of the run, which exists then."""
-    if "resume" not in given:
+    if checkpoint is None:
         return make_run_folder(settings.out, settings.dataset)
-    old = checkpoint_of(given).parent
+    old = checkpoint.parent
     new = Path(given.get("out", old))
     return old if new.resolve() == old.resolve() else make_run_folder(str(new), settings.dataset)
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is the GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here")
-    return device
-
-
-def open_source(settings: Settings, device: torch.device) -> DataSource:
+def open_source(settings: Settings, device: torch.device, ranks: Ranks) -> DataSource:
     """Return the images that the settings ask for."""
     s = settings
+    share = Share(s.batch_size, s.accumulate, ranks.rank, ranks.size)
     if s.dataset == "digits":
-        return Digits(s.augmentation, s.batch_size, s.seed, device)
+        return Digits(s.augmentation, share, s.seed, device)
     options: dict[str, Any] = {
         "size": s.image_size,
         "augmentation": s.augmentation,
-        "batch_size": s.batch_size,
+        "share": share,
         "workers": s.workers,
         "seed": s.seed,
         "device": device,
@@ -111,56 +163,72 @@ def open_source(settings: Settings, device: torch.device) -> DataSource:
 
 
 def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
-    """Train, and report; return the exit status."""
-    announce(trainer, folder)
+    """Train, and report; return the exit status. With several ranks, the first of them reports."""
     source, settings = trainer.source, trainer.settings
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step + 1 if trainer.step else 0)
+    writer = None
+    if trainer.leads:
+        announce(trainer, folder)
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step + 1 if trainer.step else 0)
 
     def after_epoch(row: Row) -> None:
-        if "first_neighbors" not in trainer.notes:
-            trainer.notes["first_neighbors"] = find_neighbors(trainer)
-        last = trainer.step == trainer.total_steps
-        every = settings.eval_every
-        if (
-            source.has_val
-            and not stop.signal
-            and not last
-            and every
-            and (row["epoch"] == 1 or not row["epoch"] % every)
-        ):
-            row |= nearest_neighbour_accuracy(extract(trainer.backbone, source))
-        log(writer, row)
-        write_csv(folder / "metrics.csv", trainer.history)
+        last, every = trainer.step == trainer.total_steps, settings.eval_every
+        if writer is not None:
+            if "first_neighbors" not in trainer.notes:
+                trainer.notes["first_neighbors"] = find_neighbors(trainer)
+            due = every and (row["epoch"] == 1 or not row["epoch"] % every)
+            if source.has_val and not trainer.stopped and not last and due:
+                row |= nearest_neighbour_accuracy(extract(trainer.backbone, source))
+            log(writer, row)
         if last or row["epoch"] % settings.checkpoint_every == 0:
-            save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
+            save(trainer, folder)
 
     started, first_step = time.perf_counter(), trainer.step
     problem = None
-    try:
-        if "before" not in trainer.notes:
-            trainer.notes["before"] = rows_before(trainer)
-        trainer.train(stop, after_epoch)
-    except UnreadableImage as error:
-        problem = error
-    except Diverged as error:  # a checkpoint of this would take the place of a sound one
-        writer.close()
-        print(f"\nerror: {error}", file=sys.stderr)
+    with contextlib.closing(writer) if writer is not None else contextlib.nullcontext():
+        try:
+            add_rows_before(trainer)
+            trainer.train(stop, after_epoch)
+        except UnreadableImage as error:
+            problem = error
+        except Diverged as error:  # a checkpoint of this would take the place of a sound one
+            if trainer.leads:
+                print(f"\nerror: {error}", file=sys.stderr)
+            return 1
+        if problem is not None or trainer.step < trainer.total_steps:
+            saved = save(trainer, folder)
+            if trainer.leads:
+                print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; go on with --resume {folder}")
+                if problem is not None:
+                    print(f"error: {problem}", file=sys.stderr)
+            return 1 if problem is not None or not saved else 128 + trainer.stopped
+        rows: dict[str, float] = {}
+        if writer is not None:
+            rows = rows_after(trainer)
+            trainer.history[-1] |= {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
+            log(writer, trainer.history[-1])
+    if not save(trainer, folder):
         return 1
-    if problem is not None or trainer.step < trainer.total_steps:
-        writer.close()
-        save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
-        print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; go on with --resume {folder}")
-        if problem is not None:
-            print(f"error: {problem}", file=sys.stderr)
-        return 1 if problem is not None else 128 + stop.signal
-    rows = rows_after(trainer)
-    trainer.history[-1] |= {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
-    log(writer, trainer.history[-1])
-    writer.close()
-    write_csv(folder / "metrics.csv", trainer.history)
-    save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
-    report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
+    if trainer.leads:
+        report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
     return 0
+
+
+def save(trainer: Trainer, folder: Path) -> bool:
+    """Write the checkpoint and the metrics; return whether that worked. All ranks call it.
+
+    A run does not end because a disk is full: the last whole checkpoint is there, and the next one may work.
+    """
+    losses, state = trainer.take_losses(), trainer.state_dict()
+    try:
+        save_checkpoint(folder / "checkpoint.pt", state, trainer.ranks)
+        if trainer.leads:
+            write_losses(folder / "losses.csv", losses, trainer.step)
+            write_csv(folder / "metrics.csv", trainer.history)
+    except OSError as error:
+        if trainer.leads:
+            print(f"\nwarning: {error}; an earlier checkpoint is kept", file=sys.stderr)
+        return False
+    return True
 
 
 def log(writer: SummaryWriter, row: Row) -> None:
@@ -179,25 +247,29 @@ def rows_after(trainer: Trainer) -> dict[str, float]:
 def announce(trainer: Trainer, folder: Path) -> None:
     """Say what will happen."""
     s, source = trainer.settings, trainer.source
+    where = f"{trainer.device}" if trainer.ranks.size == 1 else f"{trainer.ranks.size} ranks of {trainer.device.type}"
     what = "BYOL (k = 1, no bank)" if s.method == "byol" else f"MSF: k = {s.k}, a bank of {s.bank_size:,} rows"
     labels = "with labels, for purity and evaluation" if source.has_labels else "without labels: no evaluation"
-    print(f"{what}, views {s.augmentation}, {s.arch} on {trainer.device} in {trainer.precision}")
+    print(f"{what}, views {s.augmentation}, {s.arch} on {where} in {trainer.precision}")
     print(
         f"{source.train_size:,} training images {labels}; {trainer.total_epochs} epochs, {trainer.total_steps:,} steps"
     )
     print(f"writes to {folder}" + (f", from step {trainer.step}" if trainer.step else ""))
 
 
-def rows_before(trainer: Trainer) -> dict[str, dict[str, float]]:
-    """Return the table's first rows: raw pixels where they are few, and the untrained encoder."""
+def add_rows_before(trainer: Trainer) -> None:
+    """Note the table's first rows, once: raw pixels where they are few, and the untrained encoder."""
     source, k = trainer.source, max(trainer.settings.k, 5)
-    if not source.has_val or source.size("train") > PROBE_LIMIT:
-        return {}
-    rows = {}
-    if source.image_shape[1] <= 32:
-        rows["raw pixels"] = evaluate(extract(torch.nn.Identity(), source), k)
-    rows["untrained"] = evaluate(extract(warmed_up(trainer.backbone, source), source), k)
-    return rows
+    if trainer.step:
+        return
+    rows: dict[str, dict[str, float]] = {}
+    if source.has_val and source.size("train") <= PROBE_LIMIT:
+        untrained = warmed_up(trainer.backbone, source)  # by all ranks: their BatchNorm may be one
+        if trainer.leads and source.image_shape[1] <= 32:
+            rows["raw pixels"] = evaluate(extract(torch.nn.Identity(), source), k)
+        if trainer.leads:
+            rows["untrained"] = evaluate(extract(untrained, source), k)
+    trainer.notes["before"] = rows
 
 
 def find_neighbors(trainer: Trainer) -> list[list[int]]:
@@ -247,7 +319,7 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
         }
         (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     print(verdict(rows, name, last))
-    files = "checkpoint.pt, backbone.safetensors, metrics.csv, tensorboard/, curves.png, neighbors.png"
+    files = "checkpoint.pt, backbone.safetensors, metrics.csv, losses.csv, tensorboard/, curves.png, neighbors.png"
     print(f"{folder}: {files}")
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, RuntimeError)
+ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 _NUMBERS, _TEXT_BYTES = 8, 1024
 # The group in which the hosts of a group that has GPUs alone (NCCL) talk.
 _host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
@@ -73,7 +73,7 @@ class Ranks:
             problem: why this rank cannot go on.
 
         Raises:
-            ValueError, TypeError, ImportError, RuntimeError: ``problem``, on this rank; on the others an error of its
+            ValueError, TypeError, ImportError, OSError, RuntimeError: ``problem``, on this rank; on the others an error of its
                 kind that names the rank. ValueError where ``same`` differs, RuntimeError where the calls do.
         """
         kind = 0 if problem is None else 1 + next(i for i, kind in enumerate(ERRORS) if isinstance(problem, kind))
@@ -207,6 +207,11 @@ def blocks_of(rows: Tensor, most: int = 1 << 26) -> Iterator[tuple[int, Tensor]]
 def is_shard(tensor: Tensor) -> bool:
     """Tell whether this is a DTensor, without importing what that is."""
     return hasattr(tensor, "placements")
+
+
+def placement(tensor: Tensor) -> tuple[Any, Any]:
+    """Return the mesh and the placements of a DTensor; of a plain tensor None."""
+    return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
 
 
 def _packed(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The target encoder f: an exponential moving average of the online encoder g (paper section 2)."""
 
 import copy
+import sys
 from collections.abc import Iterator
 from numbers import Real
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msf_core.distributed import is_shard, placement
 from msf_core.schedules import Schedule
 
 BUFFER_POLICIES = ("keep", "copy", "ema")
@@ -18,6 +20,8 @@ class EMATarget(nn.Module):
 
     The copy shares no storage with ``online``. DDP, DataParallel and ``torch.compile`` wrappers of ``online`` or of
     its parts are looked through: the copy is of what they wrap, and tensors pair by the names they have there.
+    With FSDP2 make the target first, and then call ``fully_shard`` on ``online`` and on ``target.module`` alike:
+    each rank averages its shards, and nothing travels.
 
     Args:
         online: the encoder, with its projection head.
@@ -28,7 +32,7 @@ class EMATarget(nn.Module):
             floating ones and copies the others.
 
     Raises:
-        ValueError: a momentum outside [0, 1], another policy.
+        ValueError: a momentum outside [0, 1], another policy, an ``online`` that is sharded already.
         TypeError: an ``online`` that is no module, a momentum that is neither a number nor callable.
 
     >>> online = nn.Linear(2, 2)
@@ -45,6 +49,8 @@ class EMATarget(nn.Module):
             _check_momentum(momentum)
         if buffers not in BUFFER_POLICIES:
             raise ValueError(f"buffers must be one of {', '.join(BUFFER_POLICIES)}, got {buffers!r}")
+        if any(is_shard(parameter) for parameter in online.parameters()):
+            raise ValueError("online is sharded already: make the EMATarget first, then fully_shard online and .module")
         self.module = copy.deepcopy(_unwrap(online)).requires_grad_(False)
         for parent in list(self.module.modules()):
             for name, child in parent._modules.items():
@@ -65,11 +71,13 @@ class EMATarget(nn.Module):
         ``online`` may have another dtype than the target: the average is computed in the target's.
 
         Raises:
-            ValueError: tensors are missing on one side, or differ in shape or device; the message names them,
-                and nothing has moved.
+            ValueError: tensors are missing on one side, or differ in shape, device or sharding; the message names
+                them, and nothing has moved.
             TypeError: an ``online`` that is no module, or a schedule that gives no number.
         """
         _check_module(online)
+        for module in (self.module, online):
+            _reshard(module)
         momentum = self.momentum(self.updates) if callable(self.momentum) else self.momentum
         _check_momentum(momentum)
         averaged, copied = self._pair_up(online)
@@ -95,15 +103,19 @@ class EMATarget(nn.Module):
         seen: set[int] = set()
         for name, (f, is_buffer) in ours.items():
             g = theirs[name].detach()
+            if id(f) in seen:  # tied: one tensor with two names moves once
+                continue
+            seen.add(id(f))
             if f.shape != g.shape:
                 raise ValueError(f"{name!r} is {list(f.shape)} in the target and {list(g.shape)} in online")
+            if is_shard(f) or is_shard(g):
+                if placement(f) != placement(g):
+                    raise ValueError(f"{name!r} is not sharded alike in the target and in online")
+                f, g = f.to_local(), g.to_local()  # type: ignore[attr-defined]
             if f.device != g.device:
                 raise ValueError(f"{name!r} is on {f.device} in the target and on {g.device} in online")
             if f.data_ptr() == g.data_ptr() and f.numel():
                 raise ValueError(f"{name!r} is the same memory in the target and in online")
-            if id(f) in seen:  # tied: one tensor with two names moves once
-                continue
-            seen.add(id(f))
             averages = (f.is_floating_point() or f.is_complex()) and not (is_buffer and self.buffers_policy == "copy")
             (averaged if averages else copied).append((f, g))
         return averaged, copied
@@ -133,6 +145,16 @@ def _unwrap(module: nn.Module) -> nn.Module:
             module = module._modules["_orig_mod"]  # type: ignore[assignment]
         else:
             return module
+
+
+def _reshard(module: nn.Module) -> None:
+    """Put FSDP2's shards back, where a forward has left the gathered parameters in their place."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such module
+    sharded = getattr(fsdp, "FSDPModule", None)
+    if sharded is not None:
+        for part in module.modules():
+            if isinstance(part, sharded):
+                part.reshard()
 
 
 def _named_tensors(module: nn.Module, with_buffers: bool, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:

@@ -43,15 +43,15 @@ def photos(root: Path, workers: int = 0, augmentation: str = "w/s", seed: int = 
         size=32,
         has_labels=has_labels,
         augmentation=augmentation,
-        batch_size=4,
+        share=Share(4),
         workers=workers,
         seed=seed,
         device=CPU,
     )
 
 
-def batches(source: data.DataSource, epoch: int, first_step: int = 0) -> list[data.Views]:
-    return [tuple(part.clone() for part in batch) for batch in source.train_views(epoch, first_step)]
+def batches(source: data.DataSource, epoch: int, first: int = 0) -> list[data.Views]:
+    return [tuple(part.clone() for part in batch) for batch in source.train_views(epoch, first)]
 
 
 def assert_same(ours: list[data.Views], theirs: list[data.Views]) -> None:
@@ -61,17 +61,17 @@ def assert_same(ours: list[data.Views], theirs: list[data.Views]) -> None:
 
 
 def test_an_epoch_of_digits_is_a_function_of_seed_and_epoch() -> None:
-    source = Digits("w/s", 64, seed=0, device=CPU)
+    source = Digits("w/s", Share(64), seed=0, device=CPU)
     first = batches(source, epoch=0)
     assert len(first) == 1347 // 64
-    assert_same(first, batches(Digits("w/s", 64, seed=0, device=CPU), epoch=0))
-    assert_same(first[5:], batches(source, epoch=0, first_step=5))
+    assert_same(first, batches(Digits("w/s", Share(64), seed=0, device=CPU), epoch=0))
+    assert_same(first[5:], batches(source, epoch=0, first=5))
     assert not torch.equal(first[0][0], batches(source, epoch=1)[0][0])
-    assert not torch.equal(first[0][0], batches(Digits("w/s", 64, seed=1, device=CPU), epoch=0)[0][0])
+    assert not torch.equal(first[0][0], batches(Digits("w/s", Share(64), seed=1, device=CPU), epoch=0)[0][0])
 
 
 def test_digits_are_split_by_class_and_normalized_by_the_training_set() -> None:
-    source = Digits("w/s", 64, seed=3, device=CPU)
+    source = Digits("w/s", Share(64), seed=3, device=CPU)
     (train, labels), (val, val_labels) = next(source.images("train")), next(source.images("val"))
     assert (len(train), len(val)) == (source.size("train"), source.size("val")) == (1347, 450)
     assert train.mean().abs() < 1e-5
@@ -121,7 +121,7 @@ def test_each_part_of_a_digits_view_changes_the_image(changes: dict) -> None:
 
 
 def test_strong_digit_views_differ_more_than_weak_ones() -> None:
-    images = next(Digits("w/s", 64, seed=0, device=CPU).images("val"))[0]
+    images = next(Digits("w/s", Share(64), seed=0, device=CPU).images("val"))[0]
     distance = {
         strength: (view(images, torch.Generator().manual_seed(0)) - images).abs().mean()
         for strength, view in DIGITS_VIEWS.items()
@@ -149,7 +149,7 @@ def test_views_of_a_photo_do_not_depend_on_the_workers_or_on_where_the_epoch_beg
     first = batches(alone, epoch=1)
     assert torch.equal(torch.get_rng_state(), before), "views must leave the global generator alone"
     assert_same(first, batches(helped, epoch=1))
-    assert_same(first[2:], batches(helped, epoch=1, first_step=2))
+    assert_same(first[2:], batches(helped, epoch=1, first=2))
     assert not torch.equal(first[0][0], batches(alone, epoch=2)[0][0])
     assert not torch.equal(first[0][0], batches(photos(tmp_path, seed=1), epoch=1)[0][0])
 
@@ -365,7 +365,7 @@ def test_few_labels_uses_that_many_a_class() -> None:
 def test_warming_up_gives_batchnorm_statistics_and_leaves_the_encoder_alone() -> None:
     torch.manual_seed(0)
     backbone, _ = build_backbone("digits", (1, 16, 16))
-    warm = evaluation.warmed_up(backbone, Digits("w/s", 64, seed=0, device=CPU), batches=3)
+    warm = evaluation.warmed_up(backbone, Digits("w/s", Share(64), seed=0, device=CPU), batches=3)
     norm, warm_norm = backbone.stem[1], warm.stem[1]
     assert int(norm.num_batches_tracked) == 0
     assert int(warm_norm.num_batches_tracked) == 3

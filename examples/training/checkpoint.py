@@ -1,28 +1,56 @@
-"""Checkpoints that are written whole or not at all, and that say what is wrong with them."""
+"""Checkpoints that are written whole or not at all, and that say what is wrong with them.
+
+``checkpoint.pt`` is rank 0's. Of a sharded bank each rank writes its part as safetensors into a folder beside it
+(torch.distributed.checkpoint), which ``checkpoint.pt`` names; renaming that file is what makes both of them count.
+"""
 
 import os
 import pickle
+import shutil
+import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-FORMAT = 1
+from msf_core.distributed import Ranks, is_shard
 
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write the state to a temporary file beside ``path``, and rename it: a crash leaves the earlier one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+FORMAT = 2
 
 
-def load_checkpoint(path: Path, needed: set[str]) -> dict[str, Any]:
+def save_checkpoint(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
+    """Write the state to a temporary file beside ``path``, and rename it: a crash leaves the earlier one.
+
+    Raises:
+        OSError: it could not be written, on all ranks; the earlier one is still there.
+    """
+    state = {"format": FORMAT, **state, "criterion": dict(state["criterion"])}
+    shards = {name: tensor for name, tensor in state["criterion"].items() if is_shard(tensor)}
+    for name in shards:
+        del state["criterion"][name]
+    if shards:
+        state["shards"] = _save_shards(path, shards, ranks)
+    problem = None
+    if ranks.rank == 0:
+        try:
+            _write(path, state)
+            _remove_older(path, state)
+        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+            problem = OSError(f"{path} could not be written: {error}")
+    if ranks.size > 1:
+        ranks.agree("save", same={}, problem=problem)
+    elif problem is not None:
+        raise problem
+
+
+def load_checkpoint(path: Path, needed: set[str], ranks: Ranks) -> dict[str, Any]:
     """Return what `save_checkpoint` wrote, on the CPU: a dict with the keys ``needed``. Runs no code from the file.
+
+    Of a sharded bank the files are looked at, each by one of the ranks; `load_shards` reads them.
 
     Raises:
         ValueError: no such file, a damaged one, or one that is no checkpoint of this script.
@@ -37,5 +65,83 @@ def load_checkpoint(path: Path, needed: set[str]) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"checkpoint {path} is damaged or not one of ours: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= needed:
-        raise ValueError(f"{path} is not a checkpoint of this script")
+        raise ValueError(f"{path} is not a checkpoint of this script, or of another version of it")
+    files = sorted(state.get("shards", {}).get("files", {}).items())
+    for name, checksum in files[ranks.rank :: ranks.size]:
+        file = path.parent / name
+        if not file.is_file():
+            raise ValueError(f"{file}, which belongs to {path}, is missing")
+        if _checksum(file) != checksum:
+            raise ValueError(f"{file}, which belongs to {path}, is damaged: wrong checksum")
     return state
+
+
+def load_shards(path: Path, state: dict[str, Any], room: dict[str, Tensor]) -> None:
+    """Put the parts of a sharded bank that ``state`` names into its "criterion".
+
+    Args:
+        path: of the checkpoint.
+        state: as `load_checkpoint` returned it.
+        room: the "criterion" of the run that loads: tensors, or shards on other ranks than those that saved.
+    """
+    if "shards" not in state:
+        return
+    import torch.distributed.checkpoint as dcp
+
+    parts = {name: torch.empty_like(room[name]) for name in state["shards"]["names"]}
+    single = not (dist.is_available() and dist.is_initialized())
+    dcp.load(parts, storage_reader=_storage().HuggingFaceStorageReader(str(_folder(path, state))), no_dist=single)
+    state["criterion"] |= parts
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _save_shards(path: Path, shards: dict[str, Tensor], ranks: Ranks) -> dict[str, Any]:
+    """Write every rank's part, and return what `load_checkpoint` and `load_shards` need to know of them."""
+    import torch.distributed.checkpoint as dcp
+
+    made = [tempfile.mkdtemp(prefix="bank-", dir=path.parent) if ranks.rank == 0 else None]
+    dist.broadcast_object_list(made)
+    folder = Path(str(made[0]))
+    try:
+        dcp.save(shards, storage_writer=_storage().HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except dcp.api.CheckpointException as error:
+        raise OSError(f"{folder} could not be written: {error}") from error
+    own = sorted(folder.iterdir()) if ranks.rank == 0 else []  # who writes checkpoint.pt
+    files = {f"{folder.name}/{file.name}": _checksum(file) for file in own}
+    return {"names": list(shards), "files": files}
+
+
+def _storage() -> Any:
+    try:
+        from torch.distributed.checkpoint import hf_storage
+    except ImportError as error:
+        raise ImportError("checkpoints of a sharded bank need PyTorch 2.9 or newer, and safetensors") from error
+    return hf_storage
+
+
+def _folder(path: Path, state: dict[str, Any]) -> Path:
+    return path.parent / Path(next(iter(state["shards"]["files"]))).parent
+
+
+def _remove_older(path: Path, state: dict[str, Any]) -> None:
+    """Remove the shards of earlier checkpoints, and of those that were never finished."""
+    kept = {Path(name).parent.name for name in state.get("shards", {}).get("files", {})}
+    for folder in path.parent.glob("bank-*"):
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            checksum = zlib.crc32(block, checksum)
+    return checksum

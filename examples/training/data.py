@@ -7,6 +7,7 @@ goes on exactly.
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,21 @@ class UnreadableImage(OSError):
     """An image file that is not one, or cannot be read; the message names it."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """How the images of a step are divided: into micro-batches, one after another, and each of them over the ranks."""
+
+    batch_size: int
+    accumulate: int = 1
+    rank: int = 0
+    ranks: int = 1
+
+    def micro_batches(self, order: Tensor) -> Tensor:
+        """Return the places of an epoch's images as [micro-batches, ranks, images]; the last, short batch is left."""
+        whole = order[: len(order) // self.batch_size * self.batch_size]
+        return whole.view(-1, self.ranks, self.batch_size // self.accumulate // self.ranks)
+
+
 class DataSource(Protocol):
     """Training views and evaluation images of one data set."""
 
@@ -38,8 +54,8 @@ class DataSource(Protocol):
     has_labels: bool  # of the training images
     has_val: bool  # labelled images to test on
 
-    def train_views(self, epoch: int, first_step: int) -> Iterator[Views]:
-        """Yield the batches of an epoch, from a step on."""
+    def train_views(self, epoch: int, first: int) -> Iterator[Views]:
+        """Yield this rank's part of the micro-batches of an epoch, from the first of them on."""
         ...
 
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,7 +87,7 @@ class Digits:
     image_shape = (1, 16, 16)
     has_labels = has_val = True
 
-    def __init__(self, augmentation: str, batch_size: int, seed: int, device: torch.device) -> None:
+    def __init__(self, augmentation: str, share: Share, seed: int, device: torch.device) -> None:
         pixels, labels = load_digits(return_X_y=True)
         images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
         images = F.interpolate(images, size=(16, 16), mode="bicubic", align_corners=False).clamp_(0, 1)
@@ -81,18 +97,23 @@ class Digits:
         self._labels = {split: torch.tensor(labels[ids]).to(device) for split, ids in (("train", train), ("val", val))}
         self._mean, self._std = float(images[train].mean()), float(images[train].std())
         self._target_view, self._online_view = (DIGITS_VIEWS[strength] for strength in augmentation.split("/"))
-        self._batch_size, self._seed = batch_size, seed
+        self._share, self._seed = share, seed
         self.train_size = len(train)
 
-    def train_views(self, epoch: int, first_step: int) -> Iterator[Views]:
+    def train_views(self, epoch: int, first: int) -> Iterator[Views]:
         """See `DataSource`."""
         images, labels = self._images["train"], self._labels["train"]
         order = epoch_order(self.train_size, self._seed, epoch).to(images.device)
-        for step in range(first_step, self.train_size // self._batch_size):
-            chosen = order[step * self._batch_size : (step + 1) * self._batch_size]
-            generator = torch.Generator(images.device).manual_seed(seed_of(self._seed, epoch, step))
-            views = [view(images[chosen], generator) for view in (self._target_view, self._online_view)]
-            yield self._normalized(views[0]), self._normalized(views[1]), labels[chosen]
+        rank, micro_batches = self._share.rank, self._share.micro_batches(order)
+        for number in range(first, len(micro_batches)):
+            chosen = micro_batches[number]  # [ranks, images]
+            generator = torch.Generator(images.device).manual_seed(seed_of(self._seed, epoch, number))
+            # The views of all ranks are drawn, so that they do not depend on the number of ranks.
+            target, online = (
+                view(images[chosen.flatten()], generator).reshape(*chosen.shape, *self.image_shape)[rank]
+                for view in (self._target_view, self._online_view)
+            )
+            yield self._normalized(target), self._normalized(online), labels[chosen[rank]]
 
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """See `DataSource`."""
@@ -128,7 +149,7 @@ class Photos:
         size: int,
         has_labels: bool,
         augmentation: str,
-        batch_size: int,
+        share: Share,
         workers: int,
         seed: int,
         device: torch.device,
@@ -141,15 +162,15 @@ class Photos:
         self._sets = {"train": _Centred(train if gallery is None else gallery, centre)}
         if val is not None:
             self._sets["val"] = _Centred(val, centre)
-        self._batch_size, self._seed, self._device = batch_size, seed, device
+        self._device = device
         self._options: dict[str, Any] = {
-            "batch_size": batch_size,
+            "batch_size": share.batch_size // share.accumulate // share.ranks,
             "num_workers": workers,
             "pin_memory": device.type == "cuda",
             "worker_init_fn": _leave_signals_to_the_parent,
             "generator": torch.Generator(),  # its draws must not disturb those of the model
         }
-        self._order = _EpochOrder(self.train_size, seed, batch_size)
+        self._order = _EpochOrder(self.train_size, seed, share)
         self._loader = DataLoader(
             _TwoViews(train, target, online, seed),
             sampler=self._order,
@@ -158,9 +179,9 @@ class Photos:
             **self._options,
         )
 
-    def train_views(self, epoch: int, first_step: int) -> Iterator[Views]:
+    def train_views(self, epoch: int, first: int) -> Iterator[Views]:
         """See `DataSource`."""
-        self._order.epoch, self._order.first_step = epoch, first_step
+        self._order.epoch, self._order.first = epoch, first
         for target, online, labels in self._loader:
             yield self._to_device(target), self._to_device(online), labels.to(self._device, non_blocking=True)
 
@@ -283,15 +304,16 @@ class _Centred(Dataset):
 
 
 class _EpochOrder(Sampler):
-    """The (epoch, index) keys of one epoch, from a step on."""
+    """The (epoch, index) keys of this rank's images of one epoch, from a micro-batch on."""
 
-    def __init__(self, size: int, seed: int, batch_size: int) -> None:
-        self.size, self.seed, self.batch_size = size, seed, batch_size
-        self.epoch = self.first_step = 0
+    def __init__(self, size: int, seed: int, share: Share) -> None:
+        self.size, self.seed, self.share = size, seed, share
+        self.epoch = self.first = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = epoch_order(self.size, self.seed, self.epoch)[self.first_step * self.batch_size :]
-        return iter([(self.epoch, index) for index in order.tolist()])
+        micro_batches = self.share.micro_batches(epoch_order(self.size, self.seed, self.epoch))
+        own = micro_batches[self.first :, self.share.rank].flatten()
+        return iter([(self.epoch, index) for index in own.tolist()])
 
 
 def _read(images: Dataset, index: int) -> tuple[Any, int]:

@@ -51,7 +51,7 @@ def warmed_up(backbone: nn.Module, source: DataSource, batches: int = 20) -> nn.
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # a plain average over the batches
             module.reset_running_stats()
-    for step, (_, online_view, _) in enumerate(source.train_views(epoch=0, first_step=0)):
+    for step, (_, online_view, _) in enumerate(source.train_views(epoch=0, first=0)):
         if step == batches:
             break
         backbone(online_view)

@@ -33,6 +33,24 @@ def write_csv(path: Path, history: list[Row]) -> None:
     temporary.replace(path)
 
 
+def write_losses(path: Path, losses: list[float], last_step: int) -> None:
+    """Append the losses of the steps up to ``last_step``, one line each."""
+    with path.open("a" if path.exists() else "w") as file:
+        if not file.tell():
+            file.write("step,loss\n")
+        file.writelines(f"{step},{loss!r}\n" for step, loss in enumerate(losses, last_step - len(losses) + 1))
+
+
+def keep_losses(path: Path, last_step: int) -> None:
+    """Drop what was written after ``last_step``, of which a resumed run knows nothing."""
+    if path.exists():
+        header, *lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= last_step]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join([header, *kept]))
+        temporary.replace(path)
+
+
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Return the rows as Markdown, with a column for each of `COLUMNS` that any of them has."""
     columns = [name for name in COLUMNS if any(name in row for row in rows.values())]

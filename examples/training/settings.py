@@ -13,6 +13,7 @@ DATASETS = ("digits", "folder", "cifar10", "cifar100", "stl10")
 METHODS = ("msf", "byol")
 # What may differ between a run and its continuation. Everything else decides the numbers.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
+FREE_TO_CHANGE |= {"bank_layout", "timeout"}
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Settings:
     k: int = 5
     bank_size: int = 128_000
     bank_dtype: str = "float32"
+    bank_layout: str = "replicated"
     backend: str = "auto"
     momentum: float = 0.99
     hidden: int = 4096
@@ -35,6 +37,8 @@ class Settings:
     epochs: int = 200
     steps: int = 0
     batch_size: int = 256
+    accumulate: int = 1
+    batchnorm: str = "local"
     lr: float = 0.05
     sgd_momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -42,6 +46,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     workers: int = min(8, os.cpu_count() or 1)
+    timeout: int = 1800
     eval_every: int = 0
     checkpoint_every: int = 1
     out: str = ""
@@ -80,33 +85,41 @@ _HELP = {
     "k": "neighbors that serve, the target embedding itself included",
     "bank_size": "rows of the memory bank",
     "bank_dtype": "dtype of its rows",
+    "bank_layout": "under torchrun: all rows on every rank, or a shard on each",
     "backend": "its search backend",
     "momentum": "of the target encoder, constant",
     "hidden": "hidden units of the projection and the prediction MLP",
     "dim": "dimensions of the embedding",
     "epochs": "passes over the training images",
     "steps": "optimizer steps, instead of --epochs",
-    "batch_size": "images a step",
+    "batch_size": "images a step, over all ranks and micro-batches",
+    "accumulate": "micro-batches whose gradients make one step",
+    "batchnorm": "under torchrun: statistics of a rank's images, of all ranks' (sync), or of a rank's, the target's "
+    "images being shuffled over the ranks (shuffle; as in the authors' code)",
     "lr": "learning rate at the start; falls to 0 along a cosine",
     "sgd_momentum": "momentum of SGD",
     "weight_decay": "weight decay of SGD",
     "precision": "auto: bfloat16 autocast on a GPU that has it, float32 elsewhere",
     "seed": "of weights, views and order",
     "device": "auto: the GPU if there is one",
-    "workers": "processes that read images",
+    "workers": "processes that read images, for each rank",
+    "timeout": "seconds that ranks wait for one another",
     "eval_every": "epochs between nearest-neighbor evaluations; 0: at the end alone",
     "checkpoint_every": "epochs between checkpoints",
     "out": "folder of the run; the default is a new one below runs/",
-    "resume": "folder of an earlier run: go on from its checkpoint, with its settings",
+    "resume": "folder of an earlier run: go on from its checkpoint, with its settings; or auto: go on from the one "
+    "in --out, if there is one (a restart by torchrun does so in any case)",
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": DATASETS,
     "augmentation": AUGMENTATIONS,
     "method": METHODS,
     "bank_dtype": ("float32", "float16", "bfloat16"),
+    "bank_layout": ("replicated", "sharded"),
+    "batchnorm": ("local", "sync", "shuffle"),
     "precision": ("auto", "float32", "bfloat16"),
 }
-_AT_LEAST_ONE = ("image_size", "k", "bank_size", "hidden", "dim", "epochs", "checkpoint_every")
+_AT_LEAST_ONE = ("image_size", "k", "bank_size", "hidden", "dim", "epochs", "checkpoint_every", "accumulate", "timeout")
 _NOT_NEGATIVE = ("steps", "lr", "sgd_momentum", "weight_decay", "seed", "workers", "eval_every")
 
 
@@ -179,14 +192,21 @@ def check(settings: Settings) -> None:
         for name in names:
             if values[name] < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {values[name]}")
-    if settings.batch_size < 2:
-        raise ValueError(f"--batch-size must be at least 2 for BatchNorm, got {settings.batch_size}")
     if settings.k > settings.bank_size:
         raise ValueError(f"--k must be at most --bank-size, {settings.bank_size}, got {settings.k}")
     if not 0 <= settings.momentum <= 1:
         raise ValueError(f"--momentum must be between 0 and 1, got {settings.momentum}")
     if settings.dataset == "digits" and settings.image_size != 16:
         raise ValueError(f"the digits are 16 pixels wide, got --image-size {settings.image_size}")
+
+
+def check_division(settings: Settings, ranks: int) -> None:
+    """Raise ValueError unless a step's images can be divided evenly, with at least two for each BatchNorm."""
+    parts = settings.accumulate * ranks
+    if settings.batch_size % parts or settings.batch_size < 2 * parts:
+        ways = [f"{ranks} ranks"] * (ranks > 1) + [f"--accumulate {settings.accumulate}"] * (settings.accumulate > 1)
+        evenly = f", divided evenly by {' x '.join(ways)}" if ways else ""
+        raise ValueError(f"--batch-size must be at least {2 * parts} for BatchNorm{evenly}, got {settings.batch_size}")
 
 
 def make_run_folder(out: str, dataset: str) -> Path:

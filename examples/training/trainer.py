@@ -1,27 +1,33 @@
 """The training loop: two encoders, one loss, and a state that can stop and go on at any step."""
 
+import contextlib
+import itertools
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from msf_core import EMATarget, MeanShiftLoss, MemoryBank, embedding_spread, neighbor_purity
+from msf_core.distributed import Ranks
 from msf_core.schedules import cosine
-from training.data import DataSource
+from training.data import DataSource, UnreadableImage, Views, seed_of
 from training.models import Encoder, build_backbone, mlp
+from training.ranks import shuffled, synchronized
 from training.settings import Settings
 from training.timing import TimedSearch, WaitClock
 
 Row = dict[str, Any]  # one epoch of the metrics
 PARTS = ("online", "predictor", "target", "criterion", "optimizer")
-STATE = {"settings", "train_size", "step", "history", "sums", "notes", "rng", *PARTS}
+STATE = {"settings", "train_size", "step", "history", "sums", "notes", *PARTS}
 
 
 class Diverged(RuntimeError):
@@ -48,10 +54,13 @@ class StopRequest:
 
 
 class Trainer:
-    """All that a run consists of. `state_dict` holds everything that a later `train` needs to go on exactly."""
+    """All that a run consists of. `state_dict` holds everything that a later `train` needs to go on exactly.
 
-    def __init__(self, settings: Settings, source: DataSource, device: torch.device) -> None:
-        self.settings, self.source, self.device = settings, source, device
+    With several ranks each has a trainer; all of them call the same methods together.
+    """
+
+    def __init__(self, settings: Settings, source: DataSource, device: torch.device, ranks: Ranks) -> None:
+        self.settings, self.source, self.device, self.ranks = settings, source, device, ranks
         self.steps_per_epoch = source.train_size // settings.batch_size
         if self.steps_per_epoch < 1:
             raise ValueError(f"--batch-size {settings.batch_size} is more than the {source.train_size} training images")
@@ -62,52 +71,74 @@ class Trainer:
         backbone, features = build_backbone(settings.arch, source.image_shape)
         online = Encoder(backbone, mlp(features, settings.hidden, settings.dim))
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self.online = online.to(device, memory_format=layout)  # type: ignore[call-overload]
-        self.predictor = mlp(settings.dim, settings.hidden, settings.dim).to(device)
+        online = online.to(device, memory_format=layout)  # type: ignore[call-overload]
+        student = nn.Sequential(online, mlp(settings.dim, settings.hidden, settings.dim).to(device))
+        if settings.batchnorm == "sync" and ranks.size > 1:
+            student = synchronized(student, device)
+        self.online, self.predictor = student[0], student[1]
         self.target = EMATarget(self.online, momentum=settings.momentum)
         self.search = TimedSearch(settings.backend, device)
         self.criterion = MeanShiftLoss(self._build_bank(), k=settings.k).to(device)
-        self.parameters = [*self.online.parameters(), *self.predictor.parameters()]
+        self.student: nn.Module = DistributedDataParallel(student) if ranks.size > 1 else student
         self.optimizer = torch.optim.SGD(
-            self.parameters, settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.weight_decay
+            student.parameters(), settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.weight_decay
         )
         self.lr = cosine(settings.lr, 0.0, steps=self.total_steps)
         self.precision = self._choose_precision()
 
         self.step = 0
+        self.stopped = 0  # the signal that asked a rank to stop, once all know
         self.history: list[Row] = []
         self.sums = self._no_sums()
+        self.losses: list[Tensor] = []  # of the steps since they were last taken
         self.notes: dict[str, Any] = {}  # what the script wants kept beside the weights
 
     @property
     def backbone(self) -> nn.Module:
         """The online encoder's backbone: what is evaluated and exported."""
-        return self.online.backbone
+        return self.online.get_submodule("backbone")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that evaluates, logs and writes."""
+        return self.ranks.rank == 0
 
     def train(self, stop: StopRequest, after_epoch: Callable[[Row], None]) -> None:
-        """Train to the last step, or until a stop is asked for. ``after_epoch`` may add to its row."""
+        """Train to the last step, or until a rank is asked to stop. ``after_epoch`` may add to its row.
+
+        Raises:
+            UnreadableImage: on all ranks; nothing of that step has happened.
+            Diverged: the loss of a step was not finite.
+        """
         interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
         with tqdm(
-            total=self.total_steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval
+            total=self.total_steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=interval,
+            disable=not self.leads,
         ) as bar:
-            while self.step < self.total_steps and not stop.signal:
+            while self.step < self.total_steps and not self.stopped:
                 self._train_epoch(stop, after_epoch, bar)
 
     def _train_epoch(self, stop: StopRequest, after_epoch: Callable[[Row], None], bar: tqdm) -> None:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
+        last = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
         started, waiting = time.perf_counter(), WaitClock()
-        views = self.source.train_views(epoch, first_step)
-        for target_view, online_view, labels in waiting.over(iter(views)):
-            self._train_step(target_view, online_view, labels)
+        views = waiting.over(iter(self.source.train_views(epoch, first_step * self.settings.accumulate)))
+        while self.step < last:
+            micro_batches = self._fetch(views, stop)
+            if self.stopped:
+                return  # within the epoch: its sums are kept
+            self._train_step(micro_batches)
             bar.update()
-            if self.step % 10 == 0:
-                loss, purity, _ = self._means()
+            if self.step % 10 == 0 and self.leads:
+                loss, purity, _ = self._means(self.sums)
                 bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", purity=f"{purity:.3f}", refresh=False)
-            if stop.signal or self.step == self.total_steps:
-                break
-        if self.step % self.steps_per_epoch and self.step < self.total_steps:
-            return  # stopped within the epoch: its sums are kept
-        loss, purity, spread = self._means()
+        next(views, None)  # lets the workers come to the end of the epoch
+        self._agree(stop)
+        loss, purity, spread = self._means(self._sums_of_all().sum(dim=0))
         if not math.isfinite(loss):
             raise Diverged(f"the loss became {loss} in epoch {epoch + 1}: try a lower --lr")
         seconds, steps = time.perf_counter() - started, self.step - epoch * self.steps_per_epoch - first_step
@@ -126,36 +157,90 @@ class Trainer:
         self.history.append(row)
         after_epoch(row)
 
-    def _train_step(self, target_view: Tensor, online_view: Tensor, labels: Tensor) -> None:
+    def _fetch(self, views: Iterator[Views], stop: StopRequest) -> list[Views]:
+        """Return this rank's micro-batches of the next step, once all ranks have theirs and none is to stop."""
+        micro_batches: list[Views] = []
+        problem: UnreadableImage | None = None
+        try:
+            micro_batches += itertools.islice(views, self.settings.accumulate)
+        except UnreadableImage as error:
+            problem = error
+        self._agree(stop, problem)
+        return micro_batches
+
+    def _agree(self, stop: StopRequest, problem: UnreadableImage | None = None) -> None:
+        """Stop all ranks, at the same step, when one of them is asked to or cannot go on."""
+        if self.ranks.size == 1:
+            self.stopped = stop.signal
+            if problem is not None:
+                raise problem
+            return
+        try:
+            self.stopped = max(self.ranks.agree("step", same={"step": self.step}, count=stop.signal, problem=problem))
+        except OSError as error:
+            raise UnreadableImage(str(error)) from error
+
+    def _train_step(self, micro_batches: list[Views]) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            u = self.target(target_view)
-            v = self.predictor(self.online(online_view))
-        loss, neighbors = self.criterion(v, u, labels, return_neighbors=True)
         self.optimizer.zero_grad()
-        loss.backward()
+        losses = [self._backward(number, *views) for number, views in enumerate(micro_batches)]
         self.optimizer.step()
         self.target.update(self.online)
+        self.losses.append(torch.stack(losses).mean())
         self.step += 1
+
+    def _backward(self, number: int, target_view: Tensor, online_view: Tensor, labels: Tensor) -> Tensor:
+        """Add a micro-batch's gradient to those of the step; return its loss."""
+        last = number == self.settings.accumulate - 1
+        seeds = (self.settings.seed, self.step, number)
+        torch.manual_seed(seed_of(*seeds, self.ranks.rank))  # of dropout and the like: the same after a resume
+        alone = isinstance(self.student, DistributedDataParallel) and not last
+        with self.student.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                if self.settings.batchnorm == "shuffle" and self.ranks.size > 1:
+                    u = shuffled(self.target, target_view, self.ranks, *seeds)
+                else:
+                    u = self.target(target_view)
+                v = self.student(online_view)
+            loss, neighbors = self.criterion(v, u, labels, return_neighbors=True)
+            (loss / self.settings.accumulate).backward()
         purity = neighbor_purity(neighbors.label, labels)
         self.sums += torch.stack(
             [loss.detach(), purity.nan_to_num(0.0), embedding_spread(u), torch.ones_like(purity), purity.isfinite()]
         )
+        return loss.detach()
+
+    def take_losses(self) -> list[float]:
+        """Return the loss of every step since the last call, averaged over all ranks; all of them ask for it."""
+        if not self.losses:
+            return []
+        losses = torch.stack(self.losses)
+        self.losses = []
+        if self.ranks.size > 1:
+            dist.all_reduce(losses)
+        return (losses / self.ranks.size).tolist()
 
     def _no_sums(self) -> Tensor:
-        """Loss, purity, spread, steps, steps with a purity: of the epoch so far."""
+        """Loss, purity, spread, micro-batches, those with a purity: of the epoch so far, on this rank."""
         return torch.zeros(5, dtype=torch.float64, device=self.device)
 
-    def _means(self) -> tuple[float, float, float]:
-        loss, purity, spread, steps, with_purity = self.sums.tolist()
-        return loss / steps, purity / with_purity if with_purity else float("nan"), spread / steps
+    def _sums_of_all(self) -> Tensor:
+        """The sums of every rank, [W, 5]."""
+        own = self.sums[None]
+        return self.ranks.gather(own, [1] * self.ranks.size) if self.ranks.size > 1 else own
+
+    def _means(self, sums: Tensor) -> tuple[float, float, float]:
+        loss, purity, spread, count, with_purity = sums.tolist()
+        return loss / count, purity / with_purity if with_purity else float("nan"), spread / count
 
     def _build_bank(self) -> MemoryBank | None:
         s = self.settings
         if s.method == "byol":
             return None
-        return MemoryBank(s.bank_size, s.dim, dtype=getattr(torch, s.bank_dtype), backend=self.search)
+        return MemoryBank(
+            s.bank_size, s.dim, dtype=getattr(torch, s.bank_dtype), backend=self.search, layout=s.bank_layout
+        )
 
     def _choose_precision(self) -> str:
         if self.settings.precision != "auto":
@@ -163,18 +248,14 @@ class Trainer:
         return "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights, bank, optimizer, counters, metrics and random state, under the keys `STATE`."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        """Return weights, bank, optimizer, counters and metrics under the keys `STATE`; all ranks ask for it."""
         return {
             "settings": asdict(self.settings),
             "train_size": self.source.train_size,
             "step": self.step,
             "history": self.history,
-            "sums": self.sums.cpu(),
+            "sums": self._sums_of_all().cpu(),
             "notes": self.notes,
-            "rng": rng,
             **{name: getattr(self, name).state_dict() for name in PARTS},
         }
 
@@ -192,7 +273,8 @@ class Trainer:
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.history, self.notes = state["step"], state["history"], state["notes"]
-        self.sums = state["sums"].to(self.device)
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        sums = state["sums"].to(self.device)  # of the ranks there were
+        if len(sums) == self.ranks.size:
+            self.sums = sums[self.ranks.rank]
+        elif self.leads:
+            self.sums = sums.sum(dim=0)

@@ -1,0 +1,116 @@
+"""What changes when torchrun starts several of these processes: the group, BatchNorm, and who speaks."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from msf_core.distributed import Ranks
+from training.data import seed_of
+
+
+@contextmanager
+def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the ranks that torchrun has started, if it was torchrun, and leave them at the end.
+
+    Args:
+        device: a device of PyTorch's by name; "auto" is the GPU if there is one, each rank's own under torchrun.
+        timeout: seconds that a rank waits for another.
+
+    Yields:
+        The ranks, and the device of this one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: PyTorch sees no GPU here")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Ranks(), chosen
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    # The hosts talk by gloo beside NCCL: no GPU has to be asked how many rows a rank brings.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield Ranks(), chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Tell whether torchrun has started this again, after a rank had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def may_restart() -> bool:
+    """Tell whether torchrun would."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def synchronized(module: nn.Sequential, device: torch.device) -> nn.Sequential:
+    """Return the module with BatchNorm over the images of all ranks."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            part.__class__ = SyncBatchNormAnywhere
+    return module
+
+
+class SyncBatchNormAnywhere(_BatchNorm):
+    """PyTorch's SyncBatchNorm runs on GPUs only; this one runs where all_reduce does. All ranks bring equal shapes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input`` [B, C, …] normalized over the batches of all ranks."""
+        if not self.training:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        others = [dimension for dimension in range(input.ndim) if dimension != 1]
+        count = input.numel() // input.shape[1] * dist.get_world_size()
+        mean = all_reduce(input.mean(dim=others, keepdim=True)) / dist.get_world_size()  # [1, C, …]
+        centred = input - mean
+        variance = all_reduce(centred.square().sum(dim=others, keepdim=True)) / count
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                weight = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.flatten(), weight)
+                self.running_var.lerp_(variance.flatten() * count / (count - 1), weight)
+        normal = centred * (variance + self.eps).rsqrt()
+        if self.weight is None or self.bias is None:
+            return normal
+        return normal * self.weight.view(mean.shape) + self.bias.view(mean.shape)
+
+
+def shuffled(module: Callable[[Tensor], Tensor], images: Tensor, ranks: Ranks, *seeds: int) -> Tensor:
+    """Return ``module(images)``, each rank having run the images of a random share of all ranks (MoCo's shuffled BN).
+
+    Args:
+        module: images [B, …] to embeddings [B, D].
+        images: this rank's, as many as every other rank's.
+        ranks: those that take part.
+        seeds: of the order, the same on all ranks.
+    """
+    counts = [len(images)] * ranks.size
+    everyones = ranks.gather(images, counts)
+    order = torch.randperm(len(everyones), generator=torch.Generator().manual_seed(seed_of(*seeds)))
+    mine = everyones[order.chunk(ranks.size)[ranks.rank].to(images.device)]
+    if images.is_contiguous(memory_format=torch.channels_last):
+        mine = mine.contiguous(memory_format=torch.channels_last)
+    embeddings = ranks.gather(module(mine), counts)
+    own = order.argsort().chunk(ranks.size)[ranks.rank]
+    return embeddings[own.to(images.device)]
