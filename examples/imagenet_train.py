@@ -40,7 +40,6 @@ from training.data import (
     Digits,
     Photos,
     Share,
-    UnreadableImage,
     open_folder,
     open_torchvision,
     seed_of,
@@ -86,12 +85,12 @@ def prepare(given: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[
         settings = complete(given) if state is None else resumed(state["settings"], given)
         check_division(settings, ranks.size)
         source = open_source(settings, device, ranks)
+    trainer = Trainer(settings, source, device, ranks)
     with shared(ranks):
         chosen = [str(folder_of(given, path, settings)) if ranks.rank == 0 else ""]
     if ranks.size > 1:
         dist.broadcast_object_list(chosen)
     folder = Path(chosen[0])
-    trainer = Trainer(settings, source, device, ranks)
     if state is not None and path is not None:
         load_shards(path, state, trainer.criterion.state_dict())
         trainer.load_state_dict(state)
@@ -186,9 +185,10 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
     problem = None
     with contextlib.closing(writer) if writer is not None else contextlib.nullcontext():
         try:
-            add_rows_before(trainer)
+            with shared(trainer.ranks):
+                add_rows_before(trainer)
             trainer.train(stop, after_epoch)
-        except UnreadableImage as error:
+        except OSError as error:  # an unreadable image
             problem = error
         except Diverged as error:  # a checkpoint of this would take the place of a sound one
             if trainer.leads:
@@ -218,12 +218,14 @@ def save(trainer: Trainer, folder: Path) -> bool:
 
     A run does not end because a disk is full: the last whole checkpoint is there, and the next one may work.
     """
-    losses, state = trainer.take_losses(), trainer.state_dict()
+    losses, state = trainer.average_losses(), trainer.state_dict()
     try:
+        with shared(trainer.ranks):
+            if trainer.leads:  # losses first: what a checkpoint does not know of, a resumed run drops
+                write_losses(folder / "losses.csv", losses, trainer.step)
+                trainer.losses_written()
+                write_csv(folder / "metrics.csv", trainer.history)
         save_checkpoint(folder / "checkpoint.pt", state, trainer.ranks)
-        if trainer.leads:
-            write_losses(folder / "losses.csv", losses, trainer.step)
-            write_csv(folder / "metrics.csv", trainer.history)
     except OSError as error:
         if trainer.leads:
             print(f"\nwarning: {error}; an earlier checkpoint is kept", file=sys.stderr)

@@ -73,8 +73,8 @@ class Ranks:
             problem: why this rank cannot go on.
 
         Raises:
-            ValueError, TypeError, ImportError, OSError, RuntimeError: ``problem``, on this rank; on the others an error of its
-                kind that names the rank. ValueError where ``same`` differs, RuntimeError where the calls do.
+            Exception: ``problem``, on this rank; on the others an error of its kind (`ERRORS`) that names the rank.
+                ValueError where ``same`` differs, RuntimeError where the calls do.
         """
         kind = 0 if problem is None else 1 + next(i for i, kind in enumerate(ERRORS) if isinstance(problem, kind))
         own = torch.tensor([_coded(call), kind, count, *map(_coded, same.values()), *[0] * (_NUMBERS - 3 - len(same))])

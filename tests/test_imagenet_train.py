@@ -24,7 +24,15 @@ from training.trainer import Trainer
 
 SCRIPT = Path(imagenet_train.__file__)
 TIMES = {"images_per_second", "data_share", "search_share"}
-FILES = {"checkpoint.pt", "backbone.safetensors", "metrics.csv", "tensorboard", "curves.png", "neighbors.png"}
+FILES = {
+    "checkpoint.pt",
+    "backbone.safetensors",
+    "metrics.csv",
+    "losses.csv",
+    "tensorboard",
+    "curves.png",
+    "neighbors.png",
+}
 DIGITS = ["--steps", "30", "--eval-every", "1"]
 SMALL = ["--arch", "resnet18", "--image-size", "32", "--hidden", "32", "--dim", "16", "--bank-size", "32"]
 SMALL += ["--batch-size", "4", "--workers", "0", "--epochs", "2"]
@@ -217,7 +225,7 @@ def test_an_unreadable_image_costs_no_work(
     content = broken.read_bytes()
     broken.write_bytes(content[:100])
     if when == "in the first epoch":
-        monkeypatch.setattr(imagenet_train, "rows_before", lambda trainer: {})
+        monkeypatch.setattr(imagenet_train, "add_rows_before", lambda trainer: trainer.notes.update(before={}))
     assert train("--data", tree, *SMALL, "--out", tmp_path / "run") == 1
     assert "class2/1.jpg" in capsys.readouterr().err
     broken.write_bytes(content)
@@ -292,13 +300,28 @@ def test_divergence_is_said_and_leaves_the_last_checkpoint(tmp_path: Path, capsy
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, state: dict) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(imagenet_train, "save_checkpoint", full)
-    with pytest.raises(OSError, match="No space left"):
-        train("--steps", 3, "--out", tmp_path / "run")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here: a disk that is always full")
+def test_a_full_disk_is_said_costs_no_step_and_leaves_the_earlier_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture, whole: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    earlier = (folder / "checkpoint.pt").read_bytes()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state["settings"]["steps"] = state["settings"]["steps"] + 20  # it has more to do
+    torch.save(state, folder / "checkpoint.pt")
+    earlier = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt.tmp").symlink_to("/dev/full")
+    assert train("--resume", folder) == 1
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 3  # at the ends of two epochs and of the run, which went on in between
+    assert "checkpoint.pt could not be written" in said
+    assert (folder / "checkpoint.pt").read_bytes() == earlier
+    (folder / "checkpoint.pt.tmp").unlink()
+    assert train("--resume", folder) == 0
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == state["settings"]["steps"]
+    steps = [line.split(",")[0] for line in (folder / "losses.csv").read_text().splitlines()[1:]]
+    assert steps == [str(step) for step in range(1, state["settings"]["steps"] + 1)]
 
 
 def test_a_fresh_run_without_out_takes_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,10 +337,8 @@ def test_collapse_is_said(tmp_path: Path, capsys: pytest.CaptureFixture, monkeyp
 
     def without_predictor(self: Trainer, *arguments: object) -> None:
         build(self, *arguments)
-        self.predictor = torch.nn.Identity()
-        self.settings.steps = self.total_steps
-        self.parameters = list(self.online.parameters())
-        self.optimizer = torch.optim.SGD(self.parameters, 0.1, momentum=0.9, weight_decay=1e-4)
+        self.student, self.predictor = self.online, torch.nn.Identity()
+        self.optimizer = torch.optim.SGD(self.online.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
 
     monkeypatch.setattr(Trainer, "__init__", without_predictor)
     assert train("--steps", 150, "--momentum", 0.9, "--out", tmp_path / "run") == 0

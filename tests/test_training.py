@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from msf_core.distributed import Ranks
 from training import data, evaluation
 from training.augment import DIGITS_VIEWS, DigitsView, photo_centre, photo_view
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import Digits, Photos, UnlabelledFolder, open_folder, open_torchvision
+from training.data import Digits, Photos, Share, UnlabelledFolder, open_folder, open_torchvision
 from training.models import build_backbone, export_backbone
 from training.timing import TimedSearch
 
@@ -304,7 +305,7 @@ def test_a_model_that_cannot_serve_is_a_clear_error() -> None:
 
 def test_a_crash_while_saving_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, {"step": 1, "criterion": {}}, Ranks())
 
     def crash(state: object, file: object) -> None:
         file.write(b"half")
@@ -312,28 +313,28 @@ def test_a_crash_while_saving_leaves_the_earlier_checkpoint(tmp_path: Path, monk
 
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, {"step": 2})
-    assert load_checkpoint(path, needed={"step"})["step"] == 1
+        save_checkpoint(path, {"step": 2, "criterion": {}}, Ranks())
+    assert load_checkpoint(path, needed={"step"}, ranks=Ranks())["step"] == 1
 
 
 def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"weights": torch.arange(10_000)})
+    save_checkpoint(path, {"weights": torch.arange(10_000), "criterion": {}}, Ranks())
     whole = path.read_bytes()
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
     for damaged in (whole[:middle], b"", b"not a checkpoint at all", flipped):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged or not one of ours"):
-            load_checkpoint(path, needed=set())
+            load_checkpoint(path, needed=set(), ranks=Ranks())
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="not a checkpoint of this script"):
-        load_checkpoint(path, needed={"weights", "bank"})
+        load_checkpoint(path, needed={"weights", "bank"}, ranks=Ranks())
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="not a checkpoint of this script"):
-        load_checkpoint(path, needed=set())
+        load_checkpoint(path, needed=set(), ranks=Ranks())
     with pytest.raises(ValueError, match="no checkpoint at"):
-        load_checkpoint(tmp_path / "nowhere.pt", needed=set())
+        load_checkpoint(tmp_path / "nowhere.pt", needed=set(), ranks=Ranks())
 
 
 def test_evaluation_counts_what_it_says() -> None:

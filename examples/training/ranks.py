@@ -4,12 +4,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from msf_core.distributed import Ranks
@@ -70,6 +70,22 @@ def synchronized(module: nn.Sequential, device: torch.device) -> nn.Sequential:
     return module
 
 
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; so is its gradient."""
+
+    @staticmethod
+    def forward(context: Any, part: Tensor) -> Tensor:
+        """Return the sum."""
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        """Return the sum of the gradients."""
+        return SumOverRanks.forward(context, gradient)
+
+
 class SyncBatchNormAnywhere(_BatchNorm):
     """PyTorch's SyncBatchNorm runs on GPUs only; this one runs where all_reduce does. All ranks bring equal shapes."""
 
@@ -81,9 +97,9 @@ class SyncBatchNormAnywhere(_BatchNorm):
             )
         others = [dimension for dimension in range(input.ndim) if dimension != 1]
         count = input.numel() // input.shape[1] * dist.get_world_size()
-        mean = all_reduce(input.mean(dim=others, keepdim=True)) / dist.get_world_size()  # [1, C, …]
+        mean = SumOverRanks.apply(input.mean(dim=others, keepdim=True)) / dist.get_world_size()  # [1, C, …]
         centred = input - mean
-        variance = all_reduce(centred.square().sum(dim=others, keepdim=True)) / count
+        variance = SumOverRanks.apply(centred.square().sum(dim=others, keepdim=True)) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1

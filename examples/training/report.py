@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ CURVES = (
 
 
 def write_csv(path: Path, history: list[Row]) -> None:
-    """Write one line an epoch; a cell that was not measured stays empty."""
+    """Write one line an epoch, nothing before the first; a cell that was not measured stays empty."""
+    if not history:
+        return
     names = list(dict.fromkeys(name for row in history for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -34,11 +37,15 @@ def write_csv(path: Path, history: list[Row]) -> None:
 
 
 def write_losses(path: Path, losses: list[float], last_step: int) -> None:
-    """Append the losses of the steps up to ``last_step``, one line each."""
-    with path.open("a" if path.exists() else "w") as file:
-        if not file.tell():
-            file.write("step,loss\n")
-        file.writelines(f"{step},{loss!r}\n" for step, loss in enumerate(losses, last_step - len(losses) + 1))
+    """Append the losses of the steps up to ``last_step``, one line each, all of them or none."""
+    lines = [f"{step},{loss!r}\n" for step, loss in enumerate(losses, last_step - len(losses) + 1)]
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.writelines(lines if before else ["step,loss\n", *lines])
+    except OSError:
+        os.truncate(path, before)
+        raise
 
 
 def keep_losses(path: Path, last_step: int) -> None:

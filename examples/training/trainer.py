@@ -90,7 +90,8 @@ class Trainer:
         self.stopped = 0  # the signal that asked a rank to stop, once all know
         self.history: list[Row] = []
         self.sums = self._no_sums()
-        self.losses: list[Tensor] = []  # of the steps since they were last taken
+        self.losses: list[Tensor] = []  # of the steps since they were last averaged
+        self.averaged: list[float] = []  # of those before, not written yet
         self.notes: dict[str, Any] = {}  # what the script wants kept beside the weights
 
     @property
@@ -211,15 +212,19 @@ class Trainer:
         )
         return loss.detach()
 
-    def take_losses(self) -> list[float]:
-        """Return the loss of every step since the last call, averaged over all ranks; all of them ask for it."""
-        if not self.losses:
-            return []
-        losses = torch.stack(self.losses)
-        self.losses = []
-        if self.ranks.size > 1:
-            dist.all_reduce(losses)
-        return (losses / self.ranks.size).tolist()
+    def average_losses(self) -> list[float]:
+        """Return the loss of every step since `losses_written`, averaged over all ranks; all of them ask for it."""
+        if self.losses:
+            losses = torch.stack(self.losses)
+            self.losses = []
+            if self.ranks.size > 1:
+                dist.all_reduce(losses)
+            self.averaged += (losses / self.ranks.size).tolist()
+        return self.averaged
+
+    def losses_written(self) -> None:
+        """Begin anew with the next step."""
+        self.averaged = []
 
     def _no_sums(self) -> Tensor:
         """Loss, purity, spread, micro-batches, those with a purity: of the epoch so far, on this rank."""

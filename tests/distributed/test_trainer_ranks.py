@@ -1,0 +1,116 @@
+"""The trainer of the example on several ranks, against its own run in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_training import make_tree
+from torch import Tensor, nn
+
+import imagenet_train
+from msf_core.distributed import Ranks
+from training.ranks import SyncBatchNormAnywhere, shuffled
+from training.settings import build_parser
+from training.trainer import StopRequest
+
+STEPS = 20
+RECIPE = ["--steps", STEPS, "--batch-size", 16, "--lr", 0.005, "--batchnorm", "sync"]
+
+
+def train(rank: int, folder: str, *flags: object) -> tuple[list[float], int]:
+    """Losses of all steps, and updates of the target."""
+    given = vars(build_parser("").parse_args(["--out", folder, *map(str, flags)]))
+    trainer, _ = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    trainer.train(StopRequest(), lambda row: None)
+    return trainer.average_losses(), trainer.target.updates
+
+
+def compare(ranks: Any, folder: Path, *flags: object) -> None:
+    """Train on the ranks, and in this process alone.
+
+    At larger learning rates rounding grows: two rows that are as near change places, and with them the neighbours.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have
+    expected, updates = train(0, str(folder / "alone"), *flags)
+    torch.set_num_threads(threads)
+    assert expected[-1] < 0.8 * expected[0]
+    for losses, their_updates in ranks.run(train, str(folder / "run"), *flags):
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=0)
+        assert their_updates == updates == STEPS
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_synchronized_ranks_have_the_losses_of_one_process(ranks: Any, tmp_path: Path, layout: str) -> None:
+    compare(ranks, tmp_path, *RECIPE, "--bank-layout", layout)
+
+
+def test_so_have_those_that_accumulate(two_ranks: Any, tmp_path: Path) -> None:
+    compare(two_ranks, tmp_path, *RECIPE, "--accumulate", 2)
+
+
+def test_photos_with_accumulation_move_the_target_once_a_step(two_ranks: Any, tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree", train=4)
+    flags = ["--data", tree, "--arch", "resnet18", "--image-size", 32, "--hidden", 32, "--dim", 16, "--bank-size", 32]
+    flags += ["--batch-size", 8, "--accumulate", 2, "--workers", 0, "--epochs", 2, "--batchnorm", "shuffle"]
+    for losses, updates in two_ranks.run(train, str(tmp_path / "run"), *flags):
+        assert (len(losses), updates) == (2, 2)
+
+
+# BatchNorm
+
+
+def norms(features: int) -> tuple[nn.BatchNorm1d, nn.BatchNorm1d]:
+    torch.manual_seed(1)
+    whole = nn.BatchNorm1d(features)
+    nn.init.normal_(whole.weight)
+    nn.init.normal_(whole.bias)
+    synced = nn.BatchNorm1d(features)
+    synced.load_state_dict(whole.state_dict())
+    synced.__class__ = SyncBatchNormAnywhere
+    return whole, synced
+
+
+def batchnorm_of_all(rank: int, momentum: float | None) -> None:
+    world = dist.get_world_size()
+    whole, synced = norms(5)
+    whole.momentum = synced.momentum = momentum
+    for step in range(3):
+        x = torch.randn(4 * world, 5, generator=torch.Generator().manual_seed(step)) * 3 + 10
+        x_whole, x_part = x.clone().requires_grad_(), x.chunk(world)[rank].clone().requires_grad_()
+        weights = torch.randn(4 * world, 5, generator=torch.Generator().manual_seed(9))
+        (whole(x_whole) * weights).sum().backward()
+        (synced(x_part) * weights.chunk(world)[rank]).sum().backward()
+        torch.testing.assert_close(synced(x_part), whole(x_whole).chunk(world)[rank], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x_part.grad, x_whole.grad.chunk(world)[rank], rtol=1e-3, atol=1e-5)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(synced.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+    whole.eval(), synced.eval()
+    torch.testing.assert_close(synced(x), whole(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_synchronized_batchnorm_on_a_cpu_is_that_of_the_whole_batch(ranks: Any, momentum: float | None) -> None:
+    ranks.run(batchnorm_of_all, momentum)
+
+
+def shuffles(rank: int) -> list[int]:
+    seen: list[Tensor] = []
+
+    def module(images: Tensor) -> Tensor:
+        seen.append(images[:, 0])
+        return images * 2
+
+    images = torch.arange(6 * dist.get_world_size()).view(-1, 1).float().chunk(dist.get_world_size())[rank]
+    assert torch.equal(shuffled(module, images, Ranks(), 1, 2), images * 2), "everyone gets its own back"
+    shuffled(module, images, Ranks(), 1, 3)
+    assert not torch.equal(*seen)
+    return seen[0].int().tolist()
+
+
+def test_shuffled_batchnorm_sees_images_of_all_ranks_and_gives_each_its_own_back(ranks: Any) -> None:
+    seen = ranks.run(shuffles)
+    assert sorted(image for images in seen for image in images) == list(range(6 * ranks.size))
+    assert all(len({image // 6 for image in images}) > 1 for images in seen)
