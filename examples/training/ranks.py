@@ -43,7 +43,11 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
         torch.cuda.set_device(chosen)
     # The hosts talk by gloo beside NCCL: no GPU has to be asked how many rows a rank brings.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    patience = timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+    # What a start before this one left in the store are addresses of processes that are gone.
+    own = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=patience)
     try:
         yield Ranks(), chosen
     finally:

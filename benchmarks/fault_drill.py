@@ -1,0 +1,282 @@
+"""Break a training run in every way that a week on several GPUs may bring, and look at what is left of it.
+
+    python benchmarks/fault_drill.py              all faults, 50 kills: about half an hour on two CPU cores
+    python benchmarks/fault_drill.py --kills 2    a short one
+
+Each fault befalls `examples/imagenet_train.py` on the digits, on two gloo ranks of this machine under torchrun, which
+starts the ranks again (``--max-restarts``). What must hold: the run ends by itself; the losses of all steps are, to the
+last bit, those of a run that nothing disturbed; after every fault the last whole checkpoint loads. Steps are lost when
+they were done after the last checkpoint (one an epoch, 21 steps) and are done again.
+
+Needs: pip install 'msf_core[examples]'. Writes fault_drill.jsonl, one record a fault, and fault_drill.md.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from benchmarks.arguments import positive  # noqa: E402
+from imagenet_train import environment  # noqa: E402
+
+RANKS, STALL = 2, 25  # STALL: seconds that a rank waits for another
+EPOCH = 1347 // 64  # steps, at the default batch size of the digits
+PLAN = "MSF_FAULT_PLAN"  # the file that tells a rank what is to befall it, and beside which it writes what did
+KILL, WRITE, DISK = "one rank killed", "all ranks killed while a checkpoint is written", "disk full for one checkpoint"
+STALLS, OVERFLOW = "one rank stalls", "images overflow float16 on one rank"
+LAYOUTS = ("replicated", "sharded")
+
+
+# In a rank: the trainer, with a fault at a step
+
+
+def rank_main(arguments: list[str]) -> int:
+    """Run the trainer as a rank, with the fault that the plan has for this start of it."""
+    import imagenet_train
+    from training import checkpoint, trainer
+
+    plan, rank = Path(os.environ[PLAN]), int(os.environ["RANK"])
+    fault = json.loads(plan.read_text()).get(
+        os.environ["TORCHELASTIC_RESTART_COUNT"], {"name": "", "after": 0, "rank": 0}
+    )
+    plan.with_suffix(f".pid{rank}").write_text(str(os.getpid()))
+    train_step, write, begin = trainer.Trainer._train_step, checkpoint._write, [-1]
+
+    def note(**what: Any) -> None:
+        with plan.with_suffix(".log").open("a") as file:
+            file.write(json.dumps(what) + "\n")
+
+    def faulty_step(self: Any, views: Any) -> None:
+        if begin[0] < 0:
+            begin[0] = self.step
+            if rank == 0:
+                note(start=self.step)
+        after = self.step - begin[0]
+        if after == fault["after"] and rank == fault["rank"] and fault["name"] in (KILL, STALLS, OVERFLOW):
+            note(fault=fault["name"], rank=rank, step=self.step)
+            if fault["name"] == OVERFLOW:
+                views = [((target.half() * 60_000).square().float(), *rest) for target, *rest in views]
+            else:
+                os.kill(os.getpid(), signal.SIGKILL if fault["name"] == KILL else signal.SIGSTOP)
+        if fault["name"] == DISK and after == fault["after"] + 2 * EPOCH and rank == fault["rank"]:
+            os.kill(os.getpid(), signal.SIGKILL)  # so that the next fault comes
+        train_step(self, views)
+
+    def faulty_write(path: Path, state: dict[str, Any]) -> None:
+        due = begin[0] >= 0 and state["step"] - begin[0] >= fault["after"]
+        temporary = path.with_name(path.name + ".tmp")
+        if due and fault["name"] == WRITE:
+            note(fault=WRITE, rank=-1, step=state["step"])
+            write(path.with_name("whole"), state)
+            content = path.with_name("whole").read_bytes()
+            path.with_name("whole").unlink()
+            temporary.write_bytes(content[: len(content) // 2])
+            for other in reversed(range(int(os.environ["WORLD_SIZE"]))):
+                os.kill(int(plan.with_suffix(f".pid{other}").read_text()), signal.SIGKILL)
+        if due and fault["name"] == DISK and not plan.with_suffix(f".full{begin[0]}").exists():
+            plan.with_suffix(f".full{begin[0]}").touch()
+            note(fault=DISK, rank=0, step=state["step"])
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to("/dev/full")
+            try:
+                write(path, state)
+            finally:
+                temporary.unlink()
+        write(path, state)
+
+    trainer.Trainer._train_step = faulty_step  # type: ignore[method-assign,assignment]
+    checkpoint._write = faulty_write
+    return imagenet_train.main(arguments)
+
+
+# Outside: the plan, the runs, and what is left of them
+
+
+def torchrun(folder: Path, flags: list[str], plan: dict[str, Any]) -> tuple[int, str, list[dict[str, Any]], float]:
+    """Train to the end; return the exit status, what was said, what befell, and seconds."""
+    file = folder.with_suffix(".plan")
+    file.write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    command += [f"--max-restarts={len(plan) + 3}", __file__, "--as-rank", *flags, "--out", str(folder)]
+    environment = os.environ | {PLAN: str(file), "OMP_NUM_THREADS": "1"}
+    started = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    log = file.with_suffix(".log")
+    events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return done.returncode, done.stdout + done.stderr, events, time.perf_counter() - started
+
+
+def make_plan(kills: int, seed: int) -> dict[str, Any]:
+    """Return which fault comes at which start: ``kills`` of one rank, and some of each other kind."""
+    draw = random.Random(seed)
+    few = max(1, kills // 10)
+    names = [KILL] * kills + [WRITE] * few + [DISK] * few + [STALLS, OVERFLOW]
+    draw.shuffle(names)
+    # The rank that stalls is not the first, whose silence the others would notice in the same way.
+    return {
+        str(number): {
+            "name": name,
+            "rank": draw.randrange(RANKS) if name == KILL else 1,
+            "after": draw.randrange(2 * EPOCH),
+        }
+        for number, name in enumerate(names)
+    }
+
+
+def drill(work: Path, layout: str, kills: int, seed: int) -> list[dict[str, Any]]:
+    """Return a record for each fault that befell a run with that layout of the bank."""
+    plan = make_plan(kills, seed)
+    steps = EPOCH * (len(plan) + 3)
+    flags = ["--steps", str(steps), "--eval-every", "0", "--checkpoint-every", "1", "--bank-layout", layout]
+    flags += ["--timeout", str(STALL)]
+    status, said, _, seconds = torchrun(work / f"{layout}-undisturbed", flags, {})
+    if status:
+        raise SystemExit(f"the undisturbed run failed:\n{said}")
+    expected = (work / f"{layout}-undisturbed" / "losses.csv").read_text()
+    status, said, events, seconds = torchrun(work / f"{layout}-faulty", flags, plan)
+    ended = status == 0
+    found = (work / f"{layout}-faulty" / "losses.csv").read_text() if ended else ""
+    if not ended:
+        print(said[-3000:], file=sys.stderr)
+    print(f"{layout}: {len(plan)} faults planned, {steps} steps, {seconds:.0f} s; bit-equal: {found == expected}")
+    records = []
+    for number, event in enumerate(events):
+        if "fault" not in event:
+            continue
+        later = [other["start"] for other in events[number + 1 :] if "start" in other]
+        record = {"fault": event["fault"], "layout": layout, "ranks": RANKS, "step": event["step"]}
+        # A full disk stops nothing: what it costs shows at the next kill.
+        record["resumed_at"] = later[0] if later else None
+        record["lost_steps"] = max(0, event["step"] - later[0]) if later and event["fault"] != DISK else 0
+        record["bit_equal"] = found == expected
+        records.append(record)
+    return records
+
+
+def damage(work: Path) -> list[dict[str, Any]]:
+    """Return a record for each way in which a checkpoint was spoiled: it must not load, and the error must name it."""
+    records = []
+    for layout in LAYOUTS:
+        folder = work / f"{layout}-undisturbed"
+        shards = sorted(folder.glob("bank-*/*.safetensors"))
+        for file in [folder / "checkpoint.pt", *shards[:1]]:
+            whole = file.read_bytes()
+            middle = len(whole) // 2
+            ways = {
+                "truncated": whole[:middle],
+                "one byte flipped": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+                "replaced by a pickle that runs a command": pickled_command(work / "ran"),
+                "empty": b"",
+            }
+            for way, content in ways.items():
+                file.write_bytes(content)
+                refused, said = resume(folder)
+                named = file.name in said and "Traceback" not in said
+                fault = f"{'checkpoint.pt' if file.suffix == '.pt' else 'shard'}: {way}"
+                outcome = {"refused": refused == 2, "error_names_the_file": named, "ran_code": (work / "ran").exists()}
+                records.append({"fault": fault, "layout": layout, **outcome})
+            file.write_bytes(whole)
+        status, said = resume(folder)
+        records.append({"fault": "none: the checkpoint put back", "layout": layout, "loads": status == 0})
+    return records
+
+
+def pickled_command(marker: Path) -> bytes:
+    """Return a file as torch.save writes it, which makes ``marker`` when it is unpickled without care."""
+
+    class Command:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {marker}",)
+
+    buffer = io.BytesIO()
+    torch.save({"format": 2, "weights": Command()}, buffer)
+    return buffer.getvalue()
+
+
+def resume(folder: Path) -> tuple[int, str]:
+    """Go on with a finished run in one process; return the exit status and what was said."""
+    command = [sys.executable, str(ROOT / "examples" / "imagenet_train.py"), "--resume", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def summary(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """Return the records as a table in Markdown."""
+    lines = [
+        f"{about['device']}; PyTorch {about['versions']['torch']}; {about['date'][:10]}. {RANKS} gloo ranks, digits, "
+        f"a checkpoint every {EPOCH} steps.",
+        "",
+        "| fault | times | steps done again: median, most | losses bit-equal to an undisturbed run |",
+        "| --- | --- | --- | --- |",
+    ]
+    for layout in LAYOUTS:
+        for name in (KILL, WRITE, DISK, STALLS, OVERFLOW):
+            those = [record for record in records if record["fault"] == name and record["layout"] == layout]
+            if those:
+                lost = [record["lost_steps"] for record in those]
+                equal = sum(record["bit_equal"] for record in those)
+                cost = "none" if name == DISK else f"{statistics.median(lost):.0f}, {max(lost)}"
+                lines.append(f"| {name} ({layout} bank) | {len(those)} | {cost} | {equal} of {len(those)} |")
+    lines += ["", "| checkpoint | refused | error names the file | code run |", "| --- | --- | --- | --- |"]
+    for fault in dict.fromkeys(record["fault"] for record in records if "refused" in record):
+        those = [record for record in records if record["fault"] == fault]
+        counts = [sum(record[key] for record in those) for key in ("refused", "error_names_the_file", "ran_code")]
+        lines.append(f"| {fault} | " + " | ".join(f"{count} of {len(those)}" for count in counts) + " |")
+    whole = [record["loads"] for record in records if "loads" in record]
+    lines.append(f"\nPut back, the checkpoint loads: {sum(whole)} of {len(whole)}.")
+    return "\n".join(lines) + "\n"
+
+
+def sound(record: dict[str, Any]) -> bool:
+    """Tell whether what must hold after a fault holds."""
+    if "refused" in record:
+        return record["refused"] and record["error_names_the_file"] and not record["ran_code"]
+    return bool(record.get("bit_equal", record.get("loads")))
+
+
+def main() -> int:
+    """Run the drill; return 1 if something did not hold."""
+    if sys.argv[1:2] == ["--as-rank"]:
+        return rank_main(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument(
+        "--kills", type=positive, default=50, help="of one rank at a random step, over both layouts (50)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of ranks, steps and order (0)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the records")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    about = environment(torch.device("cpu"))
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, layout in enumerate(LAYOUTS):
+            kills = given.kills // 2 if number else given.kills - given.kills // 2
+            records += drill(Path(folder), layout, max(1, kills), given.seed + number)
+        records += damage(Path(folder))
+    lines = [json.dumps({**record, **about}) + "\n" for record in records]
+    (given.out / "fault_drill.jsonl").write_text("".join(lines))
+    text = summary(records, about)
+    (given.out / "fault_drill.md").write_text(text)
+    print(text)
+    failed = [record for record in records if not sound(record)]
+    for record in failed:
+        print(f"did not hold: {record}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
