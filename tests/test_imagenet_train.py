@@ -147,12 +147,13 @@ def test_a_run_that_is_stopped_goes_on_exactly(
 
 
 @pytest.mark.slow
-def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path) -> None:
+def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tree = make_tree(tmp_path / "tree", train=4, val=1)
-    command = [sys.executable, SCRIPT, "--data", tree, "--image-size", "64", "--batch-size", "4", "--epochs", "2"]
-    command += ["--bank-size", "64", "--hidden", "128", "--workers", "1"]
-    assert subprocess.run([*command, "--out", tmp_path / "whole"], capture_output=True).returncode == 0
+    flags = ["--data", tree, "--image-size", "64", "--batch-size", "4", "--epochs", "2"]
+    flags += ["--bank-size", "64", "--hidden", "128", "--workers", "1"]
+    assert train(*flags, "--out", tmp_path / "whole") == 0
 
+    command = [sys.executable, SCRIPT, *flags]
     run = subprocess.Popen(
         [*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
@@ -163,9 +164,10 @@ def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path) -> N
     assert run.returncode == 128 + signal.SIGTERM, output
     stopped = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
     assert stopped < 6
-    resumed = subprocess.run([sys.executable, SCRIPT, "--resume", tmp_path / "run"], capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    assert stopped == 0 or f"from step {stopped}" in resumed.stdout  # the signal may come before the first step
+    assert train("--resume", tmp_path / "run") == 0
+    assert (
+        stopped == 0 or f"from step {stopped}" in capsys.readouterr().out
+    )  # the signal may come before the first step
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["arch"], config["k"], config["momentum"], config["dim"]) == ("resnet50", 5, 0.99, 512)

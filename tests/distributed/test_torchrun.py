@@ -6,25 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed.run
+from test_trainer_ranks import train
 
 import imagenet_train
+from benchmarks import fault_drill
 
 SCRIPT = imagenet_train.__file__
-DIGITS = ["--steps", "24", "--eval-every", "0", "--checkpoint-every", "1"]
-
-
-def torchrun(ranks: int, *arguments: object, options: Sequence[str] = ()) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, SCRIPT, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=200
-    )
 
 
 def losses(folder: Path) -> list[float]:
@@ -72,11 +64,19 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_layout(tmp_path:
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_said_once_by_rank_0(tmp_path: Path) -> None:
-    done = torchrun(2, "--batch-size", 33, "--out", tmp_path / "run")
-    assert done.returncode != 0
-    assert (
-        done.stderr.count("error: --batch-size must be at least 4 for BatchNorm, divided evenly by 2 ranks, got 33")
-        == 1
-    )
-    assert not (tmp_path / "run").exists()
+def test_a_run_whose_ranks_are_killed_ends_as_if_nothing_had_happened(two_ranks: Any, tmp_path: Path) -> None:
+    """One rank by kill -9 at a step, then all of them while a checkpoint is written; the drill has many more."""
+    flags = ["--steps", "63", "--eval-every", "0", "--checkpoint-every", "1", "--bank-layout", "sharded"]
+    plan = {
+        "0": {"name": fault_drill.KILL, "rank": 1, "after": 25},
+        "1": {"name": fault_drill.WRITE, "rank": 0, "after": 1},
+    }
+    status, said, events, _ = fault_drill.torchrun(tmp_path / "faulty", [*flags, "--timeout", "60"], plan)
+    assert status == 0, said
+    assert [event["start"] for event in events if "start" in event] == [0, 21, 21]
+    assert [(event["fault"], event["step"]) for event in events if "fault" in event] == [
+        (fault_drill.KILL, 25),
+        (fault_drill.WRITE, 42),
+    ]
+    expected, _ = two_ranks.run(train, str(tmp_path / "undisturbed"), *flags)[0]
+    assert losses(tmp_path / "faulty") == expected, "to the last bit"

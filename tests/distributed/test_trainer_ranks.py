@@ -43,8 +43,24 @@ def compare(ranks: Any, folder: Path, *flags: object) -> None:
 
 
 @pytest.mark.parametrize("layout", ["replicated", "sharded"])
-def test_synchronized_ranks_have_the_losses_of_one_process(ranks: Any, tmp_path: Path, layout: str) -> None:
-    compare(ranks, tmp_path, *RECIPE, "--bank-layout", layout)
+def test_two_synchronized_ranks_have_the_losses_of_one_process(two_ranks: Any, tmp_path: Path, layout: str) -> None:
+    compare(two_ranks, tmp_path, *RECIPE, "--bank-layout", layout)
+
+
+def test_so_have_four(four_ranks: Any, tmp_path: Path) -> None:
+    compare(four_ranks, tmp_path, *RECIPE, "--bank-layout", "sharded")
+
+
+def refused(rank: int, folder: str) -> str:
+    with pytest.raises(ValueError, match="batch-size") as raised:
+        train(rank, folder, "--batch-size", 33 if rank == 0 else 32)
+    return str(raised.value)
+
+
+def test_what_one_rank_cannot_do_is_an_error_on_all_before_anything_is_written(two_ranks: Any, tmp_path: Path) -> None:
+    wrong = "--batch-size must be at least 4 for BatchNorm, divided evenly by 2 ranks, got 33"
+    assert two_ranks.run(refused, str(tmp_path / "run")) == [wrong, f"rank 0: {wrong}"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_so_have_those_that_accumulate(two_ranks: Any, tmp_path: Path) -> None:

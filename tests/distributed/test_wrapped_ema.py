@@ -86,8 +86,8 @@ def test_a_wrapped_online_encoder_gives_the_target_of_a_bare_one(
     two_ranks.run(equals_unwrapped, wrap, False, wrapped_first)
 
 
-def test_fsdp2_on_both_sides_gives_the_target_of_a_bare_one(ranks: Any) -> None:
-    ranks.run(equals_unwrapped, sharded, True, False)
+def test_fsdp2_on_both_sides_gives_the_target_of_a_bare_one(two_ranks: Any) -> None:
+    two_ranks.run(equals_unwrapped, sharded, True, False)
 
 
 def sharded_wrongly(rank: int) -> None:

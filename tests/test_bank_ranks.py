@@ -1,0 +1,26 @@
+"""benchmarks/bank_ranks.py: its formula by hand, and that it would notice a difference."""
+
+import pytest
+import torch
+
+from benchmarks import bank_ranks
+
+
+def test_the_bytes_on_the_wire_are_those_counted_by_hand() -> None:
+    # Two ranks, 3 rows each, D = 2, k = 1, float16: of the other rank 3 rows of 2 floats and a label, one agreement;
+    # then 3 queries of 2 halves, and 3 answers of a similarity, a slot, a label and 2 halves, two agreements.
+    push = 3 * (2 * 4 + 8) + 64
+    search = 3 * 2 * 2 + 3 * (4 + 8 + 8 + 2 * 2) + 2 * 64
+    assert bank_ranks.wire_bytes(2, "replicated", 6, 2, 1, 2) == push
+    assert bank_ranks.wire_bytes(2, "sharded", 6, 2, 1, 2) == push + search
+    assert bank_ranks.wire_bytes(1, "sharded", 6, 2, 1, 2) == 0
+
+
+@pytest.mark.slow
+def test_two_ranks_keep_half_and_find_what_one_process_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = bank_ranks.measure(1, "replicated", torch.float32)
+    shared = bank_ranks.measure(2, "sharded", torch.float32)
+    assert shared["bytes_a_rank"] * 2 == alone["bytes_a_rank"]
+    assert bank_ranks.equal(shared, alone)
+    shared["index"][7][2] += 1
+    assert not bank_ranks.equal(shared, alone)
