@@ -1,21 +1,20 @@
 """The memory bank of MSF (paper section 2): a first-in-first-out ring of target embeddings, searched exactly."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from msf_core.bank_state import UNKNOWN_LABEL, BankState
 from msf_core.checks import check_labels, check_tensor
-from msf_core.distributed import ERRORS, Ranks, as_shard, blocks_of, is_shard, problem_of, shard_bounds, untraced
+from msf_core.distributed import ERRORS, Ranks, problem_of, untraced
 from msf_core.search import SearchBackend, check_backend, find_backend, topk
 from msf_core.search.base import ROW_DTYPES
 
-UNKNOWN_LABEL = -1
 LAYOUTS = ("replicated", "sharded", "local")
-TENSORS = ("rows", "labels", "pushed", "nonfinite")
 
 
 class Neighbors(NamedTuple):
@@ -34,7 +33,7 @@ class Neighbors(NamedTuple):
     """[Q, k] int64, −1 where unknown."""
 
 
-class MemoryBank(nn.Module):
+class MemoryBank(BankState):
     """The newest ``size`` embeddings as unit rows, each with a label, and exact search among them.
 
     Contents always equal a ``collections.deque(maxlen=size)`` of everything pushed. All of it is in the
@@ -68,11 +67,6 @@ class MemoryBank(nn.Module):
     MemoryBank(size=4, dim=2, dtype=float32, filled=2, backend='auto', bytes=64)
     """
 
-    rows: Tensor
-    labels: Tensor
-    pushed: Tensor
-    nonfinite: Tensor
-
     def __init__(
         self,
         size: int,
@@ -84,7 +78,6 @@ class MemoryBank(nn.Module):
         group: Any = None,
         persistent: bool = True,
     ) -> None:
-        super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
@@ -95,43 +88,13 @@ class MemoryBank(nn.Module):
         find_backend(backend, torch.device("cpu"))  # says now if it does not work here
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-        self.size = size
-        self.dim = dim
+        super().__init__(size, dim, dtype, layout, Ranks(group), persistent)
         self.backend = backend
-        self.layout = layout
-        self.persistent = persistent
-        self._ranks = Ranks(group)
-        # A shard is what this rank keeps: the slots from begin to end. Other layouts keep them all.
-        self._shards = self._ranks.size if layout == "sharded" else 1
-        self._begin, self._end = shard_bounds(size, self._shards, self._ranks.rank if self._shards > 1 else 0)
-        # No buffers: DDP would send those of rank 0 to all ranks at every forward, over what they hold.
-        # Slot of the next row: pushed % size. Slots 0 … len − 1 are filled.
-        self.rows = torch.zeros(self._end - self._begin, dim, dtype=dtype)
-        self.labels = torch.full((self._end - self._begin,), UNKNOWN_LABEL)
-        self.pushed = torch.zeros((), dtype=torch.int64)
-        self.nonfinite = torch.zeros((), dtype=torch.int64)
-        # The same as ``pushed``, always on the CPU: the host knows it without asking the device. A tensor and not an
-        # int, since torch.compile would take an int for a constant and compile again when it moves.
-        self._pushed = torch.zeros((), dtype=torch.int64, device="cpu")
-
-    def __len__(self) -> int:
-        """Rows filled so far, n, on all ranks that share the bank; at most ``size``."""
-        return min(int(self._pushed), self.size)
 
     @property
     def full(self) -> bool:
         """Whether every slot is filled."""
         return len(self) == self.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the stored rows."""
-        return self.rows.dtype
-
-    @property
-    def group(self) -> Any:
-        """Process group of the ranks that share the bank; None is the default one."""
-        return self._ranks.group
 
     def waits_for_others(self, *, pushing: bool) -> bool:
         """Tell whether a push, or else a search, is one that all ranks have to make together.
@@ -392,89 +355,6 @@ class MemoryBank(nn.Module):
             f"size={self.size}, dim={self.dim}, dtype={_name(self.dtype)}, "
             f"filled={len(self)}, backend={backend!r},{layout} bytes={self.rows.nbytes + self.labels.nbytes}"
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MemoryBank":
-        """Follow the module to another device; the dtype stays what was asked for."""
-        super()._apply(fn, recurse)
-        for name in TENSORS:
-            tensor = getattr(self, name)
-            moved = fn(tensor)
-            setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.persistent:
-            return
-        for name in TENSORS:
-            tensor = getattr(self, name).detach()
-            sharded = self._shards > 1 and tensor.ndim > 0
-            destination[prefix + name] = as_shard(tensor, self.size, self.group) if sharded else tensor
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        for hook in self._load_state_dict_pre_hooks.values():
-            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        ours = {prefix + name for name in TENSORS} if self.persistent else set()
-        missing_keys += sorted(ours - state_dict.keys())
-        if strict:
-            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in ours]
-        if not ours or not ours <= state_dict.keys():
-            return
-        rows, labels, pushed, nonfinite = (state_dict[prefix + name] for name in TENSORS)
-        problem = self._why_not_loadable(rows, labels, pushed, nonfinite)
-        if problem:
-            error_msgs.append(f"{prefix}rows and its companions were not loaded: {problem}")
-            return
-        with torch.no_grad():
-            self._take_over(rows, labels, int(pushed))
-            self.nonfinite.copy_(nonfinite)
-
-    def _why_not_loadable(self, rows: Tensor, labels: Tensor, pushed: Tensor, nonfinite: Tensor) -> str | None:
-        if not all(isinstance(part, Tensor) for part in (rows, labels, pushed, nonfinite)):
-            return "the saved buffers must be tensors"
-        if not rows.is_floating_point() or labels.is_floating_point():
-            return f"saved rows must be floating and labels whole numbers, got {rows.dtype} and {labels.dtype}"
-        if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != self.dim:
-            return f"the bank has dim={self.dim}, the saved rows are {list(rows.shape)}"
-        if labels.shape != rows.shape[:1]:
-            return f"{rows.shape[0]} saved rows have labels of shape {list(labels.shape)}"
-        if is_shard(rows) != is_shard(labels):
-            return "saved rows and labels must both be DTensors, or neither"
-        for name, count in (("pushed", pushed), ("nonfinite", nonfinite)):
-            if count.ndim != 0 or count.is_floating_point() or int(count) < 0:
-                return f"the saved {name} must be one whole number, got {count}"
-        return None
-
-    def _take_over(self, rows: Tensor, labels: Tensor, total: int) -> None:
-        """Put the newest saved rows that fit where they belong; of a bank of the same size every row into its slot."""
-        saved_size, first = rows.shape[0], 0
-        kept = min(total, self.size)
-        if saved_size != self.size:
-            kept = min(kept, saved_size)
-            first, total = (total - kept) % saved_size, kept
-        # The saved tensors may be the bank's own: nothing is cleared before it is read.
-        for ours, saved in ((self.rows, rows), (self.labels, labels)):
-            for begin, block in blocks_of(saved):
-                slots = torch.arange(begin - first, begin - first + len(block)) % saved_size
-                wanted = (slots < kept) & (slots >= self._begin) & (slots < self._end)
-                chosen = block[wanted.to(block.device)]
-                if ours.is_floating_point() and chosen.dtype != ours.dtype:
-                    chosen = F.normalize(chosen.float(), dim=1)
-                ours[(slots[wanted] - self._begin).to(ours.device)] = chosen.to(ours)
-        filled = max(0, kept - self._begin)
-        self.rows[filled:].zero_()
-        self.labels[filled:] = UNKNOWN_LABEL
-        self.pushed.fill_(total)
-        self._pushed.fill_(total)
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def _storage() -> Any:
     try:
         from torch.distributed.checkpoint import hf_storage
     except ImportError as error:
-        raise ImportError("checkpoints of a sharded bank need PyTorch 2.9 or newer, and safetensors") from error
+        raise ImportError("checkpoints of a sharded bank need safetensors and a newer PyTorch than this one") from error
     return hf_storage
 
 
