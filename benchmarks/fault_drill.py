@@ -172,7 +172,7 @@ def damage(work: Path) -> list[dict[str, Any]]:
     records = []
     for layout in LAYOUTS:
         folder = work / f"{layout}-undisturbed"
-        shards = sorted(folder.glob("bank-*/*.safetensors"))
+        shards = sorted(folder.glob("bank-shards-*/*.safetensors"))
         for file in [folder / "checkpoint.pt", *shards[:1]]:
             whole = file.read_bytes()
             middle = len(whole) // 2

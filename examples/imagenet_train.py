@@ -33,7 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 import msf_core
 from msf_core.distributed import Ranks
 from msf_core.search import find_backend
-from training.checkpoint import load_checkpoint, load_shards, save_checkpoint
+from training.checkpoint import check_sharded_checkpoints, load_checkpoint, load_shards, save_checkpoint
 from training.data import (
     UNKNOWN,
     DataSource,
@@ -66,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             trainer, folder = prepare(given, ranks, device)
         except (ValueError, ImportError, RuntimeError, OSError) as error:
-            if int(os.environ.get("RANK", 0)):
-                return 2  # all ranks know, and rank 0 says it
+            if int(os.environ.get("RANK", 0)) and str(error).startswith("rank "):
+                return 2  # the rank that it befell says it, and so does rank 0
             parser.exit(2, f"{parser.prog}: error: {error}\n")
         stop = stack.enter_context(StopRequest())
         return run(trainer, folder, stop)
@@ -84,7 +84,11 @@ def prepare(given: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[
         state = None if path is None else load_checkpoint(path, STATE, ranks)
         settings = complete(given) if state is None else resumed(state["settings"], given)
         check_division(settings, ranks.size)
+        if settings.bank_layout == "sharded" and ranks.size > 1:
+            check_sharded_checkpoints()
         source = open_source(settings, device, ranks)
+    if ranks.size > 1:  # one that does not see the checkpoint would begin anew
+        ranks.agree("prepare", same={"step to go on from": -1 if state is None else int(state["step"])})
     trainer = Trainer(settings, source, device, ranks)
     with shared(ranks):
         chosen = [str(folder_of(given, path, settings)) if ranks.rank == 0 else ""]
@@ -171,13 +175,14 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
 
     def after_epoch(row: Row) -> None:
         last, every = trainer.step == trainer.total_steps, settings.eval_every
-        if writer is not None:
-            if "first_neighbors" not in trainer.notes:
-                trainer.notes["first_neighbors"] = find_neighbors(trainer)
-            due = every and (row["epoch"] == 1 or not row["epoch"] % every)
-            if source.has_val and not trainer.stopped and not last and due:
-                row |= nearest_neighbour_accuracy(extract(trainer.backbone, source))
-            log(writer, row)
+        due = every and (row["epoch"] == 1 or not row["epoch"] % every)
+        with shared(trainer.ranks):
+            if writer is not None:
+                if "first_neighbors" not in trainer.notes:
+                    trainer.notes["first_neighbors"] = find_neighbors(trainer)
+                if source.has_val and not trainer.stopped and not last and due:
+                    row |= nearest_neighbour_accuracy(extract(trainer.backbone, source))
+                log(writer, row)
         if last or row["epoch"] % settings.checkpoint_every == 0:
             save(trainer, folder)
 
@@ -202,10 +207,11 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
                     print(f"error: {problem}", file=sys.stderr)
             return 1 if problem is not None or not saved else 128 + trainer.stopped
         rows: dict[str, float] = {}
-        if writer is not None:
-            rows = rows_after(trainer)
-            trainer.history[-1] |= {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
-            log(writer, trainer.history[-1])
+        with shared(trainer.ranks):
+            if writer is not None:
+                rows = rows_after(trainer)
+                trainer.history[-1] |= {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
+                log(writer, trainer.history[-1])
     if not save(trainer, folder):
         return 1
     if trainer.leads:

@@ -127,7 +127,7 @@ class BankState(nn.Module):
             first, total = (total - kept) % saved_size, kept
         # The saved tensors may be the bank's own: nothing is cleared before it is read.
         for ours, saved in ((self.rows, rows), (self.labels, labels)):
-            for begin, block in blocks_of(saved):
+            for begin, block in blocks_of(saved, ours.device):
                 slots = torch.arange(begin - first, begin - first + len(block)) % saved_size
                 wanted = (slots < kept) & (slots >= self._begin) & (slots < self._end)
                 chosen = block[wanted.to(block.device)]

@@ -186,8 +186,11 @@ def as_shard(local: Tensor, size: int, group: Any) -> Tensor:
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=local.stride())
 
 
-def blocks_of(rows: Tensor, most: int = 1 << 26) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, block) of a plain tensor as a whole, of a DTensor in blocks of ``most`` bytes, on each rank."""
+def blocks_of(rows: Tensor, device: torch.device, most: int = 1 << 26) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, block) of a plain tensor as a whole, of a DTensor in blocks of ``most`` bytes, on each rank.
+
+    A DTensor's blocks travel, and come, on ``device``.
+    """
     if not is_shard(rows):
         yield 0, rows
         return
@@ -197,7 +200,7 @@ def blocks_of(rows: Tensor, most: int = 1 << 26) -> Iterator[tuple[int, Tensor]]
     for rank in range(ranks):
         begin, end = shard_bounds(rows.shape[0], ranks, rank)
         for first in range(begin, end, step):
-            block = local.new_empty(min(step, end - first), *local.shape[1:])
+            block = local.new_empty(min(step, end - first), *local.shape[1:], device=device)
             if rank == dist.get_rank(group):
                 block.copy_(local[first - begin : first - begin + len(block)])
             dist.broadcast(block.view(torch.uint8), dist.get_global_rank(group, rank), group=group)

@@ -17,6 +17,7 @@ from training.augment import DIGITS_VIEWS, DigitsView, photo_centre, photo_view
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import Digits, Photos, Share, UnlabelledFolder, open_folder, open_torchvision
 from training.models import build_backbone, export_backbone
+from training.report import keep_losses, write_losses
 from training.timing import TimedSearch
 
 CPU = torch.device("cpu")
@@ -335,6 +336,28 @@ def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
         load_checkpoint(path, needed=set(), ranks=Ranks())
     with pytest.raises(ValueError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "nowhere.pt", needed=set(), ranks=Ranks())
+
+
+def test_losses_after_the_checkpoint_are_dropped_and_a_torn_file_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    write_losses(path, [0.5, 0.25], last_step=2)
+    write_losses(path, [0.125], last_step=3)
+    assert path.read_text() == "step,loss\n1,0.5\n2,0.25\n3,0.125\n"
+    keep_losses(path, last_step=2)
+    assert path.read_text() == "step,loss\n1,0.5\n2,0.25\n"
+    for torn in ("", "step,lo", "step,loss\n1,0.5\n2,0."):
+        path.write_text(torn)
+        keep_losses(path, last_step=5)
+        assert path.read_text() == "step,loss\n" + "1,0.5\n" * ("0.5" in torn)
+
+
+def test_saving_leaves_folders_alone_that_are_not_its_own(tmp_path: Path) -> None:
+    for name in ("bank-data", "bank-shards-mine", "bank-shards-old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bank-shards-mine" / "photo.jpg").touch()
+    (tmp_path / "bank-shards-old" / "shard.safetensors").touch()
+    save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1, "criterion": {}}, Ranks())
+    assert {path.name for path in tmp_path.iterdir()} == {"bank-data", "bank-shards-mine", "checkpoint.pt"}
 
 
 def test_evaluation_counts_what_it_says() -> None:

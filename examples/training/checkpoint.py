@@ -20,6 +20,7 @@ from torch import Tensor
 from msf_core.distributed import Ranks, is_shard
 
 FORMAT = 2
+_PREFIX = "bank-shards-"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
@@ -90,7 +91,11 @@ def load_shards(path: Path, state: dict[str, Any], room: dict[str, Tensor]) -> N
 
     parts = {name: torch.empty_like(room[name]) for name in state["shards"]["names"]}
     single = not (dist.is_available() and dist.is_initialized())
-    dcp.load(parts, storage_reader=_storage().HuggingFaceStorageReader(str(_folder(path, state))), no_dist=single)
+    folder = _folder(path, state)
+    try:
+        dcp.load(parts, storage_reader=_storage().HuggingFaceStorageReader(str(folder)), no_dist=single)
+    except dcp.api.CheckpointException as error:
+        raise ValueError(f"{folder}, which belongs to {path}, cannot be loaded: {error}") from error
     state["criterion"] |= parts
 
 
@@ -107,16 +112,32 @@ def _save_shards(path: Path, shards: dict[str, Tensor], ranks: Ranks) -> dict[st
     """Write every rank's part, and return what `load_checkpoint` and `load_shards` need to know of them."""
     import torch.distributed.checkpoint as dcp
 
-    made = [tempfile.mkdtemp(prefix="bank-", dir=path.parent) if ranks.rank == 0 else None]
-    dist.broadcast_object_list(made)
-    folder = Path(str(made[0]))
+    made, problem = [""], None
+    if ranks.rank == 0:
+        try:
+            made = [tempfile.mkdtemp(prefix=_PREFIX, dir=path.parent)]
+        except OSError as error:
+            problem = error
+    ranks.agree("save", same={}, problem=problem)
+    dist.broadcast_object_list(made, group=ranks.group)
+    folder = Path(made[0])
+    files: dict[str, int] = {}
     try:
         dcp.save(shards, storage_writer=_storage().HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except dcp.api.CheckpointException as error:
-        raise OSError(f"{folder} could not be written: {error}") from error
-    own = sorted(folder.iterdir()) if ranks.rank == 0 else []  # who writes checkpoint.pt
-    files = {f"{folder.name}/{file.name}": _checksum(file) for file in own}
+        if ranks.rank == 0:  # who writes checkpoint.pt
+            files = {f"{folder.name}/{file.name}": _checksum(file) for file in sorted(folder.iterdir())}
+    except (OSError, dcp.api.CheckpointException) as error:
+        problem = OSError(f"{folder} could not be written: {error}")
+        if ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    ranks.agree("save", same={}, problem=problem)
     return {"names": list(shards), "files": files}
+
+
+def check_sharded_checkpoints() -> None:
+    """Raise ImportError unless those of a sharded bank can be written here."""
+    _storage()
+    import safetensors  # noqa: F401
 
 
 def _storage() -> Any:
@@ -134,8 +155,9 @@ def _folder(path: Path, state: dict[str, Any]) -> Path:
 def _remove_older(path: Path, state: dict[str, Any]) -> None:
     """Remove the shards of earlier checkpoints, and of those that were never finished."""
     kept = {Path(name).parent.name for name in state.get("shards", {}).get("files", {})}
-    for folder in path.parent.glob("bank-*"):
-        if folder.name not in kept:
+    for folder in path.parent.glob(_PREFIX + "*"):
+        ours = all(file.suffix == ".safetensors" for file in folder.iterdir())
+        if ours and folder.name not in kept:
             shutil.rmtree(folder, ignore_errors=True)
 
 

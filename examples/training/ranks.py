@@ -45,9 +45,10 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     patience = timedelta(seconds=timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-    # What a start before this one left in the store are addresses of processes that are gone.
-    own = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=patience)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # That store outlives a start: what an earlier one left in it are addresses of processes that are gone.
+        store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     try:
         yield Ranks(), chosen
     finally:
@@ -99,6 +100,7 @@ class SyncBatchNormAnywhere(_BatchNorm):
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
+        dtype, input = input.dtype, input.float()  # as BatchNorm under autocast
         others = [dimension for dimension in range(input.ndim) if dimension != 1]
         count = input.numel() // input.shape[1] * dist.get_world_size()
         mean = SumOverRanks.apply(input.mean(dim=others, keepdim=True)) / dist.get_world_size()  # [1, C, …]
@@ -112,8 +114,8 @@ class SyncBatchNormAnywhere(_BatchNorm):
                 self.running_var.lerp_(variance.flatten() * count / (count - 1), weight)
         normal = centred * (variance + self.eps).rsqrt()
         if self.weight is None or self.bias is None:
-            return normal
-        return normal * self.weight.view(mean.shape) + self.bias.view(mean.shape)
+            return normal.to(dtype)
+        return (normal * self.weight.view(mean.shape) + self.bias.view(mean.shape)).to(dtype)
 
 
 def shuffled(module: Callable[[Tensor], Tensor], images: Tensor, ranks: Ranks, *seeds: int) -> Tensor:

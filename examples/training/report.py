@@ -51,10 +51,10 @@ def write_losses(path: Path, losses: list[float], last_step: int) -> None:
 def keep_losses(path: Path, last_step: int) -> None:
     """Drop what was written after ``last_step``, of which a resumed run knows nothing."""
     if path.exists():
-        header, *lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text().splitlines(keepends=True)[1:]
         kept = [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= last_step]
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join([header, *kept]))
+        temporary.write_text("".join(["step,loss\n", *kept]))
         temporary.replace(path)
 
 

@@ -60,7 +60,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_layout(tmp_path:
     after = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert after["criterion"]["bank.rows"].shape == (1024, 64)
     assert int(after["criterion"]["bank.pushed"]) == 64 * (stopped + 3)
-    assert not list(folder.glob("bank-*")), "the shards of the earlier checkpoint are not needed any more"
+    assert not list(folder.glob("bank-shards-*")), "the shards of the earlier checkpoint are not needed any more"
 
 
 @pytest.mark.slow

@@ -75,6 +75,45 @@ def test_photos_with_accumulation_move_the_target_once_a_step(two_ranks: Any, tm
         assert (len(losses), updates) == (2, 2)
 
 
+def saves(rank: int, folder: str) -> None:
+    given = vars(build_parser("").parse_args(["--out", folder, "--steps", "3", "--bank-layout", "sharded"]))
+    trainer, path = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    assert imagenet_train.save(trainer, path)
+
+
+def one_sees_it(rank: int, folder: str) -> None:
+    out = folder if rank == 0 else f"{folder}-elsewhere"
+    with pytest.raises(
+        ValueError, match="step to go on from must be the same on all ranks, got 0 on rank 0, -1 on rank 1"
+    ):
+        train(rank, out, "--resume", "auto", "--steps", 3)
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_stops_them_all(two_ranks: Any, tmp_path: Path) -> None:
+    two_ranks.run(saves, str(tmp_path / "run"))
+    two_ranks.run(one_sees_it, str(tmp_path / "run"))
+
+
+def has_no_room(rank: int, folder: str) -> bool:
+    given = vars(build_parser("").parse_args(["--out", folder, "--steps", "3", "--bank-layout", "sharded"]))
+    trainer, path = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if rank == 0:
+            monkeypatch.setattr("tempfile.mkdtemp", full)
+        assert not imagenet_train.save(trainer, path)
+    return imagenet_train.save(trainer, path)
+
+
+def full(**options: object) -> str:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_on_rank_0_is_a_warning_on_all_and_the_next_checkpoint_works(
+    two_ranks: Any, tmp_path: Path
+) -> None:
+    assert two_ranks.run(has_no_room, str(tmp_path / "run")) == [True, True]
+
+
 # BatchNorm
 
 
