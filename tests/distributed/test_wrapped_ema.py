@@ -34,7 +34,7 @@ def compiled_ddp(module: nn.Module) -> nn.Module:
 
 def sharded(module: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for part in module:
+    for part in list(module)[:-1]:  # the last one's parameters stay gathered after a forward of the whole
         if list(part.parameters()):
             fully_shard(part, mesh=mesh)
     return fully_shard(module, mesh=mesh)
