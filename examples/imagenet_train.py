@@ -19,8 +19,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,9 +43,10 @@ from training.data import (
     open_torchvision,
     seed_of,
 )
-from training.evaluation import PROBE_LIMIT, evaluate, extract, features_of, nearest_neighbour_accuracy, warmed_up
+from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warmed_up
+from training.features import features_of
 from training.models import export_backbone
-from training.ranks import joined, may_restart, restarted
+from training.ranks import joined, may_restart, restarted, shared
 from training.report import Row, draw_curves, draw_neighbors, keep_losses, table, write_csv, write_losses
 from training.settings import Settings, build_parser, check_division, complete, make_run_folder, resumed
 from training.trainer import STATE, Diverged, StopRequest, Trainer
@@ -102,17 +102,6 @@ def prepare(given: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[
         keep_losses(folder / "losses.csv", trainer.step)
         (folder / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     return trainer, folder
-
-
-@contextmanager
-def shared(ranks: Ranks) -> Iterator[None]:
-    """Make an error of one rank an error of all."""
-    if ranks.size == 1:
-        yield
-        return
-    with ranks.sharing_errors("prepare"):
-        yield
-    ranks.agree("prepare", same={})
 
 
 def checkpoint_of(given: dict[str, Any]) -> Path | None:
@@ -176,12 +165,12 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
     def after_epoch(row: Row) -> None:
         last, every = trainer.step == trainer.total_steps, settings.eval_every
         due = every and (row["epoch"] == 1 or not row["epoch"] % every)
+        if source.has_val and not trainer.stopped and not last and due:
+            row |= nearest_neighbours(trainer.backbone, source, trainer.ranks)
         with shared(trainer.ranks):
             if writer is not None:
                 if "first_neighbors" not in trainer.notes:
                     trainer.notes["first_neighbors"] = find_neighbors(trainer)
-                if source.has_val and not trainer.stopped and not last and due:
-                    row |= nearest_neighbour_accuracy(extract(trainer.backbone, source))
                 log(writer, row)
         if last or row["epoch"] % settings.checkpoint_every == 0:
             save(trainer, folder)
@@ -190,8 +179,7 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
     problem = None
     with contextlib.closing(writer) if writer is not None else contextlib.nullcontext():
         try:
-            with shared(trainer.ranks):
-                add_rows_before(trainer)
+            add_rows_before(trainer)
             trainer.train(stop, after_epoch)
         except OSError as error:  # an unreadable image
             problem = error
@@ -206,10 +194,9 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
                 if problem is not None:
                     print(f"error: {problem}", file=sys.stderr)
             return 1 if problem is not None or not saved else 128 + trainer.stopped
-        rows: dict[str, float] = {}
+        rows = rows_after(trainer)
         with shared(trainer.ranks):
             if writer is not None:
-                rows = rows_after(trainer)
                 trainer.history[-1] |= {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
                 log(writer, trainer.history[-1])
     if not save(trainer, folder):
@@ -249,7 +236,7 @@ def rows_after(trainer: Trainer) -> dict[str, float]:
     """Return the table's last row: what the trained encoder is worth; nothing where there is nothing to test on."""
     if not trainer.source.has_val:
         return {}
-    return evaluate(extract(trainer.backbone, trainer.source), max(trainer.settings.k, 5))
+    return evaluate(trainer.backbone, trainer.source, max(trainer.settings.k, 5), trainer.ranks)
 
 
 def announce(trainer: Trainer, folder: Path) -> None:
@@ -272,11 +259,9 @@ def add_rows_before(trainer: Trainer) -> None:
         return
     rows: dict[str, dict[str, float]] = {}
     if source.has_val and source.size("train") <= PROBE_LIMIT:
-        untrained = warmed_up(trainer.backbone, source)  # by all ranks: their BatchNorm may be one
-        if trainer.leads and source.image_shape[1] <= 32:
-            rows["raw pixels"] = evaluate(extract(torch.nn.Identity(), source), k)
-        if trainer.leads:
-            rows["untrained"] = evaluate(extract(untrained, source), k)
+        if source.image_shape[1] <= 32:
+            rows["raw pixels"] = evaluate(torch.nn.Identity(), source, k, trainer.ranks)
+        rows["untrained"] = evaluate(warmed_up(trainer.backbone, source, trainer.ranks), source, k, trainer.ranks)
     trainer.notes["before"] = rows
 
 
@@ -286,7 +271,9 @@ def find_neighbors(trainer: Trainer) -> list[list[int]]:
     queries, gallery = shown(source)
     wanted = (("val" if source.has_val else "train", queries), ("train", gallery))
     query_features, gallery_features = (
-        torch.nn.functional.normalize(features_of(trainer.backbone, source.images(split, chosen))[0], dim=1)
+        torch.nn.functional.normalize(
+            torch.cat([part for part, _ in features_of(trainer.backbone, source.images(split, chosen))]), dim=1
+        )
         for split, chosen in wanted
     )
     n = min(SHOWN_NEIGHBORS, len(gallery))

@@ -114,15 +114,29 @@ def knn_classify(
     if labels.min() < 0:
         raise ValueError(f"labels must be 0 or above: unknown ones cannot vote, got {int(labels.min())}")
     search = find_backend(backend, features.device)
-    unit = unit_rows(features)
+    unit, labels = unit_rows(features), labels.long()
     classes = int(labels.max()) + 1
-    return torch.cat([_vote(part, unit, labels.long(), k, classes, search) for part in queries.split(chunk)])
+    predicted = []
+    for part in queries.split(chunk):
+        similarity, index = search.topk(unit_rows(part), unit, k)
+        found = labels[index.clamp(min=0)].masked_fill_(index < 0, UNKNOWN_LABEL)  # −1: a feature that is not finite
+        predicted.append(vote(similarity, found, classes))
+    return torch.cat(predicted)
 
 
-def _vote(queries: Tensor, features: Tensor, labels: Tensor, k: int, classes: int, search: SearchBackend) -> Tensor:
-    similarity, index = search.topk(unit_rows(queries), features, k)  # [q, k] each
+def vote(similarity: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return the label that most neighbours of each query have; a tie goes to the larger sum of similarities.
+
+    Args:
+        similarity: [Q, k] floats, and
+        labels: [Q, k] int64 below ``classes``, of each query's neighbours, as in `Neighbors`; −1 has no vote.
+        classes: how many there are.
+
+    Returns:
+        [Q] int64; −1 where nobody voted.
+    """
     # One vote each, plus less than half a vote in all for similarity: it decides ties and nothing else.
-    weight = (1 + similarity.double() / (4 * k)).masked_fill_(index < 0, 0.0)  # −1: a feature that is not finite
-    votes = weight.new_zeros(queries.shape[0], classes)
-    best = votes.scatter_add_(1, labels[index.clamp(min=0)], weight).max(dim=1)
+    weight = (1 + similarity.double() / (4 * labels.shape[1])).masked_fill_(labels < 0, 0.0)
+    votes = weight.new_zeros(len(labels), classes)
+    best = votes.scatter_add_(1, labels.clamp(min=0), weight).max(dim=1)
     return best.indices.masked_fill(best.values == 0, UNKNOWN_LABEL)

@@ -16,6 +16,7 @@ from training import data, evaluation
 from training.augment import DIGITS_VIEWS, DigitsView, photo_centre, photo_view
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import Digits, Photos, Share, UnlabelledFolder, open_folder, open_torchvision
+from training.features import nearest_neighbour_accuracy
 from training.models import build_backbone, export_backbone
 from training.report import keep_losses, write_losses
 from training.timing import TimedSearch
@@ -366,10 +367,10 @@ def test_evaluation_counts_what_it_says() -> None:
     labels = torch.tensor([0, 0, 1, 1, 1])
     val, val_labels = torch.tensor([[1.0, 0.01], [0.01, 1.0], [1.0, 0.19], [0.0, 1.0]]), torch.tensor([0, 1, 0, 1])
     features = {"train": (train, labels), "val": (val, val_labels)}
-    assert evaluation.nearest_neighbour_accuracy(features)["nn1"] == 0.75
+    assert nearest_neighbour_accuracy([features["train"]], 5, [features["val"]])["nn1"] == 0.75
     # k = 2: the nearest other one. Those of rows 0, 2, 3 share the label; of rows 1 and 4 it is each other.
     assert evaluation.purity(train, labels, k=2) == pytest.approx(3 / 5)
-    assert set(evaluation.evaluate(features, k=2)) == set(evaluation.COLUMNS)
+    assert set(evaluation.evaluate_features(features, k=2)) == set(evaluation.COLUMNS)
 
 
 def test_few_labels_uses_that_many_a_class() -> None:
@@ -389,7 +390,7 @@ def test_few_labels_uses_that_many_a_class() -> None:
 def test_warming_up_gives_batchnorm_statistics_and_leaves_the_encoder_alone() -> None:
     torch.manual_seed(0)
     backbone, _ = build_backbone("digits", (1, 16, 16))
-    warm = evaluation.warmed_up(backbone, Digits("w/s", Share(64), seed=0, device=CPU), batches=3)
+    warm = evaluation.warmed_up(backbone, Digits("w/s", Share(64), seed=0, device=CPU), Ranks(), batches=3)
     norm, warm_norm = backbone.stem[1], warm.stem[1]
     assert int(norm.num_batches_tracked) == 0
     assert int(warm_norm.num_batches_tracked) == 3

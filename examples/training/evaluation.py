@@ -1,7 +1,6 @@
 """What a representation is worth: nearest neighbours, a linear probe, few labels, and purity."""
 
 import copy
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +8,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from msf_core import knn_classify, neighbor_purity
+from msf_core.distributed import Ranks
 from msf_core.search import find_backend
 from training.data import DataSource
+from training.features import extract, nearest_neighbour_accuracy, part_of_images
+from training.ranks import shared
 
 Features = dict[str, tuple[Tensor, Tensor]]  # "train" and "val" -> features [n, F] float32, labels [n]
 
@@ -28,59 +30,57 @@ COLUMNS = {
 
 
 @torch.no_grad()
-def features_of(backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return features [n, F] and labels [n] in eval mode, and leave the backbone in the mode it had."""
-    mode = backbone.training
-    backbone.eval()
-    parts = [(backbone(images).float().flatten(1), labels) for images, labels in batches]
-    backbone.train(mode)
-    features = torch.cat([part for part, _ in parts])
-    return features, torch.cat([labels for _, labels in parts]).to(features.device)
+def warmed_up(backbone: nn.Module, source: DataSource, ranks: Ranks, batches: int = 20) -> nn.Module:
+    """Return a copy whose BatchNorm statistics come from training views: the fair untrained baseline.
 
-
-def extract(backbone: nn.Module, source: DataSource) -> Features:
-    """Return the features of all evaluation images."""
-    return {split: features_of(backbone, source.images(split)) for split in ("train", "val")}
-
-
-@torch.no_grad()
-def warmed_up(backbone: nn.Module, source: DataSource, batches: int = 20) -> nn.Module:
-    """Return a copy whose BatchNorm statistics come from training views: the fair untrained baseline."""
+    All ranks ask for it together: their BatchNorm may be one.
+    """
     backbone = copy.deepcopy(backbone).train()
     for module in backbone.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # a plain average over the batches
             module.reset_running_stats()
-    for step, (_, online_view, _) in enumerate(source.train_views(epoch=0, first=0)):
-        if step == batches:
+    views = source.train_views(epoch=0, first=0)
+    for _ in range(batches):
+        with shared(ranks):  # an unreadable image must not leave others in a BatchNorm
+            batch = next(views, None)
+        if batch is None:
             break
-        backbone(online_view)
+        backbone(batch[1])
     return backbone
 
 
-def nearest_neighbour_accuracy(features: Features) -> dict[str, float]:
-    """Return the accuracy of 1-NN and 20-NN on the test images (paper section 3.2)."""
-    train, train_labels = features["train"]
-    val, val_labels = features["val"]
-    return {
-        name: _accuracy(knn_classify(val, train, train_labels, k=min(k, len(train))), val_labels)
-        for name, k in (("nn1", 1), ("nn20", 20))
-    }
+def nearest_neighbours(backbone: nn.Module, source: DataSource, ranks: Ranks) -> dict[str, float]:
+    """Return the accuracy of 1-NN and 20-NN on the test images (paper section 3.2); all ranks work on it."""
+    train, val = (part_of_images(backbone, source, split, ranks) for split in ("train", "val"))
+    return nearest_neighbour_accuracy(train, source.size("train"), val, ranks)
 
 
-def evaluate(features: Features, k: int) -> dict[str, float]:
-    """Return a row of the table, with the keys of `COLUMNS`.
+def evaluate(backbone: nn.Module, source: DataSource, k: int, ranks: Ranks) -> dict[str, float]:
+    """Return a row of the table, with the keys of `COLUMNS`. All ranks extract; the first does what is small.
 
     purity: of each training image's k nearest in the training set, itself the first and left out.
     linear: logistic regression on normalized, then standardized features (the paper's, section 3.2).
     one_label, ten_labels: 1-NN from that many labelled images a class, mean of 10 draws.
     """
-    row = nearest_neighbour_accuracy(features)
-    if len(features["train"][0]) <= PROBE_LIMIT:
-        row["linear"] = linear_probe(features)
-        row["one_label"] = few_labels(features, 1)
-        row["ten_labels"] = few_labels(features, 10)
-        row["purity"] = purity(*features["train"], k=k)
+    if source.size("train") > PROBE_LIMIT:
+        return nearest_neighbours(backbone, source, ranks)
+    features = {split: extract(backbone, source, split, ranks) for split in ("train", "val")}
+    row: dict[str, float] = {}
+    with shared(ranks):
+        if ranks.rank == 0:
+            row = evaluate_features(features, k)
+    return row
+
+
+def evaluate_features(features: Features, k: int) -> dict[str, float]:
+    """Return the row of `evaluate` for features that are all here."""
+    train, val = features["train"], features["val"]
+    row = nearest_neighbour_accuracy([train], len(train[0]), [val])
+    row["linear"] = linear_probe(features)
+    row["one_label"] = few_labels(features, 1)
+    row["ten_labels"] = few_labels(features, 10)
+    row["purity"] = purity(*train, k=k)
     return row
 
 

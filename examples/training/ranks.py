@@ -17,6 +17,17 @@ from training.data import seed_of
 
 
 @contextmanager
+def shared(ranks: Ranks) -> Iterator[None]:
+    """Make an error of one rank an error of all, who wait for one another at the end of the block."""
+    if ranks.size == 1:
+        yield
+        return
+    with ranks.sharing_errors("prepare"):
+        yield
+    ranks.agree("prepare", same={})
+
+
+@contextmanager
 def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the ranks that torchrun has started, if it was torchrun, and leave them at the end.
 
@@ -130,9 +141,9 @@ def shuffled(module: Callable[[Tensor], Tensor], images: Tensor, ranks: Ranks, *
     counts = [len(images)] * ranks.size
     everyones = ranks.gather(images, counts)
     order = torch.randperm(len(everyones), generator=torch.Generator().manual_seed(seed_of(*seeds)))
-    mine = everyones[order.chunk(ranks.size)[ranks.rank].to(images.device)]
+    mine = everyones[order.chunk(ranks.size)[ranks.rank].to(images.device, non_blocking=True)]
     if images.is_contiguous(memory_format=torch.channels_last):
         mine = mine.contiguous(memory_format=torch.channels_last)
     embeddings = ranks.gather(module(mine), counts)
     own = order.argsort().chunk(ranks.size)[ranks.rank]
-    return embeddings[own.to(images.device)]
+    return embeddings[own.to(images.device, non_blocking=True)]

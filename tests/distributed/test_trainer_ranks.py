@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import imagenet_train
 from msf_core.distributed import Ranks
-from training.ranks import SyncBatchNormAnywhere, shuffled
+from training import evaluation
+from training.data import Digits, Photos, Share, open_folder
+from training.ranks import SyncBatchNormAnywhere, shuffled, synchronized
 from training.settings import build_parser
 from training.trainer import StopRequest
 
@@ -112,6 +114,61 @@ def test_a_full_disk_on_rank_0_is_a_warning_on_all_and_the_next_checkpoint_works
     two_ranks: Any, tmp_path: Path
 ) -> None:
     assert two_ranks.run(has_no_room, str(tmp_path / "run")) == [True, True]
+
+
+# Evaluation
+
+
+def evaluated(rank: int) -> tuple[dict[str, float], dict[str, float]]:
+    ranks = Ranks()
+    torch.manual_seed(rank)  # of the model of rank 0 the BatchNorm statistics count, of the others they differ
+    source = Digits("w/s", Share(64, rank=rank, ranks=ranks.size), seed=0, device=torch.device("cpu"))
+    backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(256))
+    backbone(torch.randn(64, 1, 16, 16) * torch.rand(256).view(1, 1, 16, 16))
+    return evaluation.evaluate(backbone, source, 5, ranks), evaluation.nearest_neighbours(backbone, source, ranks)
+
+
+def test_all_ranks_evaluate_together_and_get_what_one_process_gets(ranks: Any) -> None:
+    row, accuracy = evaluated(0)
+    assert row["nn1"] > 0.9
+    assert accuracy == {name: row[name] for name in ("nn1", "nn20")}
+    for rank, (their_row, their_accuracy) in enumerate(ranks.run(evaluated)):
+        assert their_row == (pytest.approx(row) if rank == 0 else {})
+        assert their_accuracy == accuracy
+
+
+def meets_an_unreadable_image(rank: int, folder: str) -> None:
+    ranks = Ranks()
+    train, val, _ = open_folder(Path(folder))
+    source = Photos(
+        train,
+        val,
+        size=32,
+        has_labels=True,
+        augmentation="w/s",
+        share=Share(8, rank=rank, ranks=2),
+        workers=0,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    backbone = synchronized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.device("cpu"))
+    for evaluates in (
+        lambda: evaluation.evaluate(backbone, source, 5, ranks),
+        lambda: evaluation.nearest_neighbours(backbone, source, ranks),
+        lambda: evaluation.warmed_up(backbone, source, ranks),
+    ):
+        with pytest.raises(OSError, match=r"cannot read image .*0\.jpg"):
+            evaluates()
+    assert backbone.training
+
+
+def test_an_image_that_one_rank_cannot_read_is_an_error_on_all_in_every_evaluation(
+    two_ranks: Any, tmp_path: Path
+) -> None:
+    tree = make_tree(tmp_path / "tree", train=6)
+    spoiled = min((tree / "train").rglob("0.jpg"))
+    spoiled.write_bytes(b"no image")
+    two_ranks.run(meets_an_unreadable_image, str(tree))
 
 
 # BatchNorm
