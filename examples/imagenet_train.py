@@ -16,12 +16,10 @@ Labels serve purity and evaluation alone; a folder of images without labels work
 import contextlib
 import json
 import os
-import platform
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +27,15 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-import msf_core
 from msf_core.distributed import Ranks
 from msf_core.search import find_backend
 from training.checkpoint import check_sharded_checkpoints, load_checkpoint, load_shards, save_checkpoint
-from training.data import (
-    UNKNOWN,
-    DataSource,
-    Digits,
-    Photos,
-    Share,
-    open_folder,
-    open_torchvision,
-    seed_of,
-)
+from training.data import UNKNOWN, DataSource, Share, open_source, seed_of
 from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warmed_up
 from training.features import features_of
 from training.models import export_backbone
 from training.ranks import joined, may_restart, restarted, shared
-from training.report import Row, draw_curves, draw_neighbors, keep_losses, table, write_csv, write_losses
+from training.report import Row, draw_curves, draw_neighbors, environment, keep_losses, table, write_csv, write_losses
 from training.settings import Settings, build_parser, check_division, complete, make_run_folder, resumed
 from training.trainer import STATE, Diverged, StopRequest, Trainer
 
@@ -86,7 +74,16 @@ def prepare(given: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[
         check_division(settings, ranks.size)
         if settings.bank_layout == "sharded" and ranks.size > 1:
             check_sharded_checkpoints()
-        source = open_source(settings, device, ranks)
+        source = open_source(
+            settings.dataset,
+            settings.data,
+            image_size=settings.image_size,
+            augmentation=settings.augmentation,
+            share=Share(settings.batch_size, settings.accumulate, ranks.rank, ranks.size),
+            workers=settings.workers,
+            seed=settings.seed,
+            device=device,
+        )
     if ranks.size > 1:  # one that does not see the checkpoint would begin anew
         ranks.agree("prepare", same={"step to go on from": -1 if state is None else int(state["step"])})
     trainer = Trainer(settings, source, device, ranks)
@@ -131,27 +128,6 @@ def folder_of(given: dict[str, Any], checkpoint: Path | None, settings: Settings
     old = checkpoint.parent
     new = Path(given.get("out", old))
     return old if new.resolve() == old.resolve() else make_run_folder(str(new), settings.dataset)
-
-
-def open_source(settings: Settings, device: torch.device, ranks: Ranks) -> DataSource:
-    """Return the images that the settings ask for."""
-    s = settings
-    share = Share(s.batch_size, s.accumulate, ranks.rank, ranks.size)
-    if s.dataset == "digits":
-        return Digits(s.augmentation, share, s.seed, device)
-    options: dict[str, Any] = {
-        "size": s.image_size,
-        "augmentation": s.augmentation,
-        "share": share,
-        "workers": s.workers,
-        "seed": s.seed,
-        "device": device,
-    }
-    if s.dataset == "folder":
-        train, val, has_labels = open_folder(Path(s.data))
-        return Photos(train, val, has_labels=has_labels, **options)
-    train, gallery, val = open_torchvision(s.dataset, Path(s.data))
-    return Photos(train, val, gallery=gallery, has_labels=True, **options)
 
 
 def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
@@ -296,7 +272,8 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
     """Print the table, write pictures, weights and the record."""
     s, source = trainer.settings, trainer.source
     name = "BYOL" if s.method == "byol" else f"MSF, k = {s.k}"
-    export_backbone(trainer.backbone, folder / "backbone.safetensors")
+    facts = {name: getattr(s, name) for name in ("arch", "dataset", "image_size")}
+    export_backbone(trainer.backbone, folder / "backbone.safetensors", **facts)
     draw_curves(folder / "curves.png", trainer.history, f"{name} on {s.dataset}, seed {s.seed}")
     picture(trainer, folder / "neighbors.png", name)
     last = trainer.history[-1]
@@ -316,15 +293,6 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
     print(verdict(rows, name, last))
     files = "checkpoint.pt, backbone.safetensors, metrics.csv, losses.csv, tensorboard/, curves.png, neighbors.png"
     print(f"{folder}: {files}")
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers were obtained with."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "msf_core": msf_core.__version__},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def picture(trainer: Trainer, path: Path, name: str) -> None:

@@ -29,6 +29,12 @@ def photo_view(strength: str, size: int) -> v2.Compose:
     return v2.Compose([v2.RGB(), crop, *(colours if strength == "s" else []), v2.RandomHorizontalFlip(), *_to_tensor()])
 
 
+def photo_supervised(size: int) -> v2.Compose:
+    """Return the view in which ImageNet's classifiers are trained: crop of 8 % or more of the area, and flip."""
+    crop = v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True)
+    return v2.Compose([v2.RGB(), crop, v2.RandomHorizontalFlip(), *_to_tensor()])
+
+
 def photo_centre(size: int) -> v2.Compose:
     """Return the evaluation view (section 3.2: resize to 256, centre crop of 224, or in that proportion)."""
     return v2.Compose([v2.RGB(), v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *_to_tensor()])

@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
-from training.augment import DIGITS_VIEWS, IMAGENET_MEAN, IMAGENET_STD, photo_centre, photo_view
+from training.augment import (
+    DIGITS_VIEWS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    photo_centre,
+    photo_supervised,
+    photo_view,
+)
 
 UNKNOWN = -1
 Views = tuple[Tensor, Tensor, Tensor]  # for the target [B, C, H, W], for the online encoder, labels [B]
@@ -62,8 +69,20 @@ class DataSource(Protocol):
         """Yield (images, labels) of "train" or "val" in order, as evaluation sees them."""
         ...
 
+    def supervised_views(self, epoch: int, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images, labels) of these "train" images, as a classifier is trained on them: a view each."""
+        ...
+
+    def labels(self, split: str) -> Tensor:
+        """Return the labels [n] of "train" or "val", without reading an image."""
+        ...
+
     def size(self, split: str) -> int:
         """Return the number of images of "train" or "val"."""
+        ...
+
+    def names(self) -> list[str]:
+        """Return the file names of the "train" images without their folders; nothing where there are no files."""
         ...
 
     def displayable(self, images: Tensor) -> np.ndarray:
@@ -120,9 +139,24 @@ class Digits:
         chosen = slice(None) if indices is None else indices
         yield self._normalized(self._images[split][chosen]), self._labels[split][chosen]
 
+    def supervised_views(self, epoch: int, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `DataSource`; the view is the weak one."""
+        for number, chosen in enumerate(batches):
+            images = self._images["train"][chosen]
+            generator = torch.Generator(images.device).manual_seed(seed_of(self._seed, epoch, number, self._share.rank))
+            yield self._normalized(DIGITS_VIEWS["w"](images, generator)), self._labels["train"][chosen]
+
+    def labels(self, split: str) -> Tensor:
+        """See `DataSource`."""
+        return self._labels[split].cpu()
+
     def size(self, split: str) -> int:
         """See `DataSource`."""
         return len(self._labels[split])
+
+    def names(self) -> list[str]:
+        """See `DataSource`."""
+        return []
 
     def displayable(self, images: Tensor) -> np.ndarray:
         """See `DataSource`."""
@@ -162,6 +196,7 @@ class Photos:
         self._sets = {"train": _Centred(train if gallery is None else gallery, centre)}
         if val is not None:
             self._sets["val"] = _Centred(val, centre)
+        self._supervised = _Views(self._sets["train"].images, [photo_supervised(size)], seed)
         self._device = device
         self._options: dict[str, Any] = {
             "batch_size": share.batch_size // share.accumulate // share.ranks,
@@ -172,7 +207,7 @@ class Photos:
         }
         self._order = _EpochOrder(self.train_size, seed, share)
         self._loader = DataLoader(
-            _TwoViews(train, target, online, seed),
+            _Views(train, [target, online], seed),
             sampler=self._order,
             drop_last=True,
             persistent_workers=workers > 0,
@@ -191,9 +226,24 @@ class Photos:
         for images, labels in loader:
             yield self._to_device(images), labels
 
+    def supervised_views(self, epoch: int, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `DataSource`."""
+        keys = [[(epoch, index) for index in chosen] for chosen in batches]
+        options = {name: value for name, value in self._options.items() if name != "batch_size"}
+        for images, labels in DataLoader(self._supervised, batch_sampler=keys, **options):
+            yield self._to_device(images), labels.to(self._device, non_blocking=True)
+
+    def labels(self, split: str) -> Tensor:
+        """See `DataSource`."""
+        return labels_of(self._sets[split].images)
+
     def size(self, split: str) -> int:
         """See `DataSource`."""
         return len(self._sets[split])
+
+    def names(self) -> list[str]:
+        """See `DataSource`."""
+        return [Path(path).name for path, _ in getattr(self._sets["train"].images, "samples", [])]
 
     def displayable(self, images: Tensor) -> np.ndarray:
         """See `DataSource`."""
@@ -218,6 +268,51 @@ class UnlabelledFolder(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Return (PIL image, −1)."""
         return default_loader(str(self.paths[index])), UNKNOWN
+
+
+def open_source(
+    dataset: str,
+    data: str,
+    *,
+    image_size: int,
+    augmentation: str,
+    share: Share,
+    workers: int,
+    seed: int,
+    device: torch.device,
+) -> DataSource:
+    """Return the images of a data set: "digits", "folder" (``data`` is its root), "cifar10", "cifar100" or "stl10".
+
+    Raises:
+        ValueError: there are none.
+    """
+    if dataset == "digits":
+        return Digits(augmentation, share, seed, device)
+    options: dict[str, Any] = {
+        "size": image_size,
+        "augmentation": augmentation,
+        "share": share,
+        "workers": workers,
+        "seed": seed,
+        "device": device,
+    }
+    if dataset == "folder":
+        train, val, has_labels = open_folder(Path(data))
+        return Photos(train, val, has_labels=has_labels, **options)
+    train, gallery, val = open_torchvision(dataset, Path(data))
+    return Photos(train, val, gallery=gallery, has_labels=True, **options)
+
+
+def labels_of(images: Dataset) -> Tensor:
+    """Return the labels [n] of a data set of torchvision's, without reading an image."""
+    for name in ("targets", "labels", "_labels", "y"):
+        if hasattr(images, name):
+            labels = torch.as_tensor(getattr(images, name))
+            break
+    else:
+        raise ValueError(f"{type(images).__name__} does not tell its labels")
+    places = getattr(images, "target_transform", None)
+    return labels if places is None else torch.tensor([places(int(label)) for label in labels])
 
 
 def open_folder(root: Path) -> tuple[Dataset, Dataset | None, bool]:
@@ -277,18 +372,18 @@ def open_torchvision(name: str, root: Path) -> tuple[Dataset, Dataset, Dataset]:
         raise ValueError(f"{name} is neither in {root} nor could it be downloaded: {error}") from error
 
 
-class _TwoViews(Dataset):
-    """Views of an image for the target and the online encoder; the draw depends on (seed, epoch, index) alone."""
+class _Views(Dataset):
+    """Random views of an image, one of each kind, and its label; the draw depends on (seed, epoch, index) alone."""
 
-    def __init__(self, images: Dataset, target: Callable, online: Callable, seed: int) -> None:
-        self.images, self.target, self.online, self.seed = images, target, online, seed
+    def __init__(self, images: Dataset, kinds: list[Callable], seed: int) -> None:
+        self.images, self.kinds, self.seed = images, kinds, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         epoch, index = key
         image, label = _read(self.images, index)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            return self.target(image), self.online(image), label
+            return (*(view(image) for view in self.kinds), label)
 
 
 class _Centred(Dataset):

@@ -77,33 +77,33 @@ def nearest_neighbour_accuracy(
         ranks: who takes part; None is this process alone.
         dtype: of the features that are kept.
     """
-    together = ranks if ranks is not None and ranks.size > 1 else None
+    several = ranks is not None and ranks.size > 1
     bank: MemoryBank | None = None
     classes = 0
-    for features, labels in _together(train, together):
+    for features, labels in together(train, ranks):
         if bank is None:
-            layout = "sharded" if together else "local"
+            layout = "sharded" if several else "local"
             bank = MemoryBank(size, features.shape[1], dtype=dtype, layout=layout).to(features.device)
         bank.push(features, labels)
         classes = max(classes, int(labels.max()) + 1 if len(labels) else 0)
     assert bank is not None
-    if together:
-        classes = max(together.agree("classes", same={}, count=classes))
+    if ranks is not None and several:
+        classes = max(ranks.agree("classes", same={}, count=classes))
     votes = {f"nn{k}": min(k, size) for k in NEIGHBORS}
     right = torch.zeros(len(votes) + 1, dtype=torch.int64, device=bank.rows.device)
-    for features, labels in _together(val, together):
+    for features, labels in together(val, ranks):
         found = bank.search(features, max(votes.values()))
         predicted = [vote(found.similarity[:, :k], found.label[:, :k], classes) for k in votes.values()]
         right += torch.stack([(answer == labels).sum() for answer in predicted] + [labels.new_tensor(len(labels))])
-    if together:
+    if several:
         dist.all_reduce(right)
     *counts, total = right.tolist()
     return {name: count / total for name, count in zip(votes, counts, strict=True)}
 
 
-def _together(batches: Iterable[Batch], ranks: Ranks | None) -> Iterator[Batch]:
+def together(batches: Iterable[Batch], ranks: Ranks | None) -> Iterator[Batch]:
     """Yield batches until every rank has run out; who has earlier goes on with empty ones. An error is one of all."""
-    if ranks is None:
+    if ranks is None or ranks.size == 1:
         yield from batches
         return
     remaining = iter(batches)

@@ -61,7 +61,7 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int]) -> tuple[nn.Mod
         backbone: nn.Module = DigitsResNet()
     elif arch in torchvision.models.list_models(module=torchvision.models):
         backbone = torchvision.models.get_model(arch, weights=None)
-        _remove_classifier(backbone, arch)
+        remove_classifier(backbone, arch)
     else:
         backbone = _build_timm(arch)
     try:
@@ -75,16 +75,19 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int]) -> tuple[nn.Mod
     return backbone.train(), features.shape[1]
 
 
-def export_backbone(backbone: nn.Module, path: Path) -> None:
+def export_backbone(backbone: nn.Module, path: Path, **facts: object) -> None:
     """Write the backbone as safetensors that load with ``strict=True`` into the model of its name.
 
     torchvision's models have a classifier, which MSF does not train: it is written as zeros, and the file's
-    metadata says so. timm's load with ``num_classes=0``.
+    metadata says so. timm's load with ``num_classes=0``. So does it give the ``facts``.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     classifier: dict[str, list[int]] = getattr(backbone, "classifier_shapes", {})
     tensors |= {name: torch.zeros(shape) for name, shape in classifier.items()}
-    metadata = {"classifier": f"untrained, zeros: {', '.join(classifier)}" if classifier else "none"}
+    metadata = {
+        "classifier": f"untrained, zeros: {', '.join(classifier)}" if classifier else "none",
+        **{name: str(fact) for name, fact in facts.items()},
+    }
     save_file(tensors, path, metadata=metadata)
 
 
@@ -96,7 +99,8 @@ def _build_timm(arch: str) -> nn.Module:
     return timm.create_model(arch, pretrained=False, num_classes=0)
 
 
-def _remove_classifier(model: nn.Module, arch: str) -> None:
+def remove_classifier(model: nn.Module, arch: str) -> None:
+    """Take the last linear layer off, and keep the shapes of its tensors as ``classifier_shapes``."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"{arch!r} has no linear classifier to take off, so it cannot serve as a backbone")

@@ -4,13 +4,17 @@ import csv
 import io
 import math
 import os
+import platform
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
+import msf_core
 from training.evaluation import COLUMNS
 
 Row = dict[str, Any]
@@ -56,6 +60,15 @@ def keep_losses(path: Path, last_step: int) -> None:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(["step,loss\n", *kept]))
         temporary.replace(path)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the numbers were obtained with."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "msf_core": msf_core.__version__},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

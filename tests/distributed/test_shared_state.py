@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from msf_core import MeanShiftLoss, MemoryBank
+from msf_core.distributed import as_shard, blocks_of, shard_bounds
 
 DIM = 4
 LAYOUTS = ("replicated", "sharded")
@@ -167,3 +168,18 @@ def test_a_full_state_dict_of_a_sharded_bank_is_that_of_one_process(two_ranks: A
     criterion = criterion_of("replicated")
     criterion.load_state_dict(state)
     assert_same_bank(criterion.bank, fill(MemoryBank(21, DIM), 3))
+
+
+def travels_in_blocks(rank: int) -> None:
+    world = dist.get_world_size()
+    whole = torch.arange(33.0).view(11, 3)
+    begin, end = shard_bounds(11, world, rank)
+    blocks = list(blocks_of(as_shard(whole[begin:end], 11, None), whole.device, most=2 * 3 * 4))  # two rows
+    assert max(len(block) for _, block in blocks) == 2
+    for first, block in blocks:
+        assert torch.equal(block, whole[first : first + len(block)])
+    assert sum(len(block) for _, block in blocks) == 11
+
+
+def test_the_shards_of_others_come_in_blocks_of_a_few_rows(ranks: Any) -> None:
+    ranks.run(travels_in_blocks)

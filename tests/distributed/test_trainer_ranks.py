@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from test_imagenet_eval import blobs, views_of
 from test_training import make_tree
 from torch import Tensor, nn
 
 import imagenet_train
+from evaluating.linear import Protocol, Standardize, accuracy, train_linear
 from msf_core.distributed import Ranks
 from training import evaluation
 from training.data import Digits, Photos, Share, open_folder
@@ -96,6 +98,21 @@ def test_a_rank_that_does_not_see_the_checkpoint_stops_them_all(two_ranks: Any, 
     two_ranks.run(one_sees_it, str(tmp_path / "run"))
 
 
+def finds_a_damaged_shard(rank: int, folder: str) -> str:
+    with pytest.raises(ValueError, match="damaged: wrong checksum") as raised:
+        train(rank, folder, "--resume", folder)
+    return str(raised.value)
+
+
+def test_one_byte_of_a_shard_is_an_error_on_all_ranks_that_names_the_file(two_ranks: Any, tmp_path: Path) -> None:
+    two_ranks.run(saves, str(tmp_path / "run"))
+    shard = max((tmp_path / "run").glob("bank-shards-*/*"))
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    assert all(shard.name in message for message in two_ranks.run(finds_a_damaged_shard, str(tmp_path / "run")))
+
+
 def has_no_room(rank: int, folder: str) -> bool:
     given = vars(build_parser("").parse_args(["--out", folder, "--steps", "3", "--bank-layout", "sharded"]))
     trainer, path = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
@@ -135,6 +152,27 @@ def test_all_ranks_evaluate_together_and_get_what_one_process_gets(ranks: Any) -
     for rank, (their_row, their_accuracy) in enumerate(ranks.run(evaluated)):
         assert their_row == (pytest.approx(row) if rank == 0 else {})
         assert their_accuracy == accuracy
+
+
+def probed(rank: int) -> list[dict[str, float]]:
+    """250 features, so that the last batch is short, and not the same for all ranks."""
+    ranks = Ranks()
+    train, val = blobs(250, noise=4), blobs(100, seed=1, noise=4)
+    protocol = Protocol(lrs=(0.01, 0.3), epochs=3, batch_size=64)
+    own, own_val = (
+        tuple(part[len(part) * rank // ranks.size : len(part) * (rank + 1) // ranks.size] for part in parts)
+        for parts in (train, val)
+    )
+    standardize = Standardize.fitted([own], ranks)
+    layers = train_linear(views_of(train, protocol, ranks), standardize, 5, protocol, ranks)
+    return [{"weight": layer.weight.detach()} for layer in layers] + accuracy(layers, standardize, [own_val], ranks)
+
+
+def test_ranks_train_the_linear_layer_that_one_process_trains(ranks: Any) -> None:
+    expected = probed(0)
+    for found in ranks.run(probed):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def meets_an_unreadable_image(rank: int, folder: str) -> None:

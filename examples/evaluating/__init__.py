@@ -1,0 +1,1 @@
+"""What examples/imagenet_eval.py is made of."""
