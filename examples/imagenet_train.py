@@ -33,6 +33,7 @@ from training.checkpoint import check_sharded_checkpoints, load_checkpoint, load
 from training.data import UNKNOWN, DataSource, Share, open_source, seed_of
 from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warmed_up
 from training.features import features_of
+from training.health import warnings_of
 from training.models import export_backbone
 from training.ranks import joined, may_restart, restarted, shared
 from training.report import Row, draw_curves, draw_neighbors, environment, keep_losses, table, write_csv, write_losses
@@ -40,7 +41,6 @@ from training.settings import Settings, build_parser, check_division, complete, 
 from training.trainer import STATE, Diverged, StopRequest, Trainer
 
 SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
-COLLAPSED = 0.2  # a spread below this
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -324,8 +324,8 @@ def gather(source: DataSource, split: str, places: list[int]) -> tuple[torch.Ten
 
 def verdict(rows: dict[str, dict[str, float]], name: str, last: Row) -> str:
     """Say in one sentence what happened."""
-    if last["spread"] < COLLAPSED:
-        return f"The embeddings collapsed (spread {last['spread']:.2f}): this run has learned nothing."
+    if warnings := warnings_of(last):
+        return "\n".join(f"warning: {warning}" for warning in warnings)
     after = rows.get(name, {})
     if "one_label" in after:
         others = " and ".join(f"{row['one_label']:.1%} ({title})" for title, row in rows.items() if title != name)

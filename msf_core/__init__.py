@@ -4,7 +4,7 @@ from msf_core import schedules
 from msf_core.ema import EMATarget
 from msf_core.loss import MeanShiftLoss, mean_shift_loss
 from msf_core.memory_bank import MemoryBank, Neighbors
-from msf_core.metrics import embedding_spread, knn_classify, neighbor_purity
+from msf_core.metrics import effective_rank, embedding_spread, knn_classify, neighbor_purity
 from msf_core.search import available_backends
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MemoryBank",
     "Neighbors",
     "available_backends",
+    "effective_rank",
     "embedding_spread",
     "knn_classify",
     "mean_shift_loss",

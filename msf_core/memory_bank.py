@@ -187,6 +187,10 @@ class MemoryBank(BankState):
             similarity, index = _without(leave_out, index, similarity, index)
         return self._take(similarity, index)
 
+    def age(self, slots: Tensor) -> Tensor:
+        """Return how many rows were pushed after those in these slots, [...] int64; −1 for −1. Does not wait."""
+        return ((self.pushed - 1 - slots) % self.size).masked_fill(slots < 0, -1)
+
     @torch.no_grad()
     def clear(self) -> None:
         """Forget every row, as if newly made."""

@@ -71,6 +71,36 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
     return unit.std(dim=0).mean() * unit.shape[1] ** 0.5
 
 
+def effective_rank(embeddings: Tensor) -> Tensor:
+    """How many directions the normalized embeddings of a batch use: (Σλ)² / Σλ² of their covariance's eigenvalues λ.
+
+    This participation ratio is n where n directions have equal variance, and 0 where all embeddings are the same.
+    It needs products alone, no decomposition. Between 0 and the smaller of B − 1 and D.
+
+    Args:
+        embeddings: [B, D], any float dtype and scale, at least two rows.
+
+    Returns:
+        A float32 scalar on their device. Does not wait for the device.
+
+    Raises:
+        ValueError: another shape.
+
+    >>> effective_rank(torch.eye(4))
+    tensor(3.)
+    >>> effective_rank(torch.ones(8, 4))
+    tensor(0.)
+    """
+    check_tensor("embeddings", embeddings)
+    if embeddings.ndim != 2 or embeddings.shape[0] < 2:
+        raise ValueError(f"embeddings must be [B, D] with at least two rows, got {list(embeddings.shape)}")
+    unit = F.normalize(embeddings.detach().double(), dim=1)  # [B, D]
+    centred = unit - unit.mean(dim=0)
+    gram = centred @ centred.T if len(unit) < unit.shape[1] else centred.T @ centred  # the same eigenvalues
+    trace, square = gram.trace(), gram.square().sum()
+    return torch.where(square > 1e-30, trace.square() / square, 0.0).float()
+
+
 @torch.no_grad()
 def knn_classify(
     queries: Tensor,

@@ -333,19 +333,44 @@ def test_a_fresh_run_without_out_takes_a_new_folder(tmp_path: Path, monkeypatch:
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits", "digits-2"]
 
 
-def test_collapse_is_said(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without the prediction head MSF collapses (needs.md of every such method): the script must say so.
-    build = Trainer.__init__
-
-    def without_predictor(self: Trainer, *arguments: object) -> None:
-        build(self, *arguments)
-        self.student, self.predictor = self.online, torch.nn.Identity()
-        self.optimizer = torch.optim.SGD(self.online.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
-
-    monkeypatch.setattr(Trainer, "__init__", without_predictor)
-    assert train("--steps", 150, "--momentum", 0.9, "--out", tmp_path / "run") == 0
+def test_collapse_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Without the prediction head: while it trains, and at the end."""
+    assert train("--steps", 150, "--momentum", 0.9, "--predictor", "none", "--out", tmp_path / "run") == 0
     assert float(metrics(tmp_path / "run")[-1]["spread"]) < 0.2
-    assert "collapsed" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert printed.err.count("the encoder is collapsing") == 1, "once"
+    assert "warning: the encoder is collapsing" in printed.out
+
+
+def test_one_view_for_both_encoders_is_said_although_spread_and_loss_look_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert train("--steps", 84, "--views", "same", "--out", tmp_path / "run") == 0
+    last = metrics(tmp_path / "run")[-1]
+    assert float(last["spread"]) > 0.8
+    assert float(last["loss"]) < 0.4
+    assert float(last["difference"]) == 0
+    printed = capsys.readouterr()
+    assert "both encoders see the same view" in printed.err
+    assert "collapsing" not in printed.err
+
+
+def test_a_healthy_run_gives_no_warning(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train("--steps", 105, "--eval-every", 0, "--out", tmp_path / "run") == 0
+    printed = capsys.readouterr()
+    assert "warning" not in printed.err + printed.out
+    last = metrics(tmp_path / "run")[-1]
+    assert 1.5 < float(last["rank"]) < 64
+    assert 0.5 < float(last["similarity"]) <= 1
+    assert 0 < float(last["age"]) < 16, "of the 1,024 rows in the bank, 64 a step"
+    assert float(last["difference"]) > 0.1
+
+
+def test_k_may_rise_over_the_run(tmp_path: Path) -> None:
+    assert train("--steps", 42, "--k", 1, "--k-end", 9, "--eval-every", 0, "--out", tmp_path / "run") == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert (settings["k"], settings["k_end"], int(state["criterion"]["_extra_state"])) == (1, 9, 42)
 
 
 def test_gray_photos_and_palettes_are_read(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -553,3 +553,15 @@ def test_a_k_that_is_no_int_is_a_type_error(k: object) -> None:
     bank.push(torch.eye(2))
     with pytest.raises(TypeError, match="k must be an int, got"):
         bank.search(torch.eye(2), k)
+
+
+@given(size=st.integers(1, 9), batches=st.lists(st.integers(0, 12), min_size=1, max_size=6))
+def test_the_age_of_a_slot_counts_the_rows_pushed_since(size: int, batches: list[int]) -> None:
+    bank, pushed_at = MemoryBank(size, 2), {}
+    for count in batches:
+        before = int(bank.pushed)
+        for place, slot in enumerate(bank.push(torch.ones(count, 2)).tolist()):
+            if slot >= 0:
+                pushed_at[slot] = before + place
+    slots = torch.tensor([-1, *pushed_at])
+    assert bank.age(slots).tolist() == [-1, *(sum(batches) - 1 - number for number in pushed_at.values())]

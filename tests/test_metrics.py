@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from msf_core import MeanShiftLoss, MemoryBank, available_backends, embedding_spread, knn_classify, neighbor_purity
+from msf_core import (
+    MeanShiftLoss,
+    MemoryBank,
+    available_backends,
+    effective_rank,
+    embedding_spread,
+    knn_classify,
+    neighbor_purity,
+)
 from msf_core.search.torch_backend import TorchSearch
 
 BACKENDS = tuple(name for name, reason in available_backends("cpu").items() if reason is None)
@@ -330,3 +338,30 @@ def test_metrics_name_what_is_no_tensor() -> None:
         embedding_spread([[1.0], [2.0]])
     with pytest.raises(TypeError, match="labels must be a tensor"):
         knn_classify(torch.ones(1, 1), torch.ones(1, 1), None, k=1)
+
+
+# Effective rank
+
+
+@given(rows=st.integers(2, 40), dim=st.integers(1, 40), seed=st.integers(0, 99))
+def test_the_effective_rank_is_that_of_the_eigenvalues(rows: int, dim: int, seed: int) -> None:
+    x = random(rows, dim, seed=seed)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(torch.nn.functional.normalize(x.double(), dim=1).T).view(dim, dim))
+    expected = eigenvalues.sum() ** 2 / eigenvalues.square().sum() if eigenvalues.sum() > 1e-9 else torch.zeros(())
+    found = effective_rank(x * 7)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(float(expected), rel=1e-4)
+    assert 0 <= found.item() <= min(rows - 1, dim) + 1e-4
+
+
+@pytest.mark.parametrize("directions", [1, 3, 8])
+def test_the_effective_rank_counts_directions(directions: int) -> None:
+    axes = torch.eye(16)[:directions].repeat_interleave(2, dim=0)
+    axes[1::2] *= -1  # each axis both ways: equal variance, no mean
+    assert effective_rank(axes).item() == pytest.approx(directions)
+
+
+def test_the_effective_rank_of_one_point_is_0_and_one_row_is_refused() -> None:
+    assert effective_rank(torch.randn(1, 5, generator=torch.Generator().manual_seed(0)).expand(9, 5)).item() == 0
+    with pytest.raises(ValueError, match=r"at least two rows, got \[1, 5\]"):
+        effective_rank(torch.ones(1, 5))

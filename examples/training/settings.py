@@ -25,13 +25,16 @@ class Settings:
     arch: str = "resnet50"
     image_size: int = 224
     augmentation: str = "w/s"
+    views: str = "two"
     method: str = "msf"
     k: int = 5
+    k_end: int = 0
     bank_size: int = 128_000
     bank_dtype: str = "float32"
     bank_layout: str = "replicated"
     backend: str = "auto"
     momentum: float = 0.99
+    predictor: str = "mlp"
     hidden: int = 4096
     dim: int = 512
     epochs: int = 200
@@ -81,13 +84,16 @@ _HELP = {
     "arch": "backbone: a classification model of torchvision or timm by its name, or 'digits'",
     "image_size": "side of the views, in pixels",
     "augmentation": "views of the target / of the online encoder: s strong, w weak",
+    "views": "two of each image; or the same one for both encoders, which the paper found to fail",
     "method": "msf, or byol: k = 1 and no bank",
     "k": "neighbors that serve, the target embedding itself included",
+    "k_end": "k at the end, if it is to rise or fall in a straight line; 0: constant",
     "bank_size": "rows of the memory bank",
     "bank_dtype": "dtype of its rows",
     "bank_layout": "under torchrun: all rows on every rank, or a shard on each",
     "backend": "its search backend",
     "momentum": "of the target encoder, constant",
+    "predictor": "mlp, or none: without, the encoder collapses",
     "hidden": "hidden units of the projection and the prediction MLP",
     "dim": "dimensions of the embedding",
     "epochs": "passes over the training images",
@@ -113,14 +119,16 @@ _HELP = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": DATASETS,
     "augmentation": AUGMENTATIONS,
+    "views": ("two", "same"),
     "method": METHODS,
+    "predictor": ("mlp", "none"),
     "bank_dtype": ("float32", "float16", "bfloat16"),
     "bank_layout": ("replicated", "sharded"),
     "batchnorm": ("local", "sync", "shuffle"),
     "precision": ("auto", "float32", "bfloat16"),
 }
 _AT_LEAST_ONE = ("image_size", "k", "bank_size", "hidden", "dim", "epochs", "checkpoint_every", "accumulate", "timeout")
-_NOT_NEGATIVE = ("steps", "lr", "sgd_momentum", "weight_decay", "seed", "workers", "eval_every")
+_NOT_NEGATIVE = ("steps", "lr", "sgd_momentum", "weight_decay", "seed", "workers", "eval_every", "k_end")
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -160,6 +168,8 @@ def complete(given: dict[str, Any]) -> Settings:
     if settings.method == "byol":
         if given.get("k", 1) != 1:
             raise ValueError(f"--method byol is k = 1, got --k {settings.k}")
+        if settings.k_end:
+            raise ValueError(f"--method byol is k = 1, got --k-end {settings.k_end}")
         settings.k = 1
     check(settings)
     return settings
@@ -192,8 +202,10 @@ def check(settings: Settings) -> None:
         for name in names:
             if values[name] < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {values[name]}")
-    if settings.k > settings.bank_size:
-        raise ValueError(f"--k must be at most --bank-size, {settings.bank_size}, got {settings.k}")
+    for name in ("k", "k_end"):
+        if values[name] > settings.bank_size:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at most --bank-size, {settings.bank_size}, got {values[name]}")
     if not 0 <= settings.momentum <= 1:
         raise ValueError(f"--momentum must be between 0 and 1, got {settings.momentum}")
     if settings.dataset == "digits" and settings.image_size != 16:

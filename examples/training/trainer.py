@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from msf_core import EMATarget, MeanShiftLoss, MemoryBank, embedding_spread, neighbor_purity
+from msf_core import EMATarget, MeanShiftLoss, MemoryBank
 from msf_core.distributed import Ranks
-from msf_core.schedules import cosine
+from msf_core.schedules import Schedule, cosine, linear
 from training.data import DataSource, UnreadableImage, Views, seed_of
+from training.health import Averages, means_of, measure, warnings_of
 from training.models import Encoder, build_backbone, mlp
 from training.ranks import shuffled, synchronized
 from training.settings import Settings
 from training.timing import TimedSearch, WaitClock
 
 Row = dict[str, Any]  # one epoch of the metrics
+SHOWN = ("loss", "purity")  # beside the progress bar
 PARTS = ("online", "predictor", "target", "criterion", "optimizer")
 STATE = {"settings", "train_size", "step", "history", "sums", "notes", *PARTS}
 
@@ -72,13 +74,14 @@ class Trainer:
         online = Encoder(backbone, mlp(features, settings.hidden, settings.dim))
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         online = online.to(device, memory_format=layout)  # type: ignore[call-overload]
-        student = nn.Sequential(online, mlp(settings.dim, settings.hidden, settings.dim).to(device))
+        predictor = mlp(settings.dim, settings.hidden, settings.dim) if settings.predictor == "mlp" else nn.Identity()
+        student = nn.Sequential(online, predictor.to(device))
         if settings.batchnorm == "sync" and ranks.size > 1:
             student = synchronized(student, device)
         self.online, self.predictor = student[0], student[1]
         self.target = EMATarget(self.online, momentum=settings.momentum)
         self.search = TimedSearch(settings.backend, device)
-        self.criterion = MeanShiftLoss(self._build_bank(), k=settings.k).to(device)
+        self.criterion = MeanShiftLoss(self._build_bank(), k=self._k()).to(device)
         self.student: nn.Module = DistributedDataParallel(student) if ranks.size > 1 else student
         self.optimizer = torch.optim.SGD(
             student.parameters(), settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.weight_decay
@@ -89,9 +92,10 @@ class Trainer:
         self.step = 0
         self.stopped = 0  # the signal that asked a rank to stop, once all know
         self.history: list[Row] = []
-        self.sums = self._no_sums()
+        self.averages = Averages(device)  # over the epoch so far, on this rank
         self.losses: list[Tensor] = []  # of the steps since they were last averaged
         self.averaged: list[float] = []  # of those before, not written yet
+        self.warned: set[str] = set()
         self.notes: dict[str, Any] = {}  # what the script wants kept beside the weights
 
     @property
@@ -135,27 +139,29 @@ class Trainer:
             self._train_step(micro_batches)
             bar.update()
             if self.step % 10 == 0 and self.leads:
-                loss, purity, _ = self._means(self.sums)
-                bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", purity=f"{purity:.3f}", refresh=False)
+                shown = {name: f"{mean:.3f}" for name, mean in self.averages.means().items() if name in SHOWN}
+                bar.set_postfix(epoch=epoch + 1, **shown, refresh=False)
         next(views, None)  # lets the workers come to the end of the epoch
         self._agree(stop)
-        loss, purity, spread = self._means(self._sums_of_all().sum(dim=0))
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss became {loss} in epoch {epoch + 1}: try a lower --lr")
+        means = means_of(self._sums_of_all().sum(dim=0))
+        if not math.isfinite(means["loss"]):
+            raise Diverged(f"the loss became {means['loss']} in epoch {epoch + 1}: try a lower --lr")
         seconds, steps = time.perf_counter() - started, self.step - epoch * self.steps_per_epoch - first_step
         row: Row = {
             "epoch": epoch + 1,
             "step": self.step,
-            "loss": loss,
-            "purity": purity,
-            "spread": spread,
+            **means,
             "lr": self.lr(self.step),
             "images_per_second": steps * self.settings.batch_size / seconds,
             "data_share": waiting.seconds / seconds,
             "search_share": self.search.take_seconds() / seconds,
         }
-        self.sums = self._no_sums()
+        self.averages = Averages(self.device)
         self.history.append(row)
+        for warning in warnings_of(row) if self.leads else []:
+            if warning not in self.warned:
+                tqdm.write(f"warning: after epoch {row['epoch']}: {warning}", file=sys.stderr)
+                self.warned.add(warning)
         after_epoch(row)
 
     def _fetch(self, views: Iterator[Views], stop: StopRequest) -> list[Views]:
@@ -194,6 +200,8 @@ class Trainer:
     def _backward(self, number: int, target_view: Tensor, online_view: Tensor, labels: Tensor) -> Tensor:
         """Add a micro-batch's gradient to those of the step; return its loss."""
         last = number == self.settings.accumulate - 1
+        if self.settings.views == "same":
+            target_view = online_view
         seeds = (self.settings.seed, self.step, number)
         torch.manual_seed(seed_of(*seeds, self.ranks.rank))  # of dropout and the like: the same after a resume
         alone = isinstance(self.student, DistributedDataParallel) and not last
@@ -206,10 +214,9 @@ class Trainer:
                 v = self.student(online_view)
             loss, neighbors = self.criterion(v, u, labels, return_neighbors=True)
             (loss / self.settings.accumulate).backward()
-        purity = neighbor_purity(neighbors.label, labels)
-        self.sums += torch.stack(
-            [loss.detach(), purity.nan_to_num(0.0), embedding_spread(u), torch.ones_like(purity), purity.isfinite()]
-        )
+        measures = measure(loss, u, neighbors, labels, (target_view, online_view), self.criterion.bank)
+        measures["age"] = measures["age"] / self.settings.batch_size  # in steps
+        self.averages.add(measures)
         return loss.detach()
 
     def average_losses(self) -> list[float]:
@@ -226,18 +233,14 @@ class Trainer:
         """Begin anew with the next step."""
         self.averaged = []
 
-    def _no_sums(self) -> Tensor:
-        """Loss, purity, spread, micro-batches, those with a purity: of the epoch so far, on this rank."""
-        return torch.zeros(5, dtype=torch.float64, device=self.device)
-
     def _sums_of_all(self) -> Tensor:
-        """The sums of every rank, [W, 5]."""
-        own = self.sums[None]
+        """The sums of every rank, [W, 2, measures]."""
+        own = self.averages.sums[None]
         return self.ranks.gather(own, [1] * self.ranks.size) if self.ranks.size > 1 else own
 
-    def _means(self, sums: Tensor) -> tuple[float, float, float]:
-        loss, purity, spread, count, with_purity = sums.tolist()
-        return loss / count, purity / with_purity if with_purity else float("nan"), spread / count
+    def _k(self) -> int | Schedule:
+        s = self.settings
+        return linear(s.k, s.k_end, steps=self.total_steps * s.accumulate) if s.k_end else s.k
 
     def _build_bank(self) -> MemoryBank | None:
         s = self.settings
@@ -280,6 +283,6 @@ class Trainer:
         self.step, self.history, self.notes = state["step"], state["history"], state["notes"]
         sums = state["sums"].to(self.device)  # of the ranks there were
         if len(sums) == self.ranks.size:
-            self.sums = sums[self.ranks.rank]
+            self.averages.sums = sums[self.ranks.rank]
         elif self.leads:
-            self.sums = sums.sum(dim=0)
+            self.averages.sums = sums.sum(dim=0)

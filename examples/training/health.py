@@ -1,0 +1,97 @@
+"""How a run is doing: averages over an epoch that never make the GPU wait, and words when it goes wrong."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msf_core import MemoryBank, Neighbors, effective_rank, embedding_spread, neighbor_purity
+
+# Of a micro-batch: the loss; the purity of neighbours 2 to k, where labels are known; `embedding_spread` and
+# `effective_rank` of u; the mean similarity of neighbours 2 to k, and how long ago they were pushed; and how far the
+# two views are apart, in standard deviations of their pixels.
+MEASURES = ("loss", "purity", "spread", "rank", "similarity", "age", "difference")
+COLLAPSING = 0.5  # a spread below this; on the digits healthy runs stay above 0.8, without a predictor it falls to 0.2
+LINE = 1.5  # an effective rank below this
+SAME = 0.01  # a difference below this
+
+
+def measure(
+    loss: Tensor,
+    u: Tensor,
+    neighbors: Neighbors,
+    labels: Tensor,
+    views: tuple[Tensor, Tensor],
+    bank: MemoryBank | None,
+) -> dict[str, Tensor]:
+    """Return the `MEASURES` of a micro-batch, scalars on its device, the age in rows; NaN where there is nothing."""
+    others = neighbors.similarity[:, 1:]
+    found = others > -torch.inf
+    similarity = torch.where(found, others, 0.0).sum() / found.sum()
+    age = torch.full_like(similarity, torch.nan)
+    if bank is not None:
+        rows_ago = bank.age(neighbors.index[:, 1:])
+        age = torch.where(rows_ago < 0, 0, rows_ago).sum() / (rows_ago >= 0).sum()
+    return {
+        "loss": loss.detach(),
+        "purity": neighbor_purity(neighbors.label, labels),
+        "spread": embedding_spread(u),
+        "rank": effective_rank(u),
+        "similarity": similarity,
+        "age": age,
+        "difference": (views[0] - views[1]).abs().mean() / views[0].std(),
+    }
+
+
+def warnings_of(row: dict[str, Any]) -> list[str]:
+    """Say in words what an epoch's averages tell of a failure; nothing of a healthy run."""
+    said = []
+    if row["spread"] < COLLAPSING or row["rank"] < LINE:
+        said.append(
+            "the encoder is collapsing: the embeddings of different images come to be the same "
+            f"(spread below {COLLAPSING}, or effective rank below {LINE}); is there a predictor on the online side, "
+            "and BatchNorm in it?"
+        )
+    if row["difference"] < SAME:
+        said.append(
+            "both encoders see the same view: neighbors will be those of an untrained encoder, or worse, although "
+            "loss and spread look well (paper section 3); give the two encoders views drawn apart"
+        )
+    return said
+
+
+class Averages:
+    """Sums of measures and how many of them there were; a loss that is not finite spoils its average on purpose."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, len(MEASURES), dtype=torch.float64, device=device)
+        self._shown = self.sums.cpu()
+        self._copied: torch.cuda.Event | None = None
+
+    def add(self, measured: dict[str, Tensor]) -> None:
+        """Count a micro-batch's `MEASURES`."""
+        measures = torch.stack([measured[name].double() for name in MEASURES])
+        counts = measures.isfinite()
+        counts[0] = True
+        self.sums += torch.stack([torch.where(counts, measures, 0.0), counts])
+
+    def means(self) -> dict[str, float]:
+        """Return the averages as they were some steps ago, without waiting for the GPU."""
+        if not self.sums.is_cuda:
+            return means_of(self.sums)
+        if self._copied is None:
+            self._shown = self._shown.pin_memory()
+        elif not self._copied.query():
+            return {}
+        shown = means_of(self._shown)
+        self._shown.copy_(self.sums, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+        return shown
+
+
+def means_of(sums: Tensor) -> dict[str, float]:
+    """Return the averages of sums [2, measures]; NaN where nothing was measured."""
+    total, count = sums.tolist()
+    return {name: a / n if n else math.nan for name, a, n in zip(MEASURES, total, count, strict=True)}
