@@ -148,6 +148,8 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
                 if "first_neighbors" not in trainer.notes:
                     trainer.notes["first_neighbors"] = find_neighbors(trainer)
                 log(writer, row)
+                if settings.keep_every and (row["epoch"] == 1 or last or not row["epoch"] % settings.keep_every):
+                    export(trainer, folder / f"backbone-epoch-{row['epoch']:04d}.safetensors")
         if last or row["epoch"] % settings.checkpoint_every == 0:
             save(trainer, folder)
 
@@ -272,10 +274,8 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
     """Print the table, write pictures, weights and the record."""
     s, source = trainer.settings, trainer.source
     name = "BYOL" if s.method == "byol" else f"MSF, k = {s.k}"
-    facts = {name: getattr(s, name) for name in ("arch", "dataset", "image_size")}
-    export_backbone(trainer.backbone, folder / "backbone.safetensors", **facts)
+    export(trainer, folder / "backbone.safetensors")
     draw_curves(folder / "curves.png", trainer.history, f"{name} on {s.dataset}, seed {s.seed}")
-    picture(trainer, folder / "neighbors.png", name)
     last = trainer.history[-1]
     print(f"\n{steps:,} steps in {seconds:.0f} s; in the last epoch {last['images_per_second']:.0f} images/s, ", end="")
     print(f"{last['data_share']:.1%} of the time waiting for data, {last['search_share']:.1%} in the search")
@@ -290,9 +290,16 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
             "rows": rows,
         }
         (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    picture(trainer, folder / "neighbors.png", name)
     print(verdict(rows, name, last))
     files = "checkpoint.pt, backbone.safetensors, metrics.csv, losses.csv, tensorboard/, curves.png, neighbors.png"
     print(f"{folder}: {files}")
+
+
+def export(trainer: Trainer, path: Path) -> None:
+    """Write the backbone, and what imagenet_eval.py needs to know of it."""
+    s = trainer.settings
+    export_backbone(trainer.backbone, path, arch=s.arch, dataset=s.dataset, image_size=s.image_size)
 
 
 def picture(trainer: Trainer, path: Path, name: str) -> None:

@@ -13,7 +13,7 @@ DATASETS = ("digits", "folder", "cifar10", "cifar100", "stl10")
 METHODS = ("msf", "byol")
 # What may differ between a run and its continuation. Everything else decides the numbers.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
-FREE_TO_CHANGE |= {"bank_layout", "timeout"}
+FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every"}
 
 
 @dataclass
@@ -52,6 +52,7 @@ class Settings:
     timeout: int = 1800
     eval_every: int = 0
     checkpoint_every: int = 1
+    keep_every: int = 0
     out: str = ""
     resume: str = ""
 
@@ -112,6 +113,7 @@ _HELP = {
     "timeout": "seconds that ranks wait for one another",
     "eval_every": "epochs between nearest-neighbor evaluations; 0: at the end alone",
     "checkpoint_every": "epochs between checkpoints",
+    "keep_every": "epochs between backbones that are kept, the first epoch's too; 0: the last alone",
     "out": "folder of the run; the default is a new one below runs/",
     "resume": "folder of an earlier run: go on from its checkpoint, with its settings; or auto: go on from the one "
     "in --out, if there is one (a restart by torchrun does so in any case)",
@@ -128,7 +130,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "float32", "bfloat16"),
 }
 _AT_LEAST_ONE = ("image_size", "k", "bank_size", "hidden", "dim", "epochs", "checkpoint_every", "accumulate", "timeout")
-_NOT_NEGATIVE = ("steps", "lr", "sgd_momentum", "weight_decay", "seed", "workers", "eval_every", "k_end")
+_NOT_NEGATIVE = ("steps", "lr", "sgd_momentum", "weight_decay", "seed", "workers", "eval_every", "keep_every", "k_end")
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:

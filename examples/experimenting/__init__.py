@@ -1,0 +1,1 @@
+"""What examples/experiments.py is made of."""

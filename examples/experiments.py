@@ -1,0 +1,300 @@
+"""Repeat the experiments of the MSF paper (section 3.4 and its figures), each with seeds, and draw its figure.
+
+Needs: pip install 'msf_core[examples]'
+
+    python examples/experiments.py                                k = 1, 5 and 20 on the digits, some minutes
+    python examples/experiments.py k bank augmentation            these, on the digits, with all of their values
+    python examples/experiments.py bank --data IMAGENET           the paper's Figure 3, on ImageNet
+    python examples/experiments.py k --seeds 1 -- --arch resnet18 --epochs 20     what follows -- goes to the trainer
+
+Each experiment is a grid of runs of imagenet_train.py. Runs below --out that are finished are not repeated, and
+those that were stopped go on; experiments share the runs that they have in common.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.manifold import TSNE
+
+from evaluating.encoders import load_encoder
+from experimenting.figures import draw_against, draw_bars, draw_over_epochs, draw_points, spread_of
+from experimenting.runs import Run, Runs
+from msf_core.distributed import Ranks
+from training.data import DataSource, Share, open_source, seed_of
+from training.evaluation import COLUMNS
+from training.features import features_of
+from training.report import draw_neighbors, environment
+
+Variants = dict[str, tuple[str, ...]]  # a name -> flags of the trainer
+TSNE_CLASSES, TSNE_IMAGES = 10, 1_000
+QUERIES, NEIGHBORS, GALLERY = 8, 4, 5_000  # of Fig. 2
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is varied, and what the paper found."""
+
+    title: str
+    paper: str
+    variants: Callable[[bool], Variants]  # whether it is on the digits
+    x_label: str = ""  # variants are numbers
+    logarithmic: bool = False
+
+
+def k_values(digits: bool) -> Variants:
+    """Neighbors, the target itself included."""
+    ks: Variants = {str(k): ("--k", str(k)) for k in (2, 5, 10, 20, 50)}
+    return {"1": ("--method", "byol"), **ks}
+
+
+def quick_k_values(digits: bool) -> Variants:
+    """A few of them, on the digits for half as long."""
+    shorter = ("--steps", "900") if digits else ()
+    return {name: (*flags, *shorter) for name, flags in k_values(digits).items() if name in ("1", "5", "20")}
+
+
+def bank_sizes(digits: bool) -> Variants:
+    """Rows: of the paper's Figure 3, or as many as the digits have."""
+    ours = (64, 128, 256, 512, 1024, 2048)
+    papers = (256, 1_000, 4_000, 16_000, 64_000, 128_000, 256_000, 512_000, 1_024_000)
+    return {str(size): ("--bank-size", str(size)) for size in (ours if digits else papers)}
+
+
+def augmentations(digits: bool) -> Variants:
+    """Views of target / online encoder, of both methods."""
+    methods = {"MSF": (), "BYOL": ("--method", "byol")}
+    return {
+        f"{name} {views}": ("--augmentation", views, *flags)
+        for name, flags in methods.items()
+        for views in ("s/s", "w/s", "w/w")
+    }
+
+
+def schedules(digits: bool) -> Variants:
+    """Of k, in a straight line over the run."""
+    return {
+        "5": ("--k", "5"),
+        "1 to 5": ("--k", "1", "--k-end", "5"),
+        "1 to 10": ("--k", "1", "--k-end", "10"),
+        "2 to 20": ("--k", "2", "--k-end", "20"),
+        "10 to 1": ("--k", "10", "--k-end", "1"),
+    }
+
+
+def same_views(digits: bool) -> Variants:
+    """Two views, or one for both."""
+    return {"two views": (), "the same view": ("--views", "same")}
+
+
+def predictors(digits: bool) -> Variants:
+    """With and without."""
+    return {"MLP": (), "none": ("--predictor", "none")}
+
+
+def purity_variants(digits: bool) -> Variants:
+    """Those of the paper's Figure 4: k, and the views."""
+    ks = {f"k = {k}": ("--k", str(k)) for k in (2, 5, 10, 20)}
+    return ks | {f"k = 5, {views}": ("--augmentation", views) for views in ("s/s", "w/w")}
+
+
+EXPERIMENTS = {
+    "k": Experiment("Neighbors k", "k = 10 has 0.5 more 1-NN than k = 5", k_values, "k"),
+    "quick": Experiment("Neighbors k", "k = 10 has 0.5 more 1-NN than k = 5", quick_k_values, "k"),
+    "bank": Experiment("Rows of the bank (Fig. 3)", "128K does as well as 1M", bank_sizes, "rows", logarithmic=True),
+    "augmentation": Experiment(
+        "Views of target / online encoder (Table 7)",
+        "1-NN of MSF is 62.0 with w/s, 60.6 with s/s, 54.6 with w/w",
+        augmentations,
+    ),
+    "views": Experiment("One view for both encoders", "it collapses in the first epoch", same_views),
+    "predictor": Experiment("Prediction head", "the method has one on the online side", predictors),
+    "purity": Experiment("Purity over epochs (Fig. 4)", "it rises with the epochs, and falls with k", purity_variants),
+    "k-schedule": Experiment("k that changes over the run", "named as future work, not measured", schedules),
+    "tsne": Experiment("t-SNE over epochs (Table 2, right)", "clusters of classes form", lambda digits: {"MSF": ()}),
+    "neighbors": Experiment("Neighbors over epochs (Fig. 2)", "they become alike", lambda digits: {"MSF": ()}),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the script; return its exit status."""
+    parser = build_parser()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    end = given.index("--") if "--" in given else len(given)
+    flags, for_trainer = parser.parse_args(given[:end]), given[end + 1 :]
+    names: list[str] = flags.experiment or ["quick"]
+    if unknown := [name for name in names if name not in EXPERIMENTS]:
+        parser.error(f"no experiment {unknown[0]!r}: there are {', '.join(EXPERIMENTS)}")
+    if flags.seeds < 1 or flags.jobs < 0:
+        parser.error(f"--seeds must be at least 1 and --jobs 0 or above, got {flags.seeds} and {flags.jobs}")
+    digits = not flags.data and "--dataset" not in for_trainer
+    common = ("--data", flags.data, *for_trainer) if flags.data else tuple(for_trainer)
+    runs = Runs(Path(flags.out), common, flags.jobs or (min(2, os.cpu_count() or 1) if digits else 1))
+    try:
+        for name in names:
+            for run in grid(name, flags.seeds, digits):
+                runs.check(run)
+        for name in names:
+            wanted = grid(name, flags.seeds, digits)
+            print(f"{name}: {len(wanted)} runs, {sum(map(runs.finished, wanted))} of them finished before")
+            runs.finish(wanted)
+            report(name, runs, flags.seeds, digits)
+    except (ValueError, RuntimeError) as error:
+        parser.exit(2 if isinstance(error, ValueError) else 1, f"{parser.prog}: error: {error}\n")
+    return 0
+
+
+def grid(name: str, seeds: int, digits: bool) -> list[Run]:
+    """Return the runs of an experiment, those of a variant one after another."""
+    if name in PICTURES:
+        return [Run(("--keep-every", "10"), 0)]
+    return [Run(flags, seed) for flags in EXPERIMENTS[name].variants(digits).values() for seed in range(seeds)]
+
+
+def report(name: str, runs: Runs, seeds: int, digits: bool) -> None:
+    """Draw the figure, print the table, and write both and the record."""
+    experiment = EXPERIMENTS[name]
+    path = runs.folder / f"{name}.png"
+    if name in PICTURES:
+        PICTURES[name](runs.folder_of(grid(name, seeds, digits)[0]), path, experiment.title)
+        print(f"{path}: {experiment.title}; in the paper {experiment.paper}")
+        return
+    names = list(experiment.variants(digits))
+    of_seeds = [Run(flags, seed) for flags in experiment.variants(digits).values() for seed in range(seeds)]
+    results = [runs.results(run) for run in of_seeds]
+    columns = [key for key in COLUMNS if all(key in row for row in results)]
+    values = {
+        key: [[row[key] for row in results[first : first + seeds]] for first in range(0, len(results), seeds)]
+        for key in (*columns, "spread", "rank")
+    }
+    lines = [
+        f"{experiment.title}: mean and deviation over {seeds} seeds, in percent. In the paper {experiment.paper}.",
+        "",
+        "| " + " | ".join(["", *(COLUMNS[key] for key in columns), "spread", "rank"]) + " |",
+        "|" + " --- |" * (len(columns) + 3),
+    ]
+    for place, variant in enumerate(names):
+        cells = [spread_of(values[key][place]) for key in columns]
+        last = [f"{sum(values[key][place]) / seeds:.2f}" for key in ("spread", "rank")]
+        lines.append("| " + " | ".join([variant, *cells, *last]) + " |")
+    text = "\n".join(lines) + "\n"
+    (runs.folder / f"{name}.md").write_text(text)
+    record = {
+        "experiment": name,
+        "flags": runs.flags,
+        "seeds": seeds,
+        "variants": experiment.variants(digits),
+        "values": values,
+        **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
+    (runs.folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{text}")
+    series = {COLUMNS[key]: values[key] for key in ("nn1", "nn20", "one_label") if key in columns}
+    title = f"{experiment.title}, {seeds} seeds"
+    if name == "purity":
+        draw_purity(path, runs, experiment.variants(digits), seeds, title)
+    elif not series:
+        return  # images without labels: there is the table
+    elif experiment.x_label:
+        draw_against(path, [float(x) for x in names], series, title, experiment.x_label, experiment.logarithmic)
+    else:
+        draw_bars(path, names, series, title)
+    print(f"{path}, and {name}.md and {name}.json beside it")
+
+
+def draw_purity(path: Path, runs: Runs, variants: Variants, seeds: int, title: str) -> None:
+    """Draw the purity of every variant over the epochs."""
+    curves = {
+        variant: [[row["purity"] for row in runs.history(Run(flags, seed))] for seed in range(seeds)]
+        for variant, flags in variants.items()
+    }
+    draw_over_epochs(path, curves, title, "share of neighbors 2 to k with the query's label")
+
+
+def draw_tsne(folder: Path, path: Path, title: str) -> None:
+    """Draw where the test images of some classes lie after each epoch that was kept."""
+    source = source_of(folder)
+    labels = source.labels("val")
+    classes = labels.unique()[:TSNE_CLASSES]
+    places = torch.isin(labels, classes).nonzero().flatten().tolist()[:TSNE_IMAGES]
+    panels = {}
+    for epoch, features in kept_features(folder, source, "val", places):
+        embedded = TSNE(init="pca", perplexity=min(30, (len(places) - 1) / 3), random_state=0).fit_transform(features)
+        panels[f"epoch {epoch}"] = embedded
+    draw_points(path, panels, labels[places].numpy(), f"{title}: test images of {len(classes)} classes")
+
+
+def draw_fig_2(folder: Path, path: Path, title: str) -> None:
+    """Draw a few test images with their nearest training images after each epoch that was kept."""
+    source = source_of(folder)
+    order = torch.randperm(source.size("val"), generator=torch.Generator().manual_seed(seed_of(0)))
+    queries, gallery = order[:QUERIES].tolist(), list(range(min(GALLERY, source.size("train"))))
+    labels, gallery_labels = source.labels("val")[queries], source.labels("train")[gallery]
+    rows = []
+    kept = zip(
+        kept_features(folder, source, "val", queries), kept_features(folder, source, "train", gallery), strict=True
+    )
+    for (epoch, asked), (_, known) in kept:
+        nearest = torch.from_numpy(asked @ known.T).topk(NEIGHBORS, dim=1).indices
+        shown = torch.cat([images.cpu() for images, _ in source.images("train", nearest.flatten().tolist())])
+        pictures = source.displayable(shown)
+        rows.append(
+            {
+                "title": f"epoch {epoch}",
+                "images": pictures.reshape(len(queries), NEIGHBORS, *pictures.shape[1:]),
+                "right": (gallery_labels[nearest] == labels[:, None]).tolist(),
+            }
+        )
+    images = torch.cat([images.cpu() for images, _ in source.images("val", queries)])
+    chosen = rows if len(rows) <= 4 else [rows[round(place * (len(rows) - 1) / 3)] for place in range(4)]
+    draw_neighbors(path, source.displayable(images), chosen, title)
+
+
+def source_of(folder: Path) -> DataSource:
+    """Return the images that a run was trained on."""
+    settings = json.loads((folder / "config.json").read_text())
+    source = open_source(
+        settings["dataset"],
+        settings["data"],
+        image_size=settings["image_size"],
+        augmentation="w/w",
+        share=Share(64),
+        workers=settings["workers"],
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    if not source.has_val:
+        raise ValueError("this needs labelled test images")
+    return source
+
+
+def kept_features(folder: Path, source: DataSource, split: str, places: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (epoch, unit features [n, F]) of these images for each backbone that the run has kept."""
+    for path in sorted(folder.glob("backbone-epoch-*.safetensors")):
+        backbone = load_encoder(str(path), Ranks()).backbone
+        features = torch.cat([part for part, _ in features_of(backbone, source.images(split, places))])
+        yield int(path.stem.rpartition("-")[2]), torch.nn.functional.normalize(features, dim=1).numpy()
+
+
+PICTURES = {"tsne": draw_tsne, "neighbors": draw_fig_2}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the flags."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("experiment", nargs="*", help=f"{', '.join(EXPERIMENTS)} (quick)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (3)")
+    parser.add_argument("--data", default="", help="ImageFolder tree, as ImageNet; without: the digits")
+    parser.add_argument("--out", default="runs/experiments", help="folder of runs and results (runs/experiments)")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at a time (0: 2 on the digits, else 1)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
