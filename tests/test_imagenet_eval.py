@@ -24,6 +24,7 @@ from evaluating import subsets
 from evaluating.encoders import load_encoder
 from evaluating.linear import Protocol, Standardize, accuracy, batches_of, train_linear
 from msf_core.distributed import Ranks
+from training.data import Share, open_source
 from training.features import Batch, nearest_neighbour_accuracy
 
 CPU = torch.device("cpu")
@@ -100,8 +101,8 @@ def test_the_layer_converges_to_the_logistic_regression_of_scikit_learn() -> Non
 def test_logistic_regression_as_a_solver_is_that_of_scikit_learn(digits_run: Path, tmp_path: Path) -> None:
     result, _ = measured("linear", digits_run, "--solver", "logistic", tmp_path / "record.json")
     encoder = load_encoder(str(digits_run), Ranks())
-    source = imagenet_eval.open_source(
-        "digits", "", image_size=16, augmentation="w/w", share=imagenet_eval.Share(64), workers=0, seed=0, device=CPU
+    source = open_source(
+        "digits", "", image_size=16, augmentation="w/w", share=Share(64), workers=0, seed=0, device=CPU
     )
     with torch.no_grad():
         (train, labels), (val, val_labels) = (

@@ -310,7 +310,9 @@ def labels_of(images: Dataset) -> Tensor:
             labels = torch.as_tensor(getattr(images, name))
             break
     else:
-        raise ValueError(f"{type(images).__name__} does not tell its labels")
+        if not hasattr(images, "_samples"):
+            raise ValueError(f"{type(images).__name__} does not tell its labels")
+        labels = torch.tensor([label for _, label in images._samples])
     places = getattr(images, "target_transform", None)
     return labels if places is None else torch.tensor([places(int(label)) for label in labels])
 

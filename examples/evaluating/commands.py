@@ -1,0 +1,308 @@
+"""The commands of examples/imagenet_eval.py: each returns the protocol that it followed, and what came out."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from evaluating.encoders import LoadedEncoder, load_encoder
+from evaluating.export import export_to
+from evaluating.linear import Protocol, Standardize, accuracy, batches_of, train_linear
+from evaluating.subsets import listed, share_of_each_class, some_of_each_class
+from evaluating.transfer import SETS, Parts, TransferSet, classify
+from msf_core.distributed import Ranks
+from training.data import DataSource, Photos, Share, open_source
+from training.evaluation import few_labels, linear_probe
+from training.features import Batch, extract, features_of, nearest_neighbour_accuracy, part_of_images
+from training.ranks import shared
+
+
+class Subject:
+    """The encoder that a command is about, and the ranks that do it."""
+
+    def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
+        self.flags, self.ranks, self.device = flags, ranks, device
+        self.encoder: LoadedEncoder = load_encoder(flags.encoder, ranks, flags.arch, flags.weights, flags.image_size)
+        self.image_size: int = flags.image_size or self.encoder.trained_on.get("image_size", 224)
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.backbone = self.encoder.backbone.to(device, memory_format=layout).eval()  # type: ignore[call-overload]
+
+
+class Evaluation(Subject):
+    """It, and the images that it is measured on."""
+
+    def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
+        super().__init__(flags, ranks, device)
+        known = self.encoder.trained_on
+        self.dataset: str = flags.dataset or ("folder" if flags.data else known.get("dataset", "folder"))
+        self.data: str = flags.data or known.get("data", "data")
+        if self.dataset == "digits" and self.encoder.arch != "digits":
+            raise ValueError(f"the digits are grey, {self.encoder.arch} takes colours: give --data DIR or --dataset")
+        self.source: DataSource = open_source(
+            self.dataset,
+            self.data,
+            image_size=self.image_size,
+            augmentation="w/w",
+            share=Share(flags.batch_size, 1, ranks.rank, ranks.size),
+            workers=flags.workers,
+            seed=flags.seed,
+            device=device,
+        )
+        if not self.source.has_val:
+            raise ValueError(f"{self.data} has no labelled images in train/ and val/ to evaluate on")
+        if flags.batch_size < ranks.size:
+            raise ValueError(f"--batch-size must be at least the {ranks.size} ranks, got {flags.batch_size}")
+        labels = self.source.labels("train")
+        self.classes = int(labels.max()) + 1
+
+    def part(self, split: str) -> Iterator[Batch]:
+        """Yield the features of this rank's part of a split, with progress."""
+        with progress_bar(self, f"features of {split}", "image", self.source.size(split) // self.ranks.size) as bar:
+            for features, labels in part_of_images(self.backbone, self.source, split, self.ranks):
+                bar.update(len(labels))
+                yield features, labels
+
+    def all(self, split: str) -> Batch:
+        """Return the features of a whole split, on every rank."""
+        return extract(self.backbone, self.source, split, self.ranks)
+
+
+def knn(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
+    """1-NN and 20-NN by cosine similarity of the features, over the library's own search."""
+    dtype = getattr(torch, evaluation.flags.dtype)
+    size = evaluation.source.size("train")
+    train, val = evaluation.part("train"), evaluation.part("val")
+    row = nearest_neighbour_accuracy(train, size, val, evaluation.ranks, dtype)
+    protocol = {"view": view(evaluation), "similarity": "cosine", "vote": "majority", "dtype": evaluation.flags.dtype}
+    return protocol, row
+
+
+def linear(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
+    """The paper's linear protocol on all labels, or logistic regression."""
+    if evaluation.flags.solver == "logistic":
+        features = {split: evaluation.all(split) for split in ("train", "val")}
+        value = linear_probe(features) if evaluation.ranks.rank == 0 else 0.0  # long: nobody waits for it
+        protocol = {
+            "solver": "scikit-learn's LogisticRegression(C=0.1, max_iter=300)",
+            "view": view(evaluation),
+            "features": "normalized to unit length, then standardized over the training set",
+        }
+        return protocol, {"linear": value}
+    protocol, rows = linear_on(evaluation, list(range(evaluation.source.size("train"))))
+    return protocol, {"linear": rows["top1"], **{name: value for name, value in rows.items() if name != "top1"}}
+
+
+def few(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
+    """The linear protocol, or 1-NN, on few labels."""
+    flags, labels = evaluation.flags, evaluation.source.labels("train")
+    if flags.classifier == "nn":
+        if not flags.per_class:
+            raise ValueError("--classifier nn goes with --per-class")
+        for count in flags.per_class:
+            some_of_each_class(labels, count, flags.seed)
+        features = {split: evaluation.all(split) for split in ("train", "val")}
+        row = {f"top1 {count}/class": few_labels(features, count) for count in flags.per_class}
+        return {"classifier": "1-NN", "view": view(evaluation), "draws": 10}, row
+    subsets: dict[str, list[int]] = {}
+    if flags.list:
+        subsets |= {Path(path).name: listed(Path(path), evaluation.source) for path in flags.list}
+    elif flags.per_class:
+        subsets |= {f"{count}/class": some_of_each_class(labels, count, flags.seed) for count in flags.per_class}
+    else:
+        subsets |= {f"{share:g}%": share_of_each_class(labels, share, flags.seed) for share in flags.percent}
+    protocol: dict[str, Any] = {}
+    row = {}
+    for name, places in subsets.items():
+        described, result = linear_on(evaluation, places)
+        protocol[name] = {"images": len(places), **described}
+        row |= {f"{measure} {name}": value for measure, value in result.items() if measure.startswith("top")}
+    return protocol, row
+
+
+def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Train layers on these training images; return the protocol, and the accuracy with the paper's learning rate.
+
+    With a sweep "best top1" is that of the best learning rate, chosen on the test images as is customary.
+    """
+    flags, ranks, source = evaluation.flags, evaluation.ranks, evaluation.source
+    protocol = Protocol(
+        lrs=(flags.lr, *(lr for lr in flags.sweep if lr != flags.lr)),
+        epochs=flags.epochs,
+        batch_size=flags.batch_size,
+        seed=flags.seed,
+    )
+    own = places[len(places) * ranks.rank // ranks.size : len(places) * (ranks.rank + 1) // ranks.size]
+    if len(places) < ranks.size:
+        raise ValueError(f"{len(places)} labelled images cannot be divided over {ranks.size} ranks")
+    views: Callable[[int], Iterator[Batch]]
+    if flags.cache:
+        features, labels = cached(evaluation, places)
+        standardize = Standardize.fitted([(features, labels)], ranks)
+
+        def views(epoch: int) -> Iterator[Batch]:
+            for batch in batches_of(len(places), epoch, protocol, ranks):
+                yield features[batch], labels[batch]
+    else:
+        standardize = Standardize.fitted(features_of(evaluation.backbone, source.images("train", own)), ranks)
+
+        def views(epoch: int) -> Iterator[Batch]:
+            batches = [[places[i] for i in batch] for batch in batches_of(len(places), epoch, protocol, ranks)]
+            return features_of(evaluation.backbone, source.supervised_views(epoch, batches))
+
+    with progress_bar(evaluation, f"training on {len(places)} images", "epoch", protocol.epochs) as bar:
+        layers = train_linear(views, standardize, evaluation.classes, protocol, ranks, lambda loss: shown(bar, loss))
+    results = accuracy(list(layers), standardize, evaluation.part("val"), ranks)
+    described = {
+        **asdict(protocol),
+        "optimizer": "SGD, learning rate to a tenth at the milestones",
+        "features": "normalized to unit length, then standardized over the labelled training images",
+        "training view": view(evaluation) if flags.cache else supervised_view(evaluation),
+        "features cached, no augmentation": flags.cache,
+        "test view": view(evaluation),
+        "all": {f"{lr:g}": result for lr, result in zip(protocol.lrs, results, strict=True)},
+    }
+    row = dict(results[0])
+    if flags.sweep:
+        row["best top1"] = max(result["top1"] for result in results)
+        described["best top1"] = "of these learning rates the best on the test images"
+    return described, row
+
+
+def transfer(subject: Subject) -> tuple[dict[str, Any], dict[str, float]]:
+    """Logistic regression on the ten data sets of the paper, as far as they are on disk."""
+    flags, ranks = subject.flags, subject.ranks
+    chosen = [one for one in SETS if one.name in flags.sets]
+    protocol: dict[str, Any] = {
+        "view": view_of(subject.image_size),
+        "features": "normalized to unit length, then standardized over the training images",
+        "solver": "scikit-learn's LogisticRegression, L2, max_iter=1000",
+        "strengths C": flags.strengths,
+        "sets": {},
+        "not on disk": {},
+    }
+    features: dict[str, list[Batch | None]] = {}
+    for one in chosen:
+        parts = opened(one, subject)
+        if isinstance(parts, str):
+            protocol["not on disk"][one.name] = parts
+            continue
+        features[one.name] = [
+            None if part is None else extract(subject.backbone, photos_of(subject, part), "train", ranks)
+            for part in (parts.train, parts.val, parts.test)
+        ]
+        if ranks.rank == 0:
+            print(f"{one.name}: features of {sum(len(part[1]) for part in features[one.name] if part)} images")
+    if not features:
+        raise ValueError(f"none of the data sets is in {flags.data}: {protocol['not on disk']}")
+    row: dict[str, float] = {}
+    for one in chosen if ranks.rank == 0 else []:  # long: nobody waits for it
+        if one.name in features:
+            train, val, test = features[one.name]
+            assert train is not None
+            assert test is not None
+            result = classify(train, val, test, one.per_class, tuple(flags.strengths))
+            metric = "mean per class" if one.per_class else "top-1"
+            protocol["sets"][one.name] = {"split": one.split, "metric": metric, **result}
+            row[one.name] = result["accuracy"]
+            print(f"{one.name}: {100 * row[one.name]:.1f} ({metric}, C = {result['C']:g})")
+    if len(row) == len(SETS):
+        row["mean"] = sum(row.values()) / len(row)
+    elif row:
+        row[f"mean of these {len(row)}"] = sum(row.values()) / len(row)
+    return protocol, row
+
+
+def opened(one: TransferSet, subject: Subject) -> Parts | str:
+    """Return the images of a data set, or why there are none."""
+    flags, ranks = subject.flags, subject.ranks
+    found: Parts | str = ""
+    for first in (True, False):  # rank 0 may download, and then the others look
+        with shared(ranks):
+            if first == (ranks.rank == 0):
+                try:
+                    found = one.open(Path(flags.data), flags.download and first, flags.seed)
+                except (OSError, RuntimeError, ValueError) as error:
+                    found = str(error).splitlines()[0]
+    if ranks.size > 1:
+        ranks.agree("set", same={f"{one.name} on disk": isinstance(found, Parts)})
+    return found
+
+
+def photos_of(subject: Subject, images: Dataset) -> Photos:
+    """Return a data set of torchvision's as evaluation sees it."""
+    return Photos(
+        images,
+        None,
+        size=subject.image_size,
+        has_labels=True,
+        augmentation="w/w",
+        share=Share(subject.flags.batch_size, 1, subject.ranks.rank, subject.ranks.size),
+        workers=subject.flags.workers,
+        seed=subject.flags.seed,
+        device=subject.device,
+    )
+
+
+def export(subject: Subject) -> tuple[dict[str, Any], dict[str, float]]:
+    """Write the backbone in the layouts of other libraries, and verify each."""
+    folder = Path(subject.flags.folder) if subject.flags.folder else subject.encoder.folder or Path()
+    protocol: dict[str, Any] = {}
+    for layout in subject.flags.to if subject.ranks.rank == 0 else []:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = export_to(layout, subject.encoder, folder, subject.image_size)
+        protocol[layout] = {"file": str(done.path), "verified": done.verified}
+        print(f"{layout}: {done.path}, verified {done.verified}")
+    return protocol, {}
+
+
+def progress_bar(evaluation: Evaluation, what: str, unit: str, total: int) -> tqdm:
+    """Return a bar that rank 0 shows; a log file gets a line now and then."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(desc=what, unit=unit, total=total, disable=evaluation.ranks.rank > 0, mininterval=interval)
+
+
+def shown(bar: tqdm, loss: float) -> None:
+    """Count an epoch."""
+    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    bar.update()
+
+
+def cached(evaluation: Evaluation, places: list[int]) -> Batch:
+    """Return the features of these training images, on every rank."""
+    features, labels = evaluation.all("train")
+    chosen = torch.tensor(places, device=features.device)
+    return features[chosen], labels[chosen]
+
+
+def view(evaluation: Evaluation) -> str:
+    """Describe how test images are seen."""
+    if evaluation.dataset == "digits":
+        return "16 x 16, as they are"
+    return view_of(evaluation.image_size)
+
+
+def view_of(size: int) -> str:
+    """Describe how test images are seen."""
+    return f"resize {round(size * 256 / 224)}, centre crop {size}"
+
+
+def supervised_view(evaluation: Evaluation) -> str:
+    """Describe how training images are seen."""
+    if evaluation.dataset == "digits":
+        return "weak view"
+    return f"random resized crop {evaluation.image_size} (area 0.08 to 1), horizontal flip"
+
+
+COMMANDS: dict[str, tuple[Callable[..., Subject], Callable[[Any], tuple[dict[str, Any], dict[str, float]]]]] = {
+    "knn": (Evaluation, knn),
+    "linear": (Evaluation, linear),
+    "few-labels": (Evaluation, few),
+    "transfer": (Subject, transfer),
+    "export": (Subject, export),
+}
