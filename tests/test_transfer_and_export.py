@@ -216,6 +216,7 @@ def test_no_data_set_at_all_is_an_error(tmp_path: Path, capsys: pytest.CaptureFi
     assert "transfer needs --data" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_the_classifier_is_that_of_scikit_learn_with_the_strength_that_validates_best() -> None:
     train, val, test = (blobs(count, seed=seed, noise=6) for seed, count in enumerate((60, 150, 300)))
     keep = torch.cat([torch.arange(0, 300, 5), torch.arange(1, 100, 5), torch.arange(2, 300, 5)])  # uneven classes

@@ -66,7 +66,8 @@ class Runs:
             ThreadPoolExecutor(self.jobs) as pool,
         ):
             problems = []
-            for problem in pool.map(self._finish, missing):
+            done = pool.map(self._finish, missing) if self.jobs > 1 else map(self._finish, missing)
+            for problem in done:
                 bar.update()
                 problems += [problem] if problem else []
         if problems:

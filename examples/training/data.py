@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
@@ -304,7 +304,9 @@ def open_source(
 
 
 def labels_of(images: Dataset) -> Tensor:
-    """Return the labels [n] of a data set of torchvision's, without reading an image."""
+    """Return the labels [n] of a data set of torchvision's, or of a part of one, without reading an image."""
+    if isinstance(images, Subset):
+        return labels_of(images.dataset)[list(images.indices)]
     for name in ("targets", "labels", "_labels", "y"):
         if hasattr(images, name):
             labels = torch.as_tensor(getattr(images, name))
