@@ -355,7 +355,7 @@ def test_one_view_for_both_encoders_is_said_although_spread_and_loss_look_well(
     assert "collapsing" not in printed.err
 
 
-def test_a_healthy_run_gives_no_warning(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_healthy_run_gives_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert train("--steps", 105, "--eval-every", 0, "--out", tmp_path / "run") == 0
     printed = capsys.readouterr()
     assert "warning" not in printed.err + printed.out

@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import msf_core
 from training.evaluation import COLUMNS
@@ -122,36 +123,32 @@ def draw_neighbors(path: Path, queries: np.ndarray, rows: list[Row], title: str)
         title: of the whole.
     """
     count, n = rows[0]["images"].shape[:2]
-    columns = 1 + len(rows) * (n + 1)
-    widths = [1.0] + ([0.35] + [1.0] * n) * len(rows)
-    figure = Figure(figsize=(0.72 * sum(widths), 0.74 * count + 1.1), layout="constrained")
+    pitch, gap = 1.12, 0.4  # of the pictures, whose side is 1
+    wide = pitch + len(rows) * (gap + n * pitch)
+    figure = Figure(figsize=(0.64 * wide, 0.64 * count * pitch + 1.1), layout="constrained")
     figure.suptitle(f"{title}\ngreen: the query's class; red and crossed: another", fontsize=11)
-    grid = figure.subplots(count, columns, gridspec_kw={"width_ratios": widths}, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
+    axes = figure.subplots()  # one for all pictures: one each would take seconds
     for i in range(count):
-        _show(grid[i][0], queries[i], "0.2", 1)
-        for j, row in enumerate(rows):
-            for m in range(n):
-                right = row["right"][i][m]
-                colour, width = {True: ("tab:green", 3), False: ("tab:red", 3), None: ("0.6", 1)}[right]
-                cell = grid[i][1 + j * (n + 1) + 1 + m]
-                _show(cell, row["images"][i, m], colour, width)
-                if right is False:
-                    cell.text(0.08, 0.74, "✗", transform=cell.transAxes, color=colour, fontsize=15, weight="bold")
-    grid[0][0].set_title("query", fontsize=10)
+        _show(axes, queries[i], 0, i * pitch, "0.2", 1)
+    axes.text(0.5, -0.3, "query", ha="center", fontsize=10)
     for j, row in enumerate(rows):
-        grid[0][1 + j * (n + 1) + 1 + n // 2].set_title(row["title"], fontsize=10)
+        left = pitch + gap + j * (gap + n * pitch)
+        axes.text(left + n * pitch / 2, -0.3, row["title"], ha="center", fontsize=10)
+        for i, m in np.ndindex(count, n):
+            right = row["right"][i][m]
+            colour, width = {True: ("tab:green", 3), False: ("tab:red", 3), None: ("0.6", 1)}[right]
+            x, y = left + m * pitch, i * pitch
+            _show(axes, row["images"][i, m], x, y, colour, width)
+            if right is False:
+                axes.text(x + 0.08, y + 0.08, "✗", va="top", color=colour, fontsize=15, weight="bold")
+    axes.set(xlim=(-0.1, wide), ylim=(count * pitch, -0.6), aspect="equal")
+    axes.axis("off")
     figure.savefig(path, dpi=130)
 
 
-def _show(axes: Any, image: np.ndarray, colour: str, width: int) -> None:
-    axes.axis("on")
-    axes.imshow(image, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set(color=colour, linewidth=width)
+def _show(axes: Any, image: np.ndarray, x: float, y: float, colour: str, width: int) -> None:
+    axes.imshow(image, extent=(x, x + 1, y + 1, y), interpolation="nearest")
+    axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=colour, linewidth=width))
 
 
 def _cell(value: Any) -> Any:
