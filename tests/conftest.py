@@ -3,6 +3,10 @@
 import os
 from collections.abc import Callable
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # they share the cores: before anything imports PyTorch
+    for _library in ("OMP", "MKL", "OPENBLAS"):
+        os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
