@@ -11,7 +11,7 @@ from torch import Tensor
 from msf_core.bank_state import UNKNOWN_LABEL, BankState
 from msf_core.checks import check_labels, check_tensor
 from msf_core.distributed import ERRORS, Ranks, problem_of, untraced
-from msf_core.search import SearchBackend, check_backend, find_backend, topk
+from msf_core.search import Queries, Rows, SearchBackend, check_backend, find_backend, search_bank, search_by
 from msf_core.search.base import ROW_DTYPES
 
 LAYOUTS = ("replicated", "sharded", "local")
@@ -234,9 +234,10 @@ class MemoryBank(BankState):
         """Return similarity [Q, k] and place [Q, k] among the rows kept here, for unit queries of their dtype."""
         if isinstance(self.backend, str):
             filled = self._pushed - self._begin if self._begin else self._pushed
-            similarity, index = topk(queries, self.rows, filled, k, self.backend)
+            similarity, index = search_bank(Queries(queries), Rows(self.rows), filled, k, self.backend)
         else:
-            similarity, index = self.backend.topk(queries, self.rows[: len(self) - self._begin], k)
+            there = Rows(self.rows).part(0, len(self) - self._begin)
+            similarity, index = search_by(self.backend, Queries(queries), there, k)
         return similarity.clamp(max=1.0), index  # rounding leaves rows, half-precision ones above all, a little long
 
     def _take(self, similarity: Tensor, index: Tensor) -> Neighbors:

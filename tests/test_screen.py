@@ -12,8 +12,9 @@ from torch import Tensor
 from msf_core import available_backends
 from msf_core.search import load_backend, screen
 from msf_core.search.auto import AutoSearch
-from msf_core.search.screen import GROUP, screened_topk
-from msf_core.search.torch_backend import float32_topk
+from msf_core.search import Queries, Rows
+from msf_core.search.screen import GROUP, Search, screened_search
+from msf_core.search.torch_backend import float32_search
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,9 +25,13 @@ class Otherwise:
     def __init__(self) -> None:
         self.rows: list[int] = []
 
-    def __call__(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        self.rows.append(rows.shape[0])
-        return float32_topk(queries, rows, k)
+    def __call__(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        self.rows.append(rows.values.shape[0])
+        return float32_search(queries, rows, k)
+
+
+def screened_topk(queries: Tensor, rows: Tensor, k: int, otherwise: Search) -> tuple[Tensor, Tensor]:
+    return screened_search(Queries(queries), Rows(rows), k, otherwise)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +71,7 @@ def test_what_the_screen_leaves_holds_the_k_nearest(
     rows, queries = unit(n, dim, dtype, seed, cone), unit(count, dim, dtype, seed + 1, cone)
     without = data.draw(st.sampled_from([0, 0, 1, n // 20, n // 2, n]), label="rows of NaN")
     rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:without]] = torch.nan
-    assert_k_nearest(*screened_topk(queries, rows, k, otherwise=float32_topk), queries, rows, k)
+    assert_k_nearest(*screened_topk(queries, rows, k, otherwise=float32_search), queries, rows, k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -143,7 +148,7 @@ def test_degenerate_rows_and_queries_are_screened_exactly(
     elif kind == "zero query":
         queries[3] = 0
     for k in (1, 5, 165):
-        assert_k_nearest(*screened_topk(queries, rows, k, otherwise=float32_topk), queries / 1, rows, k)
+        assert_k_nearest(*screened_topk(queries, rows, k, otherwise=float32_search), queries / 1, rows, k)
 
 
 def test_a_query_of_nan_does_not_spoil_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +173,7 @@ def test_default_dtype_and_device_do_not_reach_into_a_search(assert_k_nearest: C
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
-            found = screened_topk(queries, rows, 5, otherwise=float32_topk)
+            found = screened_topk(queries, rows, 5, otherwise=float32_search)
     finally:
         torch.set_default_dtype(before)
     assert_k_nearest(*found, queries, rows, 5)
@@ -212,7 +217,7 @@ def test_only_the_rows_that_may_be_neighbors_are_multiplied_again(monkeypatch: p
     monkeypatch.setattr(screen, "MOST_BLOCK_ROWS", 1 << 16)
     monkeypatch.setattr(screen._Screen, "_again", lambda *a: pairs.append(a[2].shape[0]) or again(*a))
     rows, queries = unit(16000, 256, torch.float32, seed=0), unit(5, 256, torch.float32, seed=1)
-    screened_topk(queries, rows, 3, float32_topk)
+    screened_topk(queries, rows, 3, float32_search)
     assert len(pairs) == 1
     assert 15 <= pairs[0] < 200  # of 5,000
 
@@ -231,7 +236,7 @@ def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPat
 
     def spy(queries: Tensor, rows: Tensor, k: int, otherwise: Callable) -> tuple[Tensor, Tensor]:
         used.append(otherwise)
-        return float32_topk(queries, rows, k)
+        return float32_search(queries, rows, k)
 
     rows, queries = unit(3100, 8, torch.float32, seed=0), unit(9, 8, torch.float32, seed=1)
     for module in ("torch_backend", "auto"):
@@ -240,7 +245,7 @@ def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPat
     for backend in (load_backend("torch"), AutoSearch()):
         for k in (1, 2):
             backend.topk(queries, rows, k)
-    assert used == [float32_topk, load_backend("torch").topk]
+    assert used == [float32_search, load_backend("torch").topk]
 
 
 def test_whether_this_cpu_is_fast_is_asked_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

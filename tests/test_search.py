@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msf_core import MemoryBank, available_backends
-from msf_core.search import SearchBackend, find_backend, load_backend
+from msf_core.search import Queries, Rows, SearchBackend, find_backend, load_backend
 from msf_core.search import base as search_base
 from msf_core.search.auto import AutoSearch
 
@@ -345,14 +345,14 @@ def test_auto_on_the_cpu_is_faiss_for_large_searches_where_it_works_and_torch_ot
     works = available_backends("cpu")["faiss"] is None
     auto = AutoSearch()
     faiss, rows = load_backend("faiss" if works else "torch"), torch.empty(9999, 512)
-    assert auto.choose(torch.empty(256, 512), rows, 5) is faiss
-    assert auto.choose(torch.empty(255, 512), rows, 5) is load_backend("torch")
-    assert auto.choose(torch.empty(256, 512, device="meta"), rows.to("meta"), 5) is load_backend("torch")
+    assert auto.choose(Queries(torch.empty(256, 512)), Rows(rows), 5) is faiss
+    assert auto.choose(Queries(torch.empty(255, 512)), Rows(rows), 5) is load_backend("torch")
+    assert auto.choose(Queries(torch.empty(256, 512, device="meta")), Rows(rows.to("meta")), 5) is load_backend("torch")
     few, many = torch.empty(19_999, 256), torch.empty(20_000, 256)  # rows for 50 neighbors
-    assert auto.choose(torch.empty(64, 256), few, 50) is faiss
-    assert auto.choose(torch.empty(64, 256), many, 50) is load_backend("torch")
-    assert auto.choose(torch.empty(64, 256), few[:19_000], 49) is load_backend("torch")
-    assert auto.choose(torch.empty(64, 257), torch.empty(19_999, 257), 50) is load_backend("torch")
+    assert auto.choose(Queries(torch.empty(64, 256)), Rows(few), 50) is faiss
+    assert auto.choose(Queries(torch.empty(64, 256)), Rows(many), 50) is load_backend("torch")
+    assert auto.choose(Queries(torch.empty(64, 256)), Rows(few[:19_000]), 49) is load_backend("torch")
+    assert auto.choose(Queries(torch.empty(64, 257)), Rows(torch.empty(19_999, 257)), 50) is load_backend("torch")
     assert isinstance(load_backend(MemoryBank(2, 2).backend), AutoSearch)
 
 
@@ -408,7 +408,7 @@ except ImportError as error:
     print(error)
 bank = MemoryBank(4, 2)
 bank.push(torch.eye(2))
-chosen = load_backend("auto").choose(torch.empty(256, 512), bank.rows, 1)
+chosen = load_backend("auto").choose(Queries(torch.empty(256, 512)), Rows(bank.rows), 1)
 print(type(chosen).__name__, bank.search(torch.eye(2), 1).index.tolist())
 """
 

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from msf_core.search.base import SearchBackend, check_topk_arguments
+from msf_core.search.base import Queries, Rows, SearchBackend, check_search_arguments
+from msf_core.search.general import search_by
 from msf_core.search.registry import load_backend, most_neighbors, why_not
-from msf_core.search.screen import screen_pays, screened_topk
+from msf_core.search.screen import screen_pays, screened_search
 
 # By benchmarks/results/cpu_auto.md, on two AMD cores. FAISS multiplies blocks of 1,024 rows: on a CPU its OpenBLAS does
 # so at full speed from this many Q·D on, 1.3 to 1.5 times faster than PyTorch; below it is up to 4 times slower.
@@ -16,20 +17,28 @@ SELECTION_MOST_DIM, SELECTION_MOST_ROWS, SELECTION_LEAST_NEIGHBORS = 256, 400, 5
 
 
 class AutoSearch:
-    """`SearchBackend` that hands each search to the fastest one measured for its size."""
+    """`GeneralSearch` that hands each search to the fastest one measured for its size."""
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
-        check_topk_arguments(queries, rows, k)
-        chosen = self.choose(queries, rows, k)
-        fast_faiss = chosen is not load_backend("torch") and rows.shape[0] < SCREEN_LEAST_ROWS * k
-        if screen_pays(queries, rows, k) and not fast_faiss:
-            return screened_topk(queries.detach(), rows.detach(), k, otherwise=chosen.topk)
-        return chosen.topk(queries, rows, k)
+        return self.search(Queries(queries), Rows(rows), k)
 
-    def choose(self, queries: Tensor, rows: Tensor, k: int) -> SearchBackend:
-        """Return the backend for k neighbors of queries [Q, D] among rows [n, D], where the screen does not serve."""
-        device = queries.device.type
+    def search(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        """See `GeneralSearch.search`."""
+        check_search_arguments(queries, rows, k)
+        chosen = self.choose(queries, rows, k)
+        fast_faiss = chosen is not load_backend("torch") and rows.values.shape[0] < SCREEN_LEAST_ROWS * k
+
+        def otherwise(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+            return search_by(chosen, queries, rows, k)
+
+        if screen_pays(queries.values, rows.values, k) and not fast_faiss:
+            return screened_search(queries, rows, k, otherwise)
+        return otherwise(queries, rows, k)
+
+    def choose(self, queries: Queries, rows: Rows, k: int) -> SearchBackend:
+        """Return the backend for k neighbors of the queries among the rows, where the screen does not serve."""
+        device = queries.values.device.type
         if device == "cpu" and _suits_faiss(queries, rows, k) and why_not("faiss", "cpu") is None:
             return load_backend("faiss")
         if device == "cuda" and why_not("triton", "cuda") is None:
@@ -39,7 +48,10 @@ class AutoSearch:
         return load_backend("torch")
 
 
-def _suits_faiss(queries: Tensor, rows: Tensor, k: int) -> bool:
-    selects = rows.shape[1] <= SELECTION_MOST_DIM and rows.shape[0] < SELECTION_MOST_ROWS * k
-    large = queries.numel() >= FAISS_LEAST_WORK
+def _suits_faiss(queries: Queries, rows: Rows, k: int) -> bool:
+    if queries.constrained or rows.scale is not None:  # those it cannot search by itself
+        return False
+    n, dim = rows.values.shape
+    selects = dim <= SELECTION_MOST_DIM and n < SELECTION_MOST_ROWS * k
+    large = queries.values.numel() >= FAISS_LEAST_WORK
     return large or (selects and k >= SELECTION_LEAST_NEIGHBORS)

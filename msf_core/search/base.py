@@ -2,12 +2,71 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Rows(NamedTuple):
+    """n rows to search, and what is kept beside them."""
+
+    values: Tensor
+    """[n, D] float32, float16 or bfloat16; or int8, with a scale."""
+    scale: Tensor | None = None
+    """[n] float32: row i is ``values[i] * scale[i]``. A row whose scale is NaN is never found."""
+    labels: Tensor | None = None
+    """[n] int64, for queries that ask for a label."""
+    ids: Tensor | None = None
+    """[n] int64, for queries that exclude one."""
+
+    def part(self, begin: int, end: int) -> "Rows":
+        """Return the rows from begin to end, where they lie."""
+        return Rows(*(None if part is None else part[begin:end] for part in self))  # type: ignore[arg-type]
+
+    def floats(self) -> Tensor:
+        """Return the rows as they are meant, [n, D] float32."""
+        values = self.values.float()
+        return values if self.scale is None else values * self.scale[:, None]
+
+
+class Queries(NamedTuple):
+    """Q queries, and what each may find."""
+
+    values: Tensor
+    """[Q, D], of the rows' dtype; float32 for int8 rows."""
+    labels: Tensor | None = None
+    """[Q] int64: only rows with that label are found, for −1 any."""
+    ids: Tensor | None = None
+    """[Q] int64: rows with that id are not found, for −1 all are."""
+
+    def at(self, which: Tensor | slice) -> "Queries":
+        """Return some of them."""
+        return Queries(*(None if part is None else part[which] for part in self))  # type: ignore[arg-type]
+
+    @property
+    def constrained(self) -> bool:
+        """Whether there are rows that a query may not find."""
+        return self.labels is not None or self.ids is not None
+
+    def forbidden(self, labels: Tensor | None, ids: Tensor | None) -> Tensor | None:
+        """Tell which rows may not be found, bool [Q, n]; None where all may.
+
+        Args:
+            labels: of the rows, [n], or [Q, n] where each query has rows of its own.
+            ids: likewise.
+        """
+        wrong = None
+        if self.labels is not None and labels is not None:
+            wanted = self.labels[:, None]
+            wrong = (wanted != labels) & (wanted >= 0)
+        if self.ids is not None and ids is not None:
+            own = self.ids[:, None]
+            same = (own == ids) & (own >= 0)
+            wrong = same if wrong is None else wrong | same
+        return wrong
 
 
 @runtime_checkable
@@ -31,20 +90,32 @@ class SearchBackend(Protocol):
         ...
 
 
-def check_topk_arguments(queries: Tensor, rows: Tensor, k: int) -> None:
-    """Raise ValueError or TypeError where the arguments are not as `SearchBackend.topk` has them."""
-    if queries.ndim != 2 or rows.ndim != 2 or queries.shape[1] != rows.shape[1]:
-        raise ValueError(
-            f"queries and rows must be [Q, D] and [n, D], got {list(queries.shape)} and {list(rows.shape)}"
-        )
-    if rows.dtype not in ROW_DTYPES:
-        raise TypeError(f"rows must be float32, float16 or bfloat16, got {rows.dtype}")
-    if queries.dtype != rows.dtype:
-        raise TypeError(f"queries must have the dtype of the rows, {rows.dtype}, got {queries.dtype}")
-    if queries.device != rows.device:
-        raise ValueError(f"queries must be on the device of the rows, {rows.device}, got {queries.device}")
-    if not 1 <= k <= rows.shape[0]:
-        raise ValueError(f"k must be between 1 and the number of rows, {rows.shape[0]}, got {k}")
+@runtime_checkable
+class GeneralSearch(SearchBackend, Protocol):
+    """A backend that also searches int8 rows, and for queries that may not find all rows, by itself."""
+
+    def search(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k largest inner products with the rows that each query may find, as `SearchBackend.topk`.
+
+        Where a query may find fewer than k rows, its last similarities are −inf with index −1.
+        """
+        ...
+
+
+def check_search_arguments(queries: Queries, rows: Rows, k: int) -> None:
+    """Raise ValueError or TypeError where the arguments are not as `GeneralSearch.search` has them."""
+    q, r = queries.values, rows.values
+    if q.ndim != 2 or r.ndim != 2 or q.shape[1] != r.shape[1]:
+        raise ValueError(f"queries and rows must be [Q, D] and [n, D], got {list(q.shape)} and {list(r.shape)}")
+    if r.dtype not in (ROW_DTYPES if rows.scale is None else (torch.int8,)):
+        raise TypeError(f"rows must be float32, float16 or bfloat16, or int8 with a scale, got {r.dtype}")
+    expected = r.dtype if rows.scale is None else torch.float32
+    if q.dtype != expected:
+        raise TypeError(f"queries must be {expected} for rows of {r.dtype}, got {q.dtype}")
+    if q.device != r.device:
+        raise ValueError(f"queries must be on the device of the rows, {r.device}, got {q.device}")
+    if not 1 <= k <= r.shape[0]:
+        raise ValueError(f"k must be between 1 and the number of rows, {r.shape[0]}, got {k}")
 
 
 class RunningTopk:

@@ -10,7 +10,7 @@ import faiss
 import torch
 from torch import Tensor
 
-from msf_core.search.base import RunningTopk, check_topk_arguments
+from msf_core.search.base import Queries, Rows, RunningTopk, check_search_arguments
 
 # FAISS on the CPU takes float32 alone: half-precision rows go through a buffer of this many.
 CPU_CHUNK_ROWS = 4096
@@ -40,7 +40,7 @@ class FaissSearch:
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`. On CUDA, k is at most 2,048."""
-        check_topk_arguments(queries, rows, k)
+        check_search_arguments(Queries(queries), Rows(rows), k)
         queries, rows = queries.detach().contiguous(), rows.detach()
         if rows.is_cuda:
             return self._topk_cuda(queries, rows, k)

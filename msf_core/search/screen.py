@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from msf_core.search.base import RunningTopk, exact_float32
+from msf_core.search.base import Queries, Rows, RunningTopk, exact_float32
 
 GROUP = 16  # rows
 CHUNK_ROWS = 2048  # whose bfloat16 copies and products stay in the cache
@@ -33,7 +33,7 @@ WORTH_IT = 10  # a row again costs less than so many in a float32 product
 LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 800  # benchmarks/results/cpu_auto.md
 ROUNDING = 2.0**-8
 
-Topk = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Search = Callable[[Queries, Rows, int], tuple[Tensor, Tensor]]
 
 
 @cache
@@ -49,52 +49,58 @@ def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
     return large and rows.device.type == "cpu" and is_fast()
 
 
-def screened_topk(queries: Tensor, rows: Tensor, k: int, otherwise: Topk) -> tuple[Tensor, Tensor]:
-    """Search as `SearchBackend.topk` does, on the CPU; ``otherwise`` searches what the screen does not save."""
-    with torch.no_grad(), exact_float32(rows.device):
-        parts = [_search(part, rows, k, otherwise) for part in queries.split(MOST_QUERIES)]
+@torch.no_grad()
+def screened_search(queries: Queries, rows: Rows, k: int, otherwise: Search) -> tuple[Tensor, Tensor]:
+    """Search as `GeneralSearch.search` does, on the CPU; ``otherwise`` searches what the screen does not save."""
+    parts = []
+    with exact_float32(rows.values.device):
+        for start in range(0, queries.values.shape[0], MOST_QUERIES):
+            parts.append(_search(queries.at(slice(start, start + MOST_QUERIES)), rows, k, otherwise))
     return torch.cat([similarity for similarity, _ in parts]), torch.cat([index for _, index in parts])
 
 
-def _search(queries: Tensor, rows: Tensor, k: int, otherwise: Topk) -> tuple[Tensor, Tensor]:
-    best = RunningTopk(queries, k)
-    screen = _Screen(queries, best)
-    whole = rows.shape[0] - rows.shape[0] % GROUP
+def _search(queries: Queries, rows: Rows, k: int, otherwise: Search) -> tuple[Tensor, Tensor]:
+    best = RunningTopk(queries.values, k)
+    screen = _Screen(queries, rows, best)
+    n = rows.values.shape[0]
+    whole = n - n % GROUP
     block = min(max(LEAST_BLOCK_ROWS, BLOCK_ROWS_FOR_EACH_NEIGHBOR * k), MOST_BLOCK_ROWS)
     done = 0
-    while done < whole and screen.search(rows[done : min(done + block, whole)], done):
+    while done < whole and screen.search(rows.part(done, min(done + block, whole)), done):
         done = min(done + block, whole)
-    if done < rows.shape[0]:
-        rest = rows[done:]
-        similarity, index = otherwise(queries, rest, min(k, rest.shape[0]))
-        best.merge(similarity, index + done)
+    if done < n:
+        rest = rows.part(done, n)
+        similarity, index = otherwise(queries, rest, min(k, n - done))
+        best.merge(similarity, torch.where(index < 0, index, index + done))
     return best.result()
 
 
 class _Screen:
     """The screen of one search, fed with blocks of rows; what it finds goes into ``best``."""
 
-    def __init__(self, queries: Tensor, best: RunningTopk) -> None:
+    def __init__(self, queries: Queries, rows: Rows, best: RunningTopk) -> None:
         self.best = best
-        self.queries = queries.float()  # [Q, D]
+        self.constraints = queries
+        self.queries = queries.values.float()  # [Q, D]
         self.rounded = self.queries.bfloat16().nan_to_num_()
         rounding = torch.linalg.vector_norm(self.queries - self.rounded.float(), dim=1)
         length = torch.linalg.vector_norm(self.queries, dim=1)
-        of_rows = 0.0 if queries.dtype == torch.bfloat16 else ROUNDING
+        of_rows = 0.0 if rows.values.dtype == torch.bfloat16 else ROUNDING
         # [Q], with 1 % for rows of half precision, which may be a little longer than 1; NaN for a query with NaN
-        self.error = 1.01 * (rounding + (of_rows + queries.shape[1] * 2.0**-22) * length)
+        self.error = 1.01 * (rounding + (of_rows + self.queries.shape[1] * 2.0**-22) * length)
         # Every new tensor is made from one that is there: users set default dtypes and devices.
-        self.products = self.rounded.new_empty(CHUNK_ROWS, queries.shape[0])
-        self.rows = self.rounded.new_empty(CHUNK_ROWS, queries.shape[1])
+        self.products = self.rounded.new_empty(CHUNK_ROWS, self.queries.shape[0])
+        self.rows = self.rounded.new_empty(CHUNK_ROWS, self.queries.shape[1])
 
-    def search(self, rows: Tensor, offset: int) -> bool:
+    def search(self, rows: Rows, offset: int) -> bool:
         """Take rows [c · GROUP, D] in; return False, having done nothing, where the screen leaves too many."""
         maxima = self._maxima(rows)  # [groups, Q]
-        wanted = (maxima >= self._least(maxima)).logical_or_(maxima.isnan())  # a NaN row hides the others of its group
+        # A NaN row hides the others of its group; −inf is a group without a row that may be found.
+        wanted = ((maxima >= self._least(maxima)) & (maxima > -torch.inf)).logical_or_(maxima.isnan())
         counts = wanted.sum(dim=0)  # [Q]
         count, most = wanted.shape[1], int(counts.max())
         most = max(most, -(-self.best.k // GROUP))
-        worth_it = rows.shape[0] * count / (GROUP * WORTH_IT)
+        worth_it = rows.values.shape[0] * count / (GROUP * WORTH_IT)
         if int(counts.sum()) > worth_it or most * count * GROUP * (4 + 8) > CANDIDATE_BYTES:
             return False
         group, query = wanted.nonzero(as_tuple=True)  # [p] each, by group: rows are read in their order
@@ -121,30 +127,47 @@ class _Screen:
             surely = torch.maximum(surely, self.best.similarity[:, -1])
         return (surely - self.error).bfloat16()  # rounded as the products were, so none of them falls below it
 
-    def _maxima(self, rows: Tensor) -> Tensor:
+    def _maxima(self, rows: Rows) -> Tensor:
         """Return the largest product of each group, [groups, Q] bfloat16; NaN where the group has a NaN."""
-        count = self.rounded.shape[0]
-        maxima = self.rounded.new_empty(rows.shape[0] // GROUP, count)
-        for start in range(0, rows.shape[0], CHUNK_ROWS):
-            part = rows[start : start + CHUNK_ROWS]
-            if part.dtype != torch.bfloat16:
-                part = self.rows[: part.shape[0]].copy_(part)
-            products = torch.mm(part, self.rounded.T, out=self.products[: part.shape[0]])
-            out = maxima[start // GROUP : (start + part.shape[0]) // GROUP]
+        n, count = rows.values.shape[0], self.rounded.shape[0]
+        maxima = self.rounded.new_empty(n // GROUP, count)
+        for start in range(0, n, CHUNK_ROWS):
+            part = rows.part(start, start + CHUNK_ROWS)
+            values, size = part.values, part.values.shape[0]
+            if part.scale is not None:
+                values = torch.mul(values, part.scale[:, None], out=self.rows[:size])
+            elif values.dtype != torch.bfloat16:
+                values = self.rows[:size].copy_(values)
+            products = torch.mm(values, self.rounded.T, out=self.products[:size])
+            forbidden = self.constraints.forbidden(part.labels, part.ids)
+            if forbidden is not None:
+                products.masked_fill_(forbidden.T, -torch.inf)
+            out = maxima[start // GROUP : (start + size) // GROUP]
             torch.amax(products.view(-1, GROUP, count), dim=1, out=out)
         return maxima
 
-    def _again(self, rows: Tensor, query: Tensor, group: Tensor) -> Tensor:
-        """Return the float32 products of the pairs, [p, GROUP]; −inf for NaN."""
-        dim = rows.shape[1]
-        groups = rows.view(-1, GROUP * dim)
+    def _again(self, rows: Rows, query: Tensor, group: Tensor) -> Tensor:
+        """Return the float32 products of the pairs, [p, GROUP]; −inf for NaN and for rows that may not be found."""
+        dim = rows.values.shape[1]
+        groups = rows.values.view(-1, GROUP * dim)
         step = max(1, AGAIN_BYTES // (4 * GROUP * dim))
         result = self.queries.new_empty(query.shape[0], 1, GROUP)
-        buffer = rows.new_empty(step, GROUP * dim)
+        buffer = rows.values.new_empty(step, GROUP * dim)
         for start in range(0, query.shape[0], step):
             part = group[start : start + step]
             torch.index_select(groups, 0, part, out=buffer[: part.shape[0]])
             values = buffer[: part.shape[0]].float().view(-1, GROUP, dim)
             q = self.queries[query[start : start + step]]
             torch.bmm(q[:, None], values.transpose(1, 2), out=result[start : start + step])
-        return result.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)[:, 0]
+        products = result[:, 0]
+
+        def of_groups(beside: Tensor | None) -> Tensor | None:
+            return None if beside is None else beside.view(-1, GROUP)[group]
+
+        scale = of_groups(rows.scale)
+        if scale is not None:
+            products *= scale
+        forbidden = self.constraints.at(query).forbidden(of_groups(rows.labels), of_groups(rows.ids))
+        if forbidden is not None:
+            products.masked_fill_(forbidden, -torch.inf)
+        return products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from msf_core.search.base import RunningTopk, check_topk_arguments, exact_float32
-from msf_core.search.screen import screen_pays, screened_topk
+from msf_core.search.base import Queries, Rows, RunningTopk, check_search_arguments, exact_float32
+from msf_core.search.screen import screen_pays, screened_search
 
 # Bytes of one chunk of rows and of its products, as float32: they should stay in a CPU's cache, and keep a GPU busy.
 CPU_CHUNK_BYTES = 4 << 20
@@ -16,21 +16,30 @@ class TorchSearch:
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
-        check_topk_arguments(queries, rows, k)
-        queries, rows = queries.detach(), rows.detach()
-        if screen_pays(queries, rows, k):
-            return screened_topk(queries, rows, k, otherwise=float32_topk)
-        return float32_topk(queries, rows, k)
+        return self.search(Queries(queries), Rows(rows), k)
+
+    def search(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        """See `GeneralSearch.search`."""
+        check_search_arguments(queries, rows, k)
+        if screen_pays(queries.values, rows.values, k):
+            return screened_search(queries, rows, k, otherwise=float32_search)
+        return float32_search(queries, rows, k)
 
 
-def float32_topk(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Search as `SearchBackend.topk` does, by products in float32 alone."""
-    chunk_bytes = CUDA_CHUNK_BYTES if rows.is_cuda else CPU_CHUNK_BYTES
-    chunk = max(1024, chunk_bytes // (4 * max(queries.shape)))
-    best = RunningTopk(queries, k)
-    with torch.no_grad(), exact_float32(rows.device):
-        for start in range(0, rows.shape[0], chunk):
-            products = _products(queries, rows[start : start + chunk])  # [Q, chunk]
+@torch.no_grad()
+def float32_search(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+    """Search as `GeneralSearch.search` does, by products in float32 alone."""
+    n = rows.values.shape[0]
+    chunk_bytes = CUDA_CHUNK_BYTES if rows.values.is_cuda else CPU_CHUNK_BYTES
+    chunk = max(1024, chunk_bytes // (4 * max(queries.values.shape)))
+    best = RunningTopk(queries.values, k)
+    with exact_float32(rows.values.device):
+        for start in range(0, n, chunk):
+            part = rows.part(start, start + chunk)
+            products = _products(queries.values, part)  # [Q, chunk]
+            forbidden = queries.forbidden(part.labels, part.ids)
+            if forbidden is not None:
+                products.masked_fill_(forbidden, -torch.inf)
             products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # top-k ranks NaN first
             similarity, index = products.topk(min(k, products.shape[1]), dim=1)
             del products  # before the next chunk's come
@@ -38,10 +47,10 @@ def float32_topk(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]
     return best.result()
 
 
-def _products(queries: Tensor, rows: Tensor) -> Tensor:
+def _products(queries: Tensor, rows: Rows) -> Tensor:
     """Return queries · rowsᵀ [Q, c] in float32; half-precision values are accumulated in float32."""
     if queries.dtype == torch.float32:
-        return queries @ rows.T
+        return queries @ rows.floats().T
     if queries.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(queries, rows.T, out_dtype=torch.float32)
-    return queries.float() @ rows.float().T
+        return torch.mm(queries, rows.values.T, out_dtype=torch.float32)
+    return queries.float() @ rows.floats().T

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msf_core.search.base import check_topk_arguments
+from msf_core.search.base import Queries, Rows, check_search_arguments
 
 MOST_NEIGHBORS = 256
 MAXIMA_BYTES = 40 << 20  # of the maxima that are held at once
@@ -67,7 +67,7 @@ class TritonSearch:
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`; k is at most 256. The same bits come at every call."""
-        check_topk_arguments(queries, rows, k)
+        check_search_arguments(Queries(queries), Rows(rows), k)
         if k > MOST_NEIGHBORS:
             raise ValueError(f"the triton backend finds at most {MOST_NEIGHBORS} neighbors, got k={k}")
         if not (rows.is_cuda or (INTERPRETED and rows.device.type == "cpu")):

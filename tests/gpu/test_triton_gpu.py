@@ -111,5 +111,5 @@ def test_the_error_of_tf32_stays_within_its_bound(triton) -> None:
 def test_auto_takes_triton_and_torch_for_more_neighbors_than_it_finds(triton) -> None:
     auto = AutoSearch()
     queries = torch.empty(256, 512, device="cuda")
-    assert auto.choose(queries, queries, 5) is triton
-    assert auto.choose(queries, queries, 257) is load_backend("torch")
+    assert auto.choose(Queries(queries), Rows(queries), 5) is triton
+    assert auto.choose(Queries(queries), Rows(queries), 257) is load_backend("torch")

@@ -1,0 +1,49 @@
+"""Any search by a backend that has `SearchBackend.topk` alone: int8 rows, and queries that may not find all rows."""
+
+import torch
+from torch import Tensor
+
+from msf_core.search.base import GeneralSearch, Queries, Rows, RunningTopk, SearchBackend
+from msf_core.search.registry import load_backend, most_neighbors
+
+CHUNK_ROWS = 4096  # int8 rows that are brought to float32 at once
+SPARE = 2  # times as many neighbors as asked for, of which some may be forbidden
+
+
+def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+    """Search as `GeneralSearch.search` does, by that backend.
+
+    One that has ``topk`` alone is asked for more neighbors than k. Queries that are left with fewer than k are
+    searched again by the torch backend; on a GPU that makes the host wait.
+    """
+    if isinstance(backend, GeneralSearch):
+        return backend.search(queries, rows, k)
+    if not queries.constrained:
+        return _topk(backend, queries, rows, k)
+    n = rows.values.shape[0]
+    more = max(k, min(SPARE * k, n, most_neighbors(backend, rows.values.device.type) or n))
+    similarity, index = _topk(backend, queries, rows, more)
+    found = index.clamp(min=0)
+    labels, ids = (None if beside is None else beside[found] for beside in (rows.labels, rows.ids))
+    forbidden = queries.forbidden(labels, ids)
+    all_seen = (index[:, -1] < 0) | (more == n)  # [Q]
+    if forbidden is not None:
+        similarity = similarity.masked_fill(forbidden, -torch.inf)
+    best = RunningTopk(queries.values, k)
+    best.merge(similarity, index)
+    similarity, index = best.result()
+    again = ((index[:, -1] < 0) & ~all_seen).nonzero()[:, 0]
+    if len(again):
+        similarity[again], index[again] = search_by(load_backend("torch"), queries.at(again), rows, k)
+    return similarity, index
+
+
+def _topk(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+    if rows.scale is None:
+        return backend.topk(queries.values, rows.values, k)
+    best = RunningTopk(queries.values, k)
+    for start in range(0, rows.values.shape[0], CHUNK_ROWS):
+        part = rows.part(start, start + CHUNK_ROWS).floats()
+        similarity, index = backend.topk(queries.values, part, min(k, len(part)))
+        best.merge(similarity, index + start)
+    return best.result()
