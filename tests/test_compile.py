@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msf_core import MeanShiftLoss, MemoryBank
 from msf_core.schedules import linear
-from msf_core.search import topk
+from msf_core.search import Queries, Rows, search_bank
 
 SIZE, DIM, BATCH, K = 512, 16, 32, 5
 
@@ -167,8 +167,9 @@ def test_a_forward_makes_nothing_larger_than_the_neighbors_outside_the_search() 
 def test_the_operator_passes_the_checks_of_pytorch(backend_name: str) -> None:
     rows = torch.nn.functional.normalize(torch.randn(20, 8), dim=1)
     arguments = (rows[:3].clone(), rows, torch.tensor(15), 4, backend_name)
-    torch.library.opcheck(torch.ops.msf_core.topk.default, arguments)
-    similarity, index = topk(*arguments)
+    beside = (None, torch.arange(20) % 2, torch.tensor([0, 1, -1]), None, None)
+    torch.library.opcheck(torch.ops.msf_core.search.default, (*arguments, *beside))
+    similarity, index = search_bank(Queries(arguments[0]), Rows(rows), *arguments[2:])
     assert (index < 15).all()
     assert index[:, 0].tolist() == [0, 1, 2]
     assert similarity.shape == (3, 4)
@@ -177,4 +178,4 @@ def test_the_operator_passes_the_checks_of_pytorch(backend_name: str) -> None:
 @pytest.mark.parametrize(("filled", "k"), [(3, 4), (20, 0)])
 def test_the_operator_names_a_k_that_is_out_of_range(filled: int, k: int) -> None:
     with pytest.raises(ValueError, match=f"number of rows, {filled}, got {k}"):
-        topk(torch.ones(2, 4), torch.ones(20, 4), torch.tensor(filled), k, "torch")
+        search_bank(Queries(torch.ones(2, 4)), Rows(torch.ones(20, 4)), torch.tensor(filled), k, "torch")

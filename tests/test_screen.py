@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msf_core import available_backends
-from msf_core.search import load_backend, screen
+from msf_core.search import Queries, Rows, load_backend, screen
 from msf_core.search.auto import AutoSearch
-from msf_core.search import Queries, Rows
 from msf_core.search.screen import GROUP, Search, screened_search
 from msf_core.search.torch_backend import float32_search
 
@@ -100,7 +99,7 @@ def test_the_error_bound_holds_for_the_worst_rounding(dtype: torch.dtype, dim: i
     worst = rounded_the_same_way(dim)
     rows = torch.cat([worst, -worst, unit(50, dim, torch.float32, seed=0)]).to(dtype)
     queries = torch.cat([worst, 3 * worst, unit(50, dim, torch.float32, seed=1)]).to(dtype)
-    made = screen._Screen(queries, screen.RunningTopk(queries, 1))
+    made = screen._Screen(Queries(queries), Rows(rows), screen.RunningTopk(queries, 1))
     off = (made.rounded.double() @ rows.bfloat16().double().T - queries.double() @ rows.double().T).abs()
     assert (off <= made.error.double()[:, None]).all()
     if dtype == torch.float32:
@@ -240,12 +239,14 @@ def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPat
 
     rows, queries = unit(3100, 8, torch.float32, seed=0), unit(9, 8, torch.float32, seed=1)
     for module in ("torch_backend", "auto"):
-        monkeypatch.setattr(f"msf_core.search.{module}.screened_topk", spy)
+        monkeypatch.setattr(f"msf_core.search.{module}.screened_search", spy)
         monkeypatch.setattr(f"msf_core.search.{module}.screen_pays", lambda queries, rows, k: k == 2)
     for backend in (load_backend("torch"), AutoSearch()):
         for k in (1, 2):
             backend.topk(queries, rows, k)
-    assert used == [float32_search, load_backend("torch").topk]
+    assert used[0] is float32_search
+    assert used[1].args == (load_backend("torch"),)
+    assert len(used) == 2
 
 
 def test_whether_this_cpu_is_fast_is_asked_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,9 +268,9 @@ def test_auto_leaves_a_bank_of_few_rows_for_each_neighbor_to_a_fast_faiss(monkey
     used = []
     monkeypatch.setattr("msf_core.search.auto.screen_pays", lambda queries, rows, k: True)
     monkeypatch.setattr(
-        "msf_core.search.auto.screened_topk",
+        "msf_core.search.auto.screened_search",
         lambda queries, rows, k, otherwise: (
-            used.append((queries.shape[0], rows.shape[0])) or otherwise(queries, rows, k)
+            used.append((queries.values.shape[0], rows.values.shape[0])) or otherwise(queries, rows, k)
         ),
     )
     rows, queries = unit(2000, 1024, torch.float32, seed=0), unit(128, 1024, torch.float32, seed=1)

@@ -408,6 +408,7 @@ except ImportError as error:
     print(error)
 bank = MemoryBank(4, 2)
 bank.push(torch.eye(2))
+from msf_core.search import Queries, Rows
 chosen = load_backend("auto").choose(Queries(torch.empty(256, 512)), Rows(bank.rows), 1)
 print(type(chosen).__name__, bank.search(torch.eye(2), 1).index.tolist())
 """

@@ -1,5 +1,7 @@
 """The choice that "auto" makes, at every search: by device, size and what is installed."""
 
+from functools import partial
+
 from torch import Tensor
 
 from msf_core.search.base import Queries, Rows, SearchBackend, check_search_arguments
@@ -28,10 +30,7 @@ class AutoSearch:
         check_search_arguments(queries, rows, k)
         chosen = self.choose(queries, rows, k)
         fast_faiss = chosen is not load_backend("torch") and rows.values.shape[0] < SCREEN_LEAST_ROWS * k
-
-        def otherwise(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-            return search_by(chosen, queries, rows, k)
-
+        otherwise = partial(search_by, chosen)
         if screen_pays(queries.values, rows.values, k) and not fast_faiss:
             return screened_search(queries, rows, k, otherwise)
         return otherwise(queries, rows, k)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msf_core import available_backends
-from msf_core.search import load_backend
+from msf_core.search import Queries, Rows, load_backend
 from msf_core.search.auto import AutoSearch
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,110 @@
+"""Searches for queries that may not find all rows, and int8 rows: by every backend as by a float64 brute force."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from msf_core.search import Queries, Rows, load_backend, screen, search_by
+from msf_core.search.auto import AutoSearch
+from msf_core.search.screen import GROUP, screened_search
+from msf_core.search.torch_backend import float32_search
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+
+class Plain:
+    """A user's backend, which has nothing but topk."""
+
+    def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return load_backend("torch").topk(queries, rows, k)
+
+
+def search_of(name: str) -> Any:
+    """Return a function like `GeneralSearch.search`."""
+    if name == "screen":
+        return lambda queries, rows, k: screened_search(queries, rows, k, float32_search)
+    backend = {"plain": Plain, "auto": AutoSearch}.get(name, lambda: load_backend(name))()
+    return lambda queries, rows, k: search_by(backend, queries, rows, k)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_blocks():
+    """Several chunks and blocks even for few rows; the screen never gives up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen, "CHUNK_ROWS", 2 * GROUP)
+        patch.setattr(screen, "LEAST_BLOCK_ROWS", 4 * GROUP)
+        patch.setattr(screen, "MOST_BLOCK_ROWS", 4 * GROUP)
+        patch.setattr(screen, "WORTH_IT", 0.01)
+        patch.setattr("msf_core.search.general.CHUNK_ROWS", 37)
+        yield
+
+
+def made(count: int, n: int, dim: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Unit queries and rows, some of them NaN, and the rows' scale."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = F.normalize(torch.randn(count, dim, generator=generator), dim=1)
+    rows = F.normalize(torch.randn(n, dim, generator=generator), dim=1)
+    rows[torch.rand(n, generator=generator) < 0.1] = torch.nan
+    if dtype != torch.int8:
+        return queries.to(dtype), rows.to(dtype), None
+    scale = rows.abs().amax(dim=1) / 127
+    return queries, (rows / scale[:, None]).nan_to_num().round().to(torch.int8), scale
+
+
+@pytest.mark.parametrize("name", ["torch", "faiss", "screen", "auto", "plain"])
+@given(
+    dtype=st.sampled_from(DTYPES),
+    count=st.integers(1, 9),
+    n=st.integers(1, 300),
+    dim=st.sampled_from([1, 3, 33, 64]),
+    data=st.data(),
+    classes=st.sampled_from([1, 2, 7, 400]),
+    by_label=st.booleans(),
+    by_id=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_the_nearest_of_those_that_may_be_found_are(
+    name: str,
+    dtype: torch.dtype,
+    count: int,
+    n: int,
+    dim: int,
+    data: st.DataObject,
+    classes: int,
+    by_label: bool,
+    by_id: bool,
+    seed: int,
+) -> None:
+    k = data.draw(st.integers(1, min(n, 12)), label="k")
+    values, row_values, scale = made(count, n, dim, dtype, seed)
+    draw = torch.Generator().manual_seed(seed + 1)
+    row_labels, labels = (torch.randint(-1, classes, (size,), generator=draw) for size in (n, count))
+    row_ids, ids = (torch.randint(-1, classes, (size,), generator=draw) for size in (n, count))
+    rows = Rows(row_values, scale, row_labels if by_label else None, row_ids if by_id else None)
+    queries = Queries(values, labels if by_label else None, ids if by_id else None)
+    similarity, index = search_of(name)(queries, rows, k)
+
+    truth = values.double() @ row_values.double().T
+    if scale is not None:
+        truth = truth * scale.double()
+    for q in range(count):
+        for r in range(n):
+            if by_label and labels[q] >= 0 and labels[q] != row_labels[r]:
+                truth[q, r] = -torch.inf
+            if by_id and ids[q] >= 0 and ids[q] == row_ids[r]:
+                truth[q, r] = -torch.inf
+    truth = truth.masked_fill(truth.isnan(), -torch.inf)
+    expected = truth.topk(k, dim=1).values
+    absent = expected == -torch.inf
+    assert torch.equal(index == -1, absent)
+    assert torch.equal(similarity == -torch.inf, absent)
+    torch.testing.assert_close(similarity.double(), expected, rtol=0, atol=1e-5)
+    found = truth.gather(1, index.clamp(min=0)).masked_fill(absent, -torch.inf)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    slots = index.sort(dim=1).values
+    assert not ((slots[:, 1:] == slots[:, :-1]) & (slots[:, 1:] >= 0)).any(), "a neighbor comes twice"
