@@ -16,6 +16,8 @@ def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> t
     One that has ``topk`` alone is asked for more neighbors than k. Queries that are left with fewer than k are
     searched again by the torch backend; on a GPU that makes the host wait.
     """
+    if rows.scale is None and not queries.constrained:
+        return backend.topk(queries.values, rows.values, k)
     if isinstance(backend, GeneralSearch):
         return backend.search(queries, rows, k)
     if not queries.constrained:
