@@ -1,6 +1,6 @@
 """The collectives of a bank that several ranks share: the hosts agree first, then tensors of known sizes travel.
 
-Every shared call begins with `Ranks.agree`, a message of 64 bytes between the hosts. It says how many rows each rank
+Every shared call begins with `Ranks.agree`, a message of 72 bytes between the hosts. It says how many rows each rank
 brings, so that none has to be asked of a GPU, and whether a rank has failed: then all of them raise, and nobody waits.
 """
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, OSError, RuntimeError)
-_NUMBERS, _TEXT_BYTES = 8, 1024
+_NUMBERS, _TEXT_BYTES = 9, 1024
 # The group in which the hosts of a group that has GPUs alone (NCCL) talk.
 _host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -68,7 +68,7 @@ class Ranks:
 
         Args:
             call: what this rank is doing.
-            same: numbers, or words of 8 ASCII letters at most, that must not differ between ranks; at most five.
+            same: numbers, or words of 8 ASCII letters at most, that must not differ between ranks; at most six.
             count: a number that may.
             problem: why this rank cannot go on.
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msf_core.checks import check_labels, check_tensor
-from msf_core.memory_bank import UNKNOWN_LABEL, MemoryBank, Neighbors, unit_rows
+from msf_core.memory_bank import MemoryBank
+from msf_core.rows import UNKNOWN, Neighbors, unit_rows
 from msf_core.schedules import Schedule
 
 
@@ -57,16 +58,22 @@ class MeanShiftLoss(nn.Module):
 
     u is its own first neighbour by construction: the set is the exact u and the k − 1 nearest other rows.
     So k = 1 is BYOL's loss to the last bit, with no search. While the bank holds fewer than k rows, those
-    there are serve; where fewer than k of them are finite, u stands in. In ``eval()`` mode nothing is pushed,
-    so a validation loss leaves the bank as it was.
+    there are serve; where fewer than k of them are finite, or may serve, u stands in. In ``eval()`` mode nothing
+    is pushed, so a validation loss leaves the bank as it was.
+
+    Two options, beyond the paper, restrict which rows may serve. Both are exact; u serves always.
 
     Args:
         bank: the `MemoryBank`; None is allowed with ``k=1``.
         k: neighbours that serve, u included: an int, or a schedule of the number of training forwards so far
             (rounded; the count is saved in the ``state_dict``). The paper uses 5 (section 3.1).
+        exclude_same_id: rows with the ``ids`` of u, older augmentations of the same image, do not serve; id −1
+            excludes none. The bank keeps ids from now on.
+        same_label: only rows with the label of u serve: supervised mean shift, and semi-supervised with label −1
+            for those u that any row may serve (CMSF, ECCV 2022).
 
     Raises:
-        ValueError: k below 1 or above the bank's size, or no bank with another k than 1.
+        ValueError: k below 1 or above the bank's size, or no bank with another k than 1, or with those options.
         TypeError: another bank, or a k that is neither an int nor callable.
 
     >>> bank = MemoryBank(size=128, dim=16)
@@ -78,7 +85,14 @@ class MeanShiftLoss(nn.Module):
     (8, True)
     """
 
-    def __init__(self, bank: MemoryBank | None, k: int | Schedule = 5) -> None:
+    def __init__(
+        self,
+        bank: MemoryBank | None,
+        k: int | Schedule = 5,
+        *,
+        exclude_same_id: bool = False,
+        same_label: bool = False,
+    ) -> None:
         super().__init__()
         if not (bank is None or isinstance(bank, MemoryBank)):
             raise TypeError(f"bank must be a MemoryBank or None, got {bank!r}")
@@ -88,8 +102,14 @@ class MeanShiftLoss(nn.Module):
             _check_k(k, bank)
         elif bank is None:
             raise ValueError("a schedule of k needs a bank; bank=None goes with k=1")
+        if bank is None and (exclude_same_id or same_label):
+            raise ValueError("exclude_same_id and same_label need a bank; bank=None goes with k=1")
+        if bank is not None and exclude_same_id:
+            bank.keep_ids()
         self.bank = bank
         self.k = k
+        self.exclude_same_id = exclude_same_id
+        self.same_label = same_label
         self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # no int, as `MemoryBank._pushed`
 
     @property
@@ -104,62 +124,79 @@ class MeanShiftLoss(nn.Module):
         target: Tensor,
         labels: Tensor | None = None,
         *,
+        ids: Tensor | None = None,
         return_neighbors: Literal[False] = ...,
     ) -> Tensor: ...
 
     @overload
     def forward(
-        self, prediction: Tensor, target: Tensor, labels: Tensor | None = None, *, return_neighbors: Literal[True]
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        return_neighbors: Literal[True],
     ) -> tuple[Tensor, Neighbors]: ...
 
     def forward(
-        self, prediction: Tensor, target: Tensor, labels: Tensor | None = None, *, return_neighbors: bool = False
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        return_neighbors: bool = False,
     ) -> Tensor | tuple[Tensor, Neighbors]:
         """Return the loss of a batch, and push its targets.
 
         Args:
             prediction: v [B, D], the online side: predictor(encoder(view)). Any float dtype and scale.
             target: u [B, D], the target side. Detached; normalized in float32.
-            labels: [B] integers that are kept beside the rows; for purity only, the loss never sees them.
+            labels: [B] integers that are kept beside the rows, −1 where unknown; for purity only, unless
+                ``same_label``.
+            ids: [B] integers that are kept beside the rows: which image each u is of, −1 where unknown.
             return_neighbors: also return the `Neighbors` that served, u first.
 
         Returns:
             The loss, a float32 scalar in [0, 4]; with ``return_neighbors`` a pair (loss, `Neighbors`).
 
         Raises:
-            ValueError: shapes or devices that do not fit, an empty batch, a schedule's k out of range.
-            TypeError: tensors that are not floating, labels that are not integers.
+            ValueError: shapes or devices that do not fit, an empty batch, a schedule's k out of range, no ``ids`` with
+                ``exclude_same_id`` or no labels with ``same_label``.
+            TypeError: tensors that are not floating, labels or ids that are not integers.
             ImportError: the bank's backend does not work on its device.
         """
         if self.bank is not None and self.bank.waits_for_others(pushing=self.training):
             with self.bank.sharing_errors(pushing=self.training):
-                k = self._check(prediction, target, labels)
+                k = self._check(prediction, target, labels, ids)
         else:
-            k = self._check(prediction, target, labels)
+            k = self._check(prediction, target, labels, ids)
         with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
             u = unit_rows(target)  # [B, D]
-            neighbors = self._find_neighbors(u, labels, k)
+            neighbors = self._find_neighbors(u, labels, ids, k)
         if self.training:
             self._steps.add_(1)
         loss = mean_shift_loss(prediction, neighbors.embedding)
         return (loss, neighbors) if return_neighbors else loss
 
-    def _find_neighbors(self, u: Tensor, labels: Tensor | None, k: int) -> Neighbors:
+    def _find_neighbors(self, u: Tensor, labels: Tensor | None, ids: Tensor | None, k: int) -> Neighbors:
         slots = torch.full((u.shape[0],), -1, device=u.device)
         if self.bank is not None and self.training:
-            slots = self.bank.push(u, labels)
+            slots = self.bank.push(u, labels, ids)
         own = Neighbors(
             similarity=u.new_ones(u.shape[0], 1),
             index=slots[:, None],
             embedding=u[:, None],
-            label=torch.full_like(slots, UNKNOWN_LABEL)[:, None] if labels is None else labels[:, None].long(),
+            label=torch.full_like(slots, UNKNOWN)[:, None] if labels is None else labels[:, None].long(),
         )
+        limits = {"labels": labels if self.same_label else None, "exclude_ids": ids if self.exclude_same_id else None}
         if self.training and self.bank is not None and k > 1:
             # A batch of k fills k rows at least; only a smaller one has to ask.
             there = k if u.shape[0] >= k else min(k, len(self.bank))
-            others = self.bank.find(u, there, leave_out=slots)  # [B, k − 1]
+            others = self.bank.find(u, there, leave_out=slots, **limits)  # [B, k − 1]
         elif self.bank is not None and min(k - 1, len(self.bank)) > 0:
-            others = self.bank.find(u, min(k - 1, len(self.bank)))
+            others = self.bank.find(u, min(k - 1, len(self.bank)), **limits)
         else:
             return own
         absent = (others.index < 0)[..., None]
@@ -172,7 +209,7 @@ class MeanShiftLoss(nn.Module):
             label=torch.cat([own.label, others.label], dim=1),
         )
 
-    def _check(self, prediction: Tensor, target: Tensor, labels: Tensor | None) -> int:
+    def _check(self, prediction: Tensor, target: Tensor, labels: Tensor | None, ids: Tensor | None) -> int:
         """Return this step's k, or raise before anything changes."""
         k = self.k if isinstance(self.k, int) else _rounded(self.k(self.steps))
         _check_prediction(prediction)
@@ -185,6 +222,11 @@ class MeanShiftLoss(nn.Module):
         if target.device != prediction.device:
             raise ValueError(f"target must be on the prediction's device, {prediction.device}, got {target.device}")
         check_labels(labels, target)
+        check_labels(ids, target, "ids")
+        if self.exclude_same_id and ids is None:
+            raise ValueError("exclude_same_id needs the ids of the batch, got none")
+        if self.same_label and labels is None:
+            raise ValueError("same_label needs the labels of the batch, −1 where unknown, got none")
         if self.bank is not None:
             self.bank.check("target", target)
             self.bank.check_backend(k)
@@ -199,8 +241,9 @@ class MeanShiftLoss(nn.Module):
         self._steps.fill_(int(state))
 
     def extra_repr(self) -> str:
-        """Describe k."""
-        return f"k={self.k}"
+        """Describe k, and what restricts the neighbors."""
+        options = (name for name in ("exclude_same_id", "same_label") if getattr(self, name))
+        return ", ".join([f"k={self.k}", *(f"{name}=True" for name in options)])
 
 
 def _rounded(k: float) -> int:

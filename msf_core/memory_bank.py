@@ -2,39 +2,23 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from msf_core.bank_state import UNKNOWN_LABEL, BankState
+from msf_core.bank_state import BankState
 from msf_core.checks import check_labels, check_tensor
 from msf_core.distributed import ERRORS, Ranks, problem_of, untraced
-from msf_core.search import Queries, Rows, SearchBackend, check_backend, find_backend, search_bank, search_by
+from msf_core.rows import UNKNOWN, Neighbors, packed, unit_rows, unpacked
+from msf_core.search import Queries, SearchBackend, check_backend, find_backend, search_bank, search_by
 from msf_core.search.base import ROW_DTYPES
 
 LAYOUTS = ("replicated", "sharded", "local")
 
 
-class Neighbors(NamedTuple):
-    """The k nearest rows of Q queries, nearest first.
-
-    A place for which the bank held no finite row has similarity −inf, index −1, a zero embedding and label −1.
-    """
-
-    similarity: Tensor
-    """[Q, k] float32, cosine similarity, descending."""
-    index: Tensor  # type: ignore[assignment]  # shadows tuple.index
-    """[Q, k] int64, slots of the bank."""
-    embedding: Tensor
-    """[Q, k, D] float32 unit vectors. Half-precision rows are brought back to unit length."""
-    label: Tensor
-    """[Q, k] int64, −1 where unknown."""
-
-
 class MemoryBank(BankState):
-    """The newest ``size`` embeddings as unit rows, each with a label, and exact search among them.
+    """The newest ``size`` embeddings as unit rows, each with a label and an id, and exact search among them.
 
     Contents always equal a ``collections.deque(maxlen=size)`` of everything pushed. All of it is in the
     ``state_dict``: save, load and go on is bit-equal. A saved bank of another size gives the newest rows that
@@ -43,8 +27,8 @@ class MemoryBank(BankState):
     Args:
         size: rows that it holds, N. The paper uses 1,024,000 and finds 128,000 as good (section 3.4).
         dim: dimensions of an embedding, D.
-        dtype: of the stored rows: float32, float16 or bfloat16. Queries are rounded to it, similarities are
-            accumulated in float32.
+        dtype: of the stored rows: float32, float16, bfloat16, or int8 with a float32 scale for each row. Queries are
+            rounded to a floating one, and stay float32 for int8; similarities are accumulated in float32.
         backend: "auto", "torch", "faiss", "triton", or any object with a `SearchBackend.topk`.
         layout: who keeps what where torch.distributed runs. "replicated": every rank keeps all rows of all ranks.
             "sharded": each rank keeps 1/W of them and answers for it, with the same results; the ``state_dict`` then
@@ -83,8 +67,8 @@ class MemoryBank(BankState):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if dtype not in ROW_DTYPES:
-            raise TypeError(f"dtype must be torch.float32, float16 or bfloat16, got {dtype}")
+        if dtype not in (*ROW_DTYPES, torch.int8):
+            raise TypeError(f"dtype must be torch.float32, float16, bfloat16 or int8, got {dtype}")
         find_backend(backend, torch.device("cpu"))  # says now if it does not work here
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -117,7 +101,7 @@ class MemoryBank(BankState):
         return self._ranks.sharing_errors("push" if pushing else "search")
 
     @torch.no_grad()
-    def push(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+    def push(self, embeddings: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """Store a batch, over the oldest rows once the bank is full. Never waits for the device.
 
         Under torch.distributed all ranks push together, each a batch of its own, which may differ in B: the rows of
@@ -128,64 +112,80 @@ class MemoryBank(BankState):
                 1e-12 stays short). B may be 0 or above ``size``. A row whose norm is not finite takes its slot,
                 but is never found by a search, and ``nonfinite`` counts it.
             labels: [B], integers; −1, or no labels at all, is unknown.
+            ids: [B], integers: which image, say, each is an embedding of; −1 is unknown. From the first ones on the
+                bank keeps an id beside each row. All ranks give them, or none.
 
         Returns:
             The slots of these rows, [B] int64; −1 for those that later rows pushed out at once.
 
         Raises:
             ValueError: a shape or device that does not fit.
-            TypeError: embeddings that are not floating, labels that are not integers.
+            TypeError: embeddings that are not floating, labels or ids that are not integers.
             RuntimeError: other ranks are not in a push.
         """
         if self.waits_for_others(pushing=True):
-            return self._push_together(embeddings, labels)
-        self._check_batch(embeddings, labels)
-        return self._store(embeddings, labels)
+            return self._push_together(embeddings, labels, ids)
+        self._check_batch(embeddings, labels, ids)
+        return self._store(embeddings, labels, ids)
 
     @torch.no_grad()
-    def search(self, queries: Tensor, k: int) -> Neighbors:
-        """Find the k most similar rows of every query, exactly.
+    def search(
+        self, queries: Tensor, k: int, *, labels: Tensor | None = None, exclude_ids: Tensor | None = None
+    ) -> Neighbors:
+        """Find the k most similar rows of every query, exactly, or of those rows that it may find.
 
         In a sharded bank all ranks search together, each with queries of its own, which may differ in number.
 
         Args:
             queries: [Q, D], any float dtype and scale.
             k: between 1 and ``len(bank)``.
+            labels: [Q], integers: only rows with a query's label are its neighbors; −1 is any label.
+            exclude_ids: [Q], integers: rows with that id are none of a query's neighbors; −1 excludes none.
 
         Returns:
             `Neighbors`. Unfilled slots are never among them.
 
         Raises:
-            ValueError: k out of range, or a shape or device that does not fit.
-            TypeError: queries that are not floating, or a k that is no int.
+            ValueError: k out of range, a shape or device that does not fit, or ``exclude_ids`` where no ids are kept.
+            TypeError: queries that are not floating, labels or ids that are not integers, or a k that is no int.
             RuntimeError: other ranks of a sharded bank are not in a search.
         """
         if self.waits_for_others(pushing=False):
             with self.sharing_errors(pushing=False):
-                self._check_search(queries, k)
+                self._check_search(queries, k, labels, exclude_ids)
         else:
-            self._check_search(queries, k)
-        return self.find(queries, k)
+            self._check_search(queries, k, labels, exclude_ids)
+        return self.find(queries, k, labels=labels, exclude_ids=exclude_ids)
 
     @torch.no_grad()
-    def find(self, queries: Tensor, k: int, leave_out: Tensor | None = None) -> Neighbors:
+    def find(
+        self,
+        queries: Tensor,
+        k: int,
+        leave_out: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        exclude_ids: Tensor | None = None,
+    ) -> Neighbors:
         """Do the search of `search` for arguments known to be right.
 
         Args:
             queries: [Q, D].
             k: as there.
             leave_out: [Q] slots; one that is among a query's k neighbors is left out, else the last neighbor is.
+            labels: as there.
+            exclude_ids: as there.
 
         Returns:
             `Neighbors`, with ``leave_out`` one fewer.
         """
+        whole = (None if part is None else part.to(torch.int64) for part in (labels, exclude_ids))
+        asked = Queries(unit_rows(queries).to(self._query_dtype), *whole)
         if self.waits_for_others(pushing=False):
-            found = self._search_together(queries, k)
-            return found if leave_out is None else Neighbors(*_without(leave_out, found.index, *found))
-        similarity, index = self._nearest(unit_rows(queries).to(self.rows.dtype), k)
-        if leave_out is not None:
-            similarity, index = _without(leave_out, index, similarity, index)
-        return self._take(similarity, index)
+            found = self._search_together(asked, k)
+        else:
+            found = self._take(*self._nearest(asked, k))
+        return found if leave_out is None else found.without(leave_out)
 
     def age(self, slots: Tensor) -> Tensor:
         """Return how many rows were pushed after those in these slots, [...] int64; −1 for −1. Does not wait."""
@@ -194,28 +194,35 @@ class MemoryBank(BankState):
     @torch.no_grad()
     def clear(self) -> None:
         """Forget every row, as if newly made."""
-        self.rows.zero_()
-        self.labels.fill_(UNKNOWN_LABEL)
+        self._forget()
         for count in (self.pushed, self.nonfinite, self._pushed):
             count.zero_()
 
-    def _store(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+    @property
+    def _query_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == torch.int8 else self.dtype
+
+    def _store(self, embeddings: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
         """Push what is known to be right, and keep of it what belongs here."""
         count = embeddings.shape[0]
-        rows = unit_rows(embeddings)
-        if labels is None:
-            labels = self.labels.new_full((count,), UNKNOWN_LABEL)
+        if ids is not None:
+            self.keep_ids()
+        unit = unit_rows(embeddings)
+        rows, scale = packed(unit, self.dtype)
+        unknown = self.labels.new_full((count,), UNKNOWN)
+        new = (rows, scale, *(unknown if part is None else part.to(torch.int64) for part in (labels, ids)))
         gone = max(0, count - self.size)  # rows that later ones of the same batch push out
         slots = (self.pushed + torch.arange(count, device=self.rows.device)) % self.size
-        if self._shards == 1:
-            self.rows.index_copy_(0, slots[gone:], rows[gone:].to(self.rows.dtype))
-            self.labels.index_copy_(0, slots[gone:], labels[gone:].to(torch.int64))
-        else:
-            for here, there in self._own_part(count, gone):
-                self.rows[here] = rows[there].to(self.rows.dtype)
-                self.labels[here] = labels[there].to(torch.int64)
+        for kept, part in zip(self._kept(), new, strict=True):
+            if kept is None or part is None:
+                continue
+            if self._shards == 1:
+                kept.index_copy_(0, slots[gone:], part[gone:])
+            else:
+                for here, there in self._own_part(count, gone):
+                    kept[here] = part[there]
         self.pushed += count
-        self.nonfinite += rows[:, 0].isnan().sum()
+        self.nonfinite += unit[:, 0].isnan().sum()
         self._pushed.add_(count)
         slots[:gone] = -1
         return slots
@@ -230,81 +237,88 @@ class MemoryBank(BankState):
                 here = slice(begin - wrap - self._begin, end - wrap - self._begin)
                 yield here, slice(begin - first + gone, end - first + gone)
 
-    def _nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return similarity [Q, k] and place [Q, k] among the rows kept here, for unit queries of their dtype."""
+    def _nearest(self, queries: Queries, k: int) -> tuple[Tensor, Tensor]:
+        """Return similarity [Q, k] and place [Q, k] among the rows kept here, for unit queries."""
+        rows = self._kept()
+        if not queries.constrained:
+            rows = rows._replace(labels=None, ids=None)
         if isinstance(self.backend, str):
             filled = self._pushed - self._begin if self._begin else self._pushed
-            similarity, index = search_bank(Queries(queries), Rows(self.rows), filled, k, self.backend)
+            similarity, index = search_bank(queries, rows, filled, k, self.backend)
         else:
-            there = Rows(self.rows).part(0, len(self) - self._begin)
-            similarity, index = search_by(self.backend, Queries(queries), there, k)
+            similarity, index = search_by(self.backend, queries, rows.part(0, len(self) - self._begin), k)
         return similarity.clamp(max=1.0), index  # rounding leaves rows, half-precision ones above all, a little long
 
     def _take(self, similarity: Tensor, index: Tensor) -> Neighbors:
         """Gather embeddings and labels for what `_nearest` has found."""
         missing = index < 0
         slots = index.clamp(min=0)
-        embedding = self.rows[slots].float()  # [Q, k, D]
-        if self.rows.dtype != torch.float32:
-            embedding = F.normalize(embedding, dim=2)
+        embedding = unpacked(self.rows[slots], None if self.scale is None else self.scale[slots])  # [Q, k, D]
         return Neighbors(
             similarity=similarity,
             index=index,
             embedding=embedding.masked_fill_(missing[..., None], 0.0),
-            label=self.labels[slots].masked_fill_(missing, UNKNOWN_LABEL),
+            label=self.labels[slots].masked_fill_(missing, UNKNOWN),
         )
 
     @untraced
-    def _push_together(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
-        problem = problem_of(self._check_batch, embeddings, labels)
+    def _push_together(self, embeddings: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
+        problem = problem_of(self._check_batch, embeddings, labels, ids)
         dtype, count = (_name(embeddings.dtype), len(embeddings)) if problem is None else ("", 0)
-        counts = self._agree("push", count, problem, **{"dtype of embeddings": dtype})
+        same = {"dtype of embeddings": dtype, "presence of ids": "without" if ids is None else "with"}
+        counts = self._agree("push", count, problem, **same)
         if labels is None:
-            labels = self.labels.new_full((len(embeddings),), UNKNOWN_LABEL)
+            labels = self.labels.new_full((len(embeddings),), UNKNOWN)
         first = sum(counts[: self._ranks.rank])
         # As they came, not normalized: so the bank of one process that pushes the whole batch has the same bits.
         rows = self._ranks.gather(embeddings.detach(), counts)
-        slots = self._store(rows, self._ranks.gather(labels.to(torch.int64), counts))
+        labels, ids = (
+            None if part is None else self._ranks.gather(part.to(torch.int64), counts) for part in (labels, ids)
+        )
+        slots = self._store(rows, labels, ids)
         return slots[first : first + len(embeddings)]
 
     @untraced
-    def _search_together(self, queries: Tensor, k: int) -> Neighbors:
+    def _search_together(self, queries: Queries, k: int) -> Neighbors:
         """Ask every shard for the neighbors of all ranks' queries, and keep the best of the answers to one's own."""
-        counts = self._agree("search", len(queries), None, k=k)
+        limits = {(True, True): "nothing", (False, True): "labels", (True, False): "ids", (False, False): "both"}
+        limit = limits[queries.labels is None, queries.ids is None]
+        counts = self._agree("search", len(queries.values), None, k=k, **{"what limits the search": limit})
         problem: Exception | None = None
         answers: tuple[Tensor, ...] = ()
-        asked = self._ranks.gather(unit_rows(queries).to(self.rows.dtype), counts)  # [ΣQ, D]
+        given = (None if part is None else self._ranks.gather(part, counts) for part in queries)
+        asked = Queries(*given)  # type: ignore[arg-type]  # values are never None
         try:
             answers = self._answer(asked, k)
         except Exception as error:
             problem = error if isinstance(error, ERRORS) else RuntimeError(f"{type(error).__name__}: {error}")
         self._ranks.agree("answer", same={}, problem=problem)
         candidates = self._ranks.exchange(answers, counts)  # [W, Q, k, …] each
-        similarity, index, embedding, label = (part.transpose(0, 1).flatten(1, 2) for part in candidates)  # [Q, W·k, …]
+        similarity, *others = (part.transpose(0, 1).flatten(1, 2) for part in candidates)  # [Q, W·k, …]
         similarity, best = similarity.topk(k, dim=1)
-        index, label = index.gather(1, best), label.gather(1, best)
-        embedding = embedding.gather(1, best[..., None].expand(-1, -1, self.dim)).float()
-        if self.rows.dtype != torch.float32:
-            embedding = F.normalize(embedding, dim=2)
-        return Neighbors(similarity, index, embedding, label)
+        query = torch.arange(len(best), device=best.device)[:, None]
+        index, label, rows, *scale = (part[query, best] for part in others)
+        return Neighbors(similarity, index, unpacked(rows, scale[0] if scale else None), label)
 
-    def _answer(self, queries: Tensor, k: int) -> tuple[Tensor, ...]:
-        """Return similarity, slot, stored row and label of the k nearest in this shard, as [ΣQ, k, …] each."""
-        similarity = self.rows.new_full((len(queries), k), -torch.inf, dtype=torch.float32)
-        place = self.labels.new_full((len(queries), k), -1)
+    def _answer(self, queries: Queries, k: int) -> tuple[Tensor, ...]:
+        """Return similarity, slot, label, stored row and its scale of the k nearest in this shard, [ΣQ, k, …] each."""
+        count = len(queries.values)
+        similarity = queries.values.new_full((count, k), -torch.inf, dtype=torch.float32)
+        place = self.labels.new_full((count, k), -1)
         there = min(k, max(0, min(len(self), self._end) - self._begin))
-        if there and len(queries):
+        if there and count:
             similarity[:, :there], place[:, :there] = self._nearest(queries, there)
-        missing, place = place < 0, place.clamp(min=0)
-        if not len(self.rows):  # more ranks than rows
-            embedding = self.rows.new_zeros(*place.shape, self.dim)
-            return similarity, place - 1, embedding, torch.full_like(place, UNKNOWN_LABEL)
-        return (
-            similarity,
-            (place + self._begin).masked_fill_(missing, -1),
-            self.rows[place].masked_fill_(missing[..., None], 0.0),
-            self.labels[place].masked_fill_(missing, UNKNOWN_LABEL),
-        )
+        missing = place < 0
+
+        def there_of(kept: Tensor, absent: int) -> Tensor:
+            if not len(kept):  # more ranks than rows
+                return kept.new_full((*place.shape, *kept.shape[1:]), absent)
+            values = kept[place.clamp(min=0)]
+            return values.masked_fill_(missing.view(*missing.shape, *[1] * (kept.ndim - 1)), absent)
+
+        slot = (place + self._begin).masked_fill_(missing, -1)
+        answer = (similarity, slot, there_of(self.labels, UNKNOWN), there_of(self.rows, 0))
+        return answer if self.scale is None else (*answer, there_of(self.scale, 0))
 
     def _agree(self, call: str, count: int, problem: Exception | None, **same: int | str) -> list[int]:
         """Return how many rows each rank brings."""
@@ -340,16 +354,21 @@ class MemoryBank(BankState):
                 f"move the bank with .to({str(embeddings.device)!r})"
             )
 
-    def _check_batch(self, embeddings: Tensor, labels: Tensor | None) -> None:
+    def _check_batch(self, embeddings: Tensor, labels: Tensor | None, ids: Tensor | None) -> None:
         self.check("embeddings", embeddings)
         check_labels(labels, embeddings)
+        check_labels(ids, embeddings, "ids")
 
-    def _check_search(self, queries: Tensor, k: int) -> None:
+    def _check_search(self, queries: Tensor, k: int, labels: Tensor | None, exclude_ids: Tensor | None) -> None:
         self.check("queries", queries)
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"k must be an int, got {k!r}")
         if not 1 <= k <= len(self):
             raise ValueError(f"k must be between 1 and the {len(self)} rows in the bank, got {k}")
+        check_labels(labels, queries)
+        check_labels(exclude_ids, queries, "exclude_ids")
+        if exclude_ids is not None and self.ids is None:
+            raise ValueError("exclude_ids needs rows that have ids, and no ids were pushed")
         self.check_backend(k)
 
     def extra_repr(self) -> str:
@@ -358,29 +377,8 @@ class MemoryBank(BankState):
         layout = "" if self.layout == "replicated" else f" layout={self.layout!r},"
         return (
             f"size={self.size}, dim={self.dim}, dtype={_name(self.dtype)}, "
-            f"filled={len(self)}, backend={backend!r},{layout} bytes={self.rows.nbytes + self.labels.nbytes}"
+            f"filled={len(self)}, backend={backend!r},{layout} bytes={self.nbytes}"
         )
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """Return the rows of x [B, D] as float32 unit vectors; all NaN where the norm of a row is not finite."""
-    x = x.detach().float()
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [B, 1]
-    return F.normalize(x, dim=1).masked_fill_(~norm.isfinite(), torch.nan)
-
-
-def _without(slots: Tensor, index: Tensor, *parts: Tensor) -> list[Tensor]:
-    """Leave slots [Q] out of the neighbours with slots index [Q, k]; where it is not among them, the last goes.
-
-    Returns:
-        Each of parts [Q, k, …] as [Q, k − 1, …].
-    """
-    k = index.shape[1]
-    own = (index == slots[:, None]) & (slots[:, None] >= 0)  # [Q, k], at most one a row
-    # Places before the own slot stay, later ones move up by one.
-    place = torch.arange(k - 1, device=slots.device) + own.cumsum(dim=1)[:, : k - 1]  # [Q, k − 1]
-    query = torch.arange(len(slots), device=slots.device)[:, None]
-    return [part[query, place] for part in parts]
 
 
 def _name(dtype: torch.dtype) -> str:

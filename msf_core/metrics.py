@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msf_core.checks import check_labels, check_tensor
-from msf_core.memory_bank import UNKNOWN_LABEL, unit_rows
+from msf_core.rows import UNKNOWN, unit_rows
 from msf_core.search import SearchBackend, find_backend
 
 
@@ -38,7 +38,7 @@ def neighbor_purity(neighbor_labels: Tensor, labels: Tensor) -> Tensor:
             f"got {list(neighbor_labels.shape)} and {list(labels.shape)}"
         )
     others = neighbor_labels[:, 1:]  # [B, k − 1]
-    known = (others != UNKNOWN_LABEL) & (labels[:, None] != UNKNOWN_LABEL)
+    known = (others != UNKNOWN) & (labels[:, None] != UNKNOWN)
     same = (others == labels[:, None]) & known
     share = same.sum(dim=1) / known.sum(dim=1)  # [B], NaN where a query does not count
     return share.nanmean()
@@ -149,7 +149,7 @@ def knn_classify(
     predicted = []
     for part in queries.split(chunk):
         similarity, index = search.topk(unit_rows(part), unit, k)
-        found = labels[index.clamp(min=0)].masked_fill_(index < 0, UNKNOWN_LABEL)  # −1: a feature that is not finite
+        found = labels[index.clamp(min=0)].masked_fill_(index < 0, UNKNOWN)  # −1: a feature that is not finite
         predicted.append(vote(similarity, found, classes))
     return torch.cat(predicted)
 
@@ -169,4 +169,4 @@ def vote(similarity: Tensor, labels: Tensor, classes: int) -> Tensor:
     weight = (1 + similarity.double() / (4 * labels.shape[1])).masked_fill_(labels < 0, 0.0)
     votes = weight.new_zeros(len(labels), classes)
     best = votes.scatter_add_(1, labels.clamp(min=0), weight).max(dim=1)
-    return best.indices.masked_fill(best.values == 0, UNKNOWN_LABEL)
+    return best.indices.masked_fill(best.values == 0, UNKNOWN)
