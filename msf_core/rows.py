@@ -1,0 +1,64 @@
+"""Rows as a bank keeps them, and what a search for neighbors among them gives."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+UNKNOWN = -1
+"""The label, or id, of a row of which it is not known."""
+
+
+class Neighbors(NamedTuple):
+    """The k nearest rows of Q queries, nearest first.
+
+    A place for which the bank held no finite row that may be found has similarity −inf, index −1, a zero embedding
+    and label −1.
+    """
+
+    similarity: Tensor
+    """[Q, k] float32, cosine similarity, descending."""
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index
+    """[Q, k] int64, slots of the bank."""
+    embedding: Tensor
+    """[Q, k, D] float32 unit vectors. Rows of another dtype are brought back to unit length."""
+    label: Tensor
+    """[Q, k] int64, −1 where unknown."""
+
+    def without(self, slots: Tensor) -> "Neighbors":
+        """Leave slots [Q] out, and the last neighbor of queries that have not found theirs: k − 1 remain."""
+        k = self.index.shape[1]
+        own = (self.index == slots[:, None]) & (slots[:, None] >= 0)  # [Q, k], at most one a row
+        # Places before the own slot stay, later ones move up by one.
+        place = torch.arange(k - 1, device=slots.device) + own.cumsum(dim=1)[:, : k - 1]  # [Q, k − 1]
+        query = torch.arange(len(slots), device=slots.device)[:, None]
+        return Neighbors(*(part[query, place] for part in self))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Return the rows of x [B, D] as float32 unit vectors; all NaN where the norm of a row is not finite."""
+    x = x.detach().float()
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [B, 1]
+    return F.normalize(x, dim=1).masked_fill_(~norm.isfinite(), torch.nan)
+
+
+def packed(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return float32 rows [B, D] in the dtype of a bank, and for int8 the scale [B] float32 of each.
+
+    An int8 row is rounded to whole parts of its largest value, which becomes 127. The scale brings it back to its
+    length, so that rounding turns a unit vector, but does not shorten it; it is NaN for a row with NaN.
+    """
+    if dtype != torch.int8:
+        return rows.to(dtype), None
+    largest = rows.abs().amax(dim=1, keepdim=True)  # [B, 1]
+    whole = (rows * (127 / largest)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).round_()
+    length = torch.linalg.vector_norm(rows, dim=1)
+    return whole.to(torch.int8), length / torch.linalg.vector_norm(whole, dim=1).clamp(min=1.0)
+
+
+def unpacked(values: Tensor, scale: Tensor | None) -> Tensor:
+    """Return rows [..., D] of a bank as float32 unit vectors; scale [...] goes with int8 ones."""
+    if scale is not None:
+        return values.float() * scale[..., None]
+    return values.float() if values.dtype == torch.float32 else F.normalize(values.float(), dim=-1)
