@@ -1,0 +1,284 @@
+"""Searches and losses in which not every row may serve: by id, by label, against slow loops over a deque."""
+
+from collections import deque
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from msf_core import MeanShiftLoss, MemoryBank, available_backends
+from msf_core.search.torch_backend import TorchSearch
+
+CPU_BACKENDS = [name for name, reason in available_backends("cpu").items() if reason is None]
+BACKENDS = ["auto", *(name for name in CPU_BACKENDS if name != "triton")]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+Row = tuple[Tensor, int, int, int]  # unit row in float64, label, id, slot
+
+
+def batch_of(count: int, dim: int, classes: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings, labels and ids; −1 is among both."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, ids = (torch.randint(-1, classes, (count,), generator=generator) for _ in range(2))
+    return torch.randn(count, dim, generator=generator), labels, ids
+
+
+def pushed_beside(bank: MemoryBank, batches: list[int], classes: int, seed: int) -> deque[Row]:
+    """Push batches into a bank, and into the deque that it has to equal."""
+    model: deque[Row] = deque(maxlen=bank.size)
+    for step, count in enumerate(batches):
+        rows, labels, ids = batch_of(count, bank.dim, classes, seed + step)
+        slots = bank.push(rows, labels, ids)
+        for row in zip(rows, labels.tolist(), ids.tolist(), slots.tolist(), strict=True):
+            model.append(row)
+    return deque(((stored(bank, slot), *rest, slot) for _, *rest, slot in model), maxlen=bank.size)
+
+
+def stored(bank: MemoryBank, slot: int) -> Tensor:
+    scale = 1.0 if bank.scale is None else bank.scale[slot].double()
+    return bank.rows[slot].double() * scale
+
+
+def nearest(model: deque[Row], query: Tensor, label: int, own: int, skip: int = -1) -> list[tuple[float, int]]:
+    """(similarity, slot) of all rows that may serve, nearest first."""
+    allowed = [
+        (float(query @ row), slot)
+        for row, its_label, its_id, slot in model
+        if (label < 0 or its_label == label) and (own < 0 or its_id != own) and slot != skip
+    ]
+    return sorted(allowed, reverse=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    size=st.integers(3, 40),
+    batches=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    classes=st.sampled_from([1, 3, 30]),
+    by_label=st.booleans(),
+    by_id=st.booleans(),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_a_search_finds_the_nearest_of_the_rows_that_a_query_may_find(
+    backend: str,
+    dtype: torch.dtype,
+    size: int,
+    batches: list[int],
+    classes: int,
+    by_label: bool,
+    by_id: bool,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    bank = MemoryBank(size, dim=9, dtype=dtype, backend=backend)
+    model = pushed_beside(bank, batches, classes, seed)
+    k = data.draw(st.integers(1, min(6, len(bank))), label="k")
+    queries, labels, ids = batch_of(5, bank.dim, classes, seed + 100)
+    found = bank.search(queries, k, labels=labels if by_label else None, exclude_ids=ids if by_id else None)
+    kept = torch.float32 if dtype == torch.int8 else dtype
+    unit = F.normalize(queries, dim=1).to(kept).double()
+    slot_labels = {slot: label for _, label, _, slot in model}
+    for i in range(len(queries)):
+        expected = nearest(model, unit[i], int(labels[i]) if by_label else -1, int(ids[i]) if by_id else -1)[:k]
+        count = len(expected)
+        similarity, index = found.similarity[i], found.index[i].tolist()
+        torch.testing.assert_close(
+            similarity[:count].double(),
+            torch.tensor([s for s, _ in expected], dtype=torch.float64).clamp(max=1.0),
+            rtol=0,
+            atol=1e-5,
+        )
+        assert len(set(index[:count])) == count
+        for slot, told in zip(index[:count], similarity.tolist(), strict=False):
+            assert abs(min(float(unit[i] @ stored(bank, slot)), 1.0) - told) < 1e-5
+            assert not by_label or labels[i] < 0 or slot_labels[slot] == labels[i]
+        assert found.label[i, :count].tolist() == [slot_labels[slot] for slot in index[:count]]
+        assert index[count:] == found.label[i, count:].tolist() == [-1] * (k - count)
+        assert (similarity[count:] == -torch.inf).all()
+        assert (found.embedding[i, count:] == 0).all()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    size=st.integers(4, 30),
+    batches=st.lists(st.integers(0, 25), max_size=3),
+    classes=st.sampled_from([1, 2, 20]),
+    same_label=st.booleans(),
+    exclude_same_id=st.booleans(),
+    count=st.integers(1, 9),
+    k=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_the_loss_pulls_towards_u_and_the_nearest_rows_that_may_serve(
+    training: bool,
+    backend: str,
+    dtype: torch.dtype,
+    size: int,
+    batches: list[int],
+    classes: int,
+    same_label: bool,
+    exclude_same_id: bool,
+    count: int,
+    k: int,
+    seed: int,
+) -> None:
+    bank = MemoryBank(size, dim=9, dtype=dtype, backend=backend)
+    criterion = MeanShiftLoss(bank, k=k, same_label=same_label, exclude_same_id=exclude_same_id).train(training)
+    target, labels, ids = batch_of(count, bank.dim, classes, seed + 50)
+    prediction = torch.randn(count, bank.dim, generator=torch.Generator().manual_seed(seed))
+    if training:
+        twin = MemoryBank(size, dim=9, dtype=dtype)
+        model = pushed_beside(twin, batches, classes, seed)
+        slots = twin.push(target, labels, ids).tolist()
+        for i, slot in enumerate(slots):
+            if slot >= 0:
+                while any(slot == there for *_, there in model):
+                    model.popleft()
+                model.append((stored(twin, slot), int(labels[i]), int(ids[i]), slot))
+        pushed_beside(bank, batches, classes, seed)
+    else:
+        model, slots = pushed_beside(bank, batches, classes, seed), [-1] * count
+    loss, neighbors = criterion(prediction, target, labels, ids=ids, return_neighbors=True)
+
+    kept = torch.float32 if dtype == torch.int8 else dtype
+    u = F.normalize(target, dim=1)
+    total = 0.0
+    for i in range(count):
+        label, own = int(labels[i]) if same_label else -1, int(ids[i]) if exclude_same_id else -1
+        others = nearest(model, u[i].to(kept).double(), label, own, skip=slots[i])[: k - 1]
+        here = torch.nn.functional.normalize(prediction[i].double(), dim=0)
+        there = min(k - 1, len(bank)) if not training else min(k, len(bank)) - 1
+        chosen = [u[i].double()] * (1 + there - min(there, len(others)))
+        chosen += [F.normalize(stored(bank, slot), dim=0) for _, slot in others[:there]]
+        total += float(torch.stack([(here - z).square().sum() for z in chosen]).mean())
+        if same_label and labels[i] >= 0:
+            there_is = neighbors.index[i, 1:] >= 0
+            assert (neighbors.label[i, 1:][there_is] == labels[i]).all()
+    assert abs(float(loss) - total / count) < 1e-4
+    assert torch.equal(neighbors.embedding[:, 0], u)
+
+
+class Plain:
+    """A user's backend, with topk alone."""
+
+    def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return TorchSearch().topk(queries, rows, k)
+
+
+def test_a_users_backend_is_limited_too() -> None:
+    bank = MemoryBank(64, 4, backend=Plain())
+    rows, labels, ids = batch_of(64, 4, 5, seed=0)
+    bank.push(rows, labels, ids)
+    found = bank.search(rows, 3, labels=labels, exclude_ids=ids)
+    expected = MemoryBank(64, 4, backend="torch")
+    expected.push(rows, labels, ids)
+    assert torch.equal(found.index, expected.search(rows, 3, labels=labels, exclude_ids=ids).index)
+
+
+def test_ids_are_kept_from_the_first_ones_on_and_unknown_before() -> None:
+    bank = MemoryBank(6, 3)
+    rows = torch.randn(4, 3)
+    bank.push(rows)
+    assert bank.ids is None
+    without = bank.nbytes
+    assert "ids" not in bank.state_dict()
+    bank.push(rows[:1], ids=torch.tensor([7], dtype=torch.int32))
+    assert bank.ids is not None
+    assert bank.ids.tolist() == [-1, -1, -1, -1, 7, -1]
+    assert bank.nbytes == without + 6 * 8
+    bank.push(rows[:2])
+    assert bank.ids.tolist() == [-1, -1, -1, -1, 7, -1]
+    bank.clear()
+    assert bank.ids.tolist() == [-1] * 6
+
+
+def test_older_views_of_an_image_do_not_serve() -> None:
+    """Every image comes many times, always close to itself: without ids it is its own neighbor."""
+    generator = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.randn(10, 16, generator=generator), dim=1)
+    ids = torch.arange(10)
+    purity = {}
+    for exclude in (False, True):
+        criterion = MeanShiftLoss(MemoryBank(200, 16), k=5, exclude_same_id=exclude)
+        for _ in range(8):
+            u = images + 0.01 * torch.randn(10, 16, generator=generator)
+            _, neighbors = criterion(u, u, ids, ids=ids, return_neighbors=True)
+        purity[exclude] = float((neighbors.label[:, 1:] == ids[:, None]).float().mean())
+    assert purity == {False: 1.0, True: 0.0}
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("kept_before", [True, False])
+def test_states_with_and_without_ids_load_into_banks_that_keep_them_or_not(keeps: bool, kept_before: bool) -> None:
+    saved = MemoryBank(5, 3)
+    rows, labels, ids = batch_of(8, 3, 100, seed=1)
+    saved.push(rows, labels, ids if kept_before else None)
+    bank = MemoryBank(5, 3)
+    bank.push(rows.flip(0), ids=ids.flip(0) if keeps else None)
+    bank.load_state_dict(saved.state_dict())
+    if kept_before:
+        assert torch.equal(bank.ids, saved.ids)
+        assert sorted(bank.ids.tolist()) == sorted(ids[3:].tolist())
+    elif keeps:
+        assert bank.ids.tolist() == [-1] * 5
+    else:
+        assert bank.ids is None
+    smaller = MemoryBank(3, 3)
+    smaller.load_state_dict(saved.state_dict())
+    assert (smaller.ids is not None) == kept_before
+    if kept_before:
+        assert smaller.ids.tolist() == ids[5:].tolist()
+
+
+def filled() -> MemoryBank:
+    bank = MemoryBank(8, 3)
+    rows, labels, ids = batch_of(6, 3, 4, seed=2)
+    bank.push(rows, labels, ids)
+    return bank
+
+
+Q, IDS = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, r"ids must be \[2\]", lambda bank: bank.push(Q, ids=IDS[:1])),
+        (TypeError, "ids must be integers", lambda bank: bank.push(Q, ids=IDS.float())),
+        (TypeError, "ids must be a tensor", lambda bank: bank.push(Q, ids=[1, 2])),
+        (ValueError, r"labels must be \[2\]", lambda bank: bank.search(Q, 1, labels=IDS[:1])),
+        (TypeError, "exclude_ids must be integers", lambda bank: bank.search(Q, 1, exclude_ids=IDS.bool())),
+        (ValueError, "needs the ids", lambda bank: MeanShiftLoss(bank, 2, exclude_same_id=True)(Q, Q)),
+        (ValueError, "needs the labels", lambda bank: MeanShiftLoss(bank, 2, same_label=True)(Q, Q)),
+        (ValueError, r"ids must be \[2\]", lambda bank: MeanShiftLoss(bank, 2)(Q, Q, ids=IDS[:1])),
+        (ValueError, "need a bank", lambda bank: MeanShiftLoss(None, 1, same_label=True)),
+        (ValueError, "need a bank", lambda bank: MeanShiftLoss(None, 1, exclude_same_id=True)),
+    ],
+)
+def test_a_wrong_call_names_the_argument_and_changes_nothing(error: type[Exception], message: str, call: Any) -> None:
+    bank = filled()
+    before = {name: value.clone() for name, value in bank.state_dict().items()}
+    with pytest.raises(error, match=message):
+        call(bank)
+    after = bank.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_excluding_ids_of_a_bank_that_has_none_is_an_error() -> None:
+    bank = MemoryBank(8, 3)
+    bank.push(Q)
+    with pytest.raises(ValueError, match="no ids were pushed"):
+        bank.search(Q, 1, exclude_ids=IDS)
+
+
+def test_the_repr_tells_what_restricts_the_neighbors() -> None:
+    assert "k=3, exclude_same_id=True, same_label=True" in repr(
+        MeanShiftLoss(MemoryBank(8, 3), 3, exclude_same_id=True, same_label=True)
+    )
