@@ -364,3 +364,60 @@ def made_too_early(rank: int) -> None:
 
 def test_a_sharded_bank_made_before_the_process_group_says_so(two_ranks: Any) -> None:
     two_ranks.run(made_too_early)
+
+
+# Ids, limited searches, and int8 rows
+
+
+def push_with_ids(bank: MemoryBank, single: Single, rank: int, steps: int) -> None:
+    pushes = PUSHES[dist.get_world_size()]
+    for step in range(steps):
+        counts = pushes[step % len(pushes)]
+        rows, labels = batch(step, counts)
+        labels, ids = labels % 3 - 1, labels % 5 - 1
+        ids_of = None if step == 0 else ids
+        mine = None if ids_of is None else part(ids, counts, rank)
+        slots = bank.push(part(rows, counts, rank), part(labels, counts, rank), mine)
+        assert torch.equal(slots, part(single.push(rows, labels, ids_of), counts, rank))
+
+
+def limited_search_equals_one_process(rank: int, layout: str, size: int, dtype: torch.dtype) -> None:
+    bank, single = MemoryBank(size, DIM, dtype=dtype, layout=layout), Single(size, dtype=dtype)
+    push_with_ids(bank, single, rank, 9)
+    for name, value in whole_state(bank).items():
+        assert same_bits(value, single.state_dict()[name]), name
+    world = dist.get_world_size()
+    queries = torch.randn(3 * world, DIM, generator=generator(77))[3 * rank : 3 * rank + 3 - rank % 2]
+    labels, ids = torch.tensor([-1, 0, 1])[: len(queries)], torch.tensor([2, -1, 1])[: len(queries)]
+    for limits in ({}, {"labels": labels}, {"exclude_ids": ids}, {"labels": labels, "exclude_ids": ids}):
+        k = min(3, size)
+        found = bank.search(queries, k, **limits)
+        assert_same_neighbors(found, single.search(queries, k, **limits), single)
+
+
+@pytest.mark.parametrize("size", [1, 3, 37])
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_limited_searches_are_those_of_one_process(ranks: Any, layout: str, size: int) -> None:
+    for dtype in (torch.float32, torch.float16, torch.int8):
+        ranks.run(limited_search_equals_one_process, layout, size, dtype)
+
+
+def not_everyone_has_ids(rank: int, layout: str) -> None:
+    bank = MemoryBank(8, DIM, layout=layout)
+    rows, ids = torch.randn(3, DIM, generator=generator(rank)), torch.arange(3)
+    with pytest.raises(ValueError, match="presence of ids must be the same on all ranks"):
+        bank.push(rows, ids=ids if rank else None)
+    assert len(bank) == 0
+    assert bank.ids is None
+    bank.push(rows, ids=ids)
+    if layout == "sharded":
+        with pytest.raises(ValueError, match="what limits the search must be the same on all ranks"):
+            bank.search(rows, 1, exclude_ids=ids if rank else None)
+        with pytest.raises(ValueError, match=r"exclude_ids must be \[3\]"):
+            bank.search(rows, 1, exclude_ids=ids if rank else ids[:2])
+    assert len(bank) == min(8, 3 * dist.get_world_size())
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_all_ranks_have_ids_or_none(two_ranks: Any, layout: str) -> None:
+    two_ranks.run(not_everyone_has_ids, layout)

@@ -17,7 +17,7 @@ DIM = 4
 LAYOUTS = ("replicated", "sharded")
 
 
-def fill(bank: MemoryBank, pushes: int) -> MemoryBank:
+def fill(bank: MemoryBank, pushes: int, with_ids: bool = False) -> MemoryBank:
     """Push the same rows on every rank's own terms: each brings its part of batches of 12."""
     world = dist.get_world_size() if bank.layout != "local" and dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
@@ -26,7 +26,8 @@ def fill(bank: MemoryBank, pushes: int) -> MemoryBank:
         if step == pushes - 1:
             rows[5] = torch.nan
         labels = torch.arange(12) + 12 * step
-        bank.push(rows.chunk(world)[rank], labels.chunk(world)[rank])
+        ids = labels.chunk(world)[rank] + 1000 if with_ids else None
+        bank.push(rows.chunk(world)[rank], labels.chunk(world)[rank], ids)
     return bank
 
 
@@ -54,12 +55,14 @@ def goes_on_alike(bank: MemoryBank, expected: MemoryBank) -> None:
     assert_same_bank(bank, expected)
 
 
-def into_every_other(rank: int, saved_layout: str, pushes: int) -> None:
-    saved = fill(MemoryBank(10, DIM, layout=saved_layout), pushes)
-    single = fill(MemoryBank(10, DIM, layout="local"), pushes)
+def into_every_other(rank: int, saved_layout: str, pushes: int, saved_dtype: torch.dtype) -> None:
+    saved = fill(
+        MemoryBank(10, DIM, layout=saved_layout, dtype=saved_dtype), pushes, with_ids=saved_dtype == torch.int8
+    )
+    single = fill(MemoryBank(10, DIM, layout="local", dtype=saved_dtype), pushes, with_ids=saved_dtype == torch.int8)
     for layout in (*LAYOUTS, "local"):
         for size in (10, 13, 4, 1, 40):
-            for dtype in (torch.float32, torch.float16):
+            for dtype in (torch.float32, torch.int8):
                 options: dict[str, Any] = {"size": size, "dim": DIM, "dtype": dtype}
                 bank, expected = MemoryBank(**options, layout=layout), MemoryBank(**options, layout="local")
                 fill(bank, 1)
@@ -76,7 +79,8 @@ def into_every_other(rank: int, saved_layout: str, pushes: int) -> None:
 @pytest.mark.parametrize("pushes", [1, 5])
 @pytest.mark.parametrize("saved_layout", LAYOUTS)
 def test_the_state_of_any_layout_loads_into_any_layout_and_size(ranks: Any, saved_layout: str, pushes: int) -> None:
-    ranks.run(into_every_other, saved_layout, pushes)
+    for dtype in (torch.float32, torch.int8):
+        ranks.run(into_every_other, saved_layout, pushes, dtype)
 
 
 def other_state(rank: int) -> None:
