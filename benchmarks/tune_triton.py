@@ -25,6 +25,7 @@ from benchmarks.cases import Problem, fill_bank, make_batches
 from benchmarks.measure import Record, describe_environment, quantiles, time_once, write_jsonl
 from benchmarks.peers import unit_queries
 from benchmarks.tables import format_seconds
+from msf_core.search import Queries, Rows
 
 REPEATS = 15
 PROBLEMS = [
@@ -98,7 +99,8 @@ def time_search(queries: Tensor, rows: Tensor, k: int, tiles: tuple[int, ...], g
     maxima = queries.new_empty((queries.shape[0], groups), dtype=torch.float32)
     similarity = queries.new_empty((queries.shape[0], k), dtype=torch.float32)
     index = queries.new_empty((queries.shape[0], k), dtype=torch.int64)
-    search = partial(backend._launch, queries, rows, maxima, similarity, index, k, group, backend.Tiles(*tiles))
+    fixed = (maxima, similarity, index, k, group, backend.Tiles(*tiles))
+    search = partial(backend._launch, Queries(queries), Rows(rows), *fixed)
     for _ in range(2):
         search()
     return [time_once(search, rows.device) for _ in range(REPEATS)]

@@ -56,7 +56,7 @@ def made(count: int, n: int, dim: int, dtype: torch.dtype, seed: int) -> tuple[T
     return queries, (rows / scale[:, None]).nan_to_num().round().to(torch.int8), scale
 
 
-@pytest.mark.parametrize("name", ["torch", "faiss", "screen", "auto", "plain"])
+@pytest.mark.parametrize("name", ["torch", "faiss", "triton", "screen", "auto", "plain"])
 @given(
     dtype=st.sampled_from(DTYPES),
     count=st.integers(1, 9),

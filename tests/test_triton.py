@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msf_core import MeanShiftLoss, MemoryBank, available_backends, reference
+from msf_core.rows import packed
+from msf_core.search import Queries, Rows
 
 triton_backend = pytest.importorskip("msf_core.search.triton_backend", reason="Triton is not installed")
 InterpreterBuilder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
@@ -138,7 +140,7 @@ def test_queries_are_searched_in_parts_where_their_maxima_would_take_too_much(
     rows, queries = unit_rows(1000, 16, torch.float32, seed=0), unit_rows(9, 16, torch.float32, seed=1)
     whole = TRITON.topk(queries, rows, 3)
     launches, launch = [], triton_backend._launch
-    monkeypatch.setattr(triton_backend, "_launch", lambda *a: launches.append(a[0].shape[0]) or launch(*a))
+    monkeypatch.setattr(triton_backend, "_launch", lambda *a: launches.append(a[0].values.shape[0]) or launch(*a))
     monkeypatch.setattr(triton_backend, "MAXIMA_BYTES", 4 * 63 * 4)
     monkeypatch.setattr(triton_backend, "choose_group", lambda *_: 16)
     parts = TRITON.topk(queries, rows, 3)
@@ -163,6 +165,32 @@ def test_float32_rows_are_exact_although_the_first_pass_is_tf32(
     monkeypatch.setattr(triton_backend, "TF32_ERROR", 1e-12)
     with pytest.raises(AssertionError):  # without the bound, groups are missed: the test is one
         assert_k_nearest(*TRITON.topk(queries, rows, 5), queries, rows, 5)
+
+
+def test_int8_rows_are_exact_although_the_first_pass_rounds_the_queries(
+    assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_backend, "choose_group", lambda *_: 16)
+    values, scale = packed(unit_rows(800, 64, torch.float32, seed=0, cone=0.05), torch.int8)
+    rows, queries = Rows(values, scale), Queries(unit_rows(8, 64, torch.float32, seed=1, cone=0.05))
+    assert_k_nearest(*TRITON.search(queries, rows, 5), queries.values, rows.floats(), 5)
+    monkeypatch.setattr(triton_backend, "INT8_ERROR", 0.0)
+    with pytest.raises(AssertionError):  # without the bound, groups are missed: the test is one
+        assert_k_nearest(*TRITON.search(queries, rows, 5), queries.values, rows.floats(), 5)
+
+
+@pytest.mark.parametrize("dim", [1, 33, 512])
+def test_the_error_bound_of_int8_queries_holds(dim: int) -> None:
+    queries = unit_rows(50, dim, torch.float32, seed=dim)
+    rows = Rows(*packed(unit_rows(400, dim, torch.float32, seed=dim + 1), torch.int8))
+    rounded, step, error = triton_backend.rounded_to_int8(queries)
+    screened = (rounded.double() * step.double()[:, None]) @ rows.floats().double().T
+    off = (screened - queries.double() @ rows.floats().double().T).abs()
+    assert (off <= error[:, None] + 1e-6).all()
+    assert (rounded.abs() <= 127).all()
+    empty, bad = torch.zeros(1, dim), torch.full((1, dim), torch.nan)
+    assert triton_backend.rounded_to_int8(empty)[0].tolist() == [[0] * dim]
+    assert triton_backend.rounded_to_int8(bad)[1].isnan().all()
 
 
 @pytest.mark.parametrize("dim", [16, 64, 1024])
@@ -246,28 +274,36 @@ def compile(kernel, types, constants, capability, **options):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 for capability, shared in ((80, 163 << 10), (90, 227 << 10), (100, 227 << 10), (120, 99 << 10)):
-    for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        if capability != 90 and kind == "fp16":
+    for kind, size, limits in (
+        ("bf16", 2, 0), ("fp16", 2, 0), ("fp32", 4, 0), ("i8", 1, 0), ("bf16", 2, 1), ("i8", 1, 2),
+    ):
+        if capability != 90 and (kind == "fp16" or limits):
             continue
+        int8 = kind == "i8"
         tiles = tb.tiles_for(256, 512, size, shared)
+        flags = dict(INT8=int8, BY_LABEL=limits == 1, BY_ID=limits > 0)
+        beside = dict(scale="*fp32", q_labels="*i64", labels="*i64", q_ids="*i64", ids="*i64")
         kernel = compile(
             tb._group_maxima,
-            dict(queries="*" + kind, rows="*" + kind, maxima="*fp32", count="i32", n="i32", groups="i32"),
-            dict(DIM=512, GROUP=32, BLOCK_Q=tiles.queries, BLOCK_N=tiles.rows, BLOCK_D=tiles.dims, WIDEN=False),
+            dict(queries="*" + kind, rows="*" + kind, q_scale="*fp32", **beside, maxima="*fp32",
+                 count="i32", n="i32", groups="i32"),
+            dict(DIM=512, GROUP=32, BLOCK_Q=tiles.queries, BLOCK_N=tiles.rows, BLOCK_D=tiles.dims, WIDEN=False,
+                 **flags),
             capability, num_warps=tiles.warps, num_stages=tiles.stages,
         )
         select = compile(
             tb._select,
-            dict(queries="*" + kind, rows="*" + kind, maxima="*fp32", similarity="*fp32", index="*i64",
-                 n="i32", groups="i32", most="i32"),
+            dict(queries="*fp32" if int8 else "*" + kind, rows="*" + kind, errors="*fp32", **beside, maxima="*fp32",
+                 similarity="*fp32", index="*i64", n="i32", groups="i32", most="i32"),
             dict(DIM=512, K=50, K_LANES=64, GROUP=32, BLOCK_D=128, LANES=tb.LANES, MEMBERS=tb.MEMBERS,
-                 ERROR=tb.TF32_ERROR if size == 4 else 0.0),
+                 ERROR=0.0 if size == 2 else tb.TF32_ERROR, **flags),
             capability, num_warps=4,
         )
         assert kernel.metadata.shared <= shared, (capability, kind, kernel.metadata.shared)
         ptx = kernel.asm["ptx"]
         tensor_cores = "wgmma" if capability == 90 else "tcgen05.mma" if capability == 100 else "mma.sync"
         assert tensor_cores in ptx, (capability, kind)
+        assert not int8 or ".s8" in ptx or "kind::i8" in ptx, capability
         assert "cp.async" in ptx, (capability, kind)
         assert len(select.asm["cubin"]) > 0
 print("compiled")

@@ -15,6 +15,9 @@ the rounding of such a sum, about 1e-6, can change places. Float32 rows are mult
 which cuts 13 of the 23 bits of each factor off: each is off by less than 2⁻¹⁰ of its size, and the product of two
 vectors by less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the rounding of the sum). Groups are taken until no
 maximum left reaches the k-th best less that bound (rows are unit vectors), so the result is exact in float32.
+
+For int8 rows the queries are rounded to int8 too in the first step, and the bound is the length of what that takes
+off a query. Rows that a query may not find take part in neither step.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +36,7 @@ MOST_NEIGHBORS = 256
 MAXIMA_BYTES = 40 << 20  # of the maxima that are held at once
 TF32_ERROR = 2**-9 + 2**-12
 LANES = 1024  # of `_select`: groups are dealt out to so many lanes
+INT8_ERROR = 1.01  # of a row's length, with the rounding of sums
 MEMBERS = 32  # groups of a lane that are looked at in one go
 LOWEST = tl.constexpr(-(2**63))
 
@@ -67,42 +71,59 @@ class TritonSearch:
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`; k is at most 256. The same bits come at every call."""
-        check_search_arguments(Queries(queries), Rows(rows), k)
+        return self.search(Queries(queries), Rows(rows), k)
+
+    def search(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        """See `GeneralSearch.search`; k is at most 256. The same bits come at every call."""
+        check_search_arguments(queries, rows, k)
+        values = rows.values.detach()
         if k > MOST_NEIGHBORS:
             raise ValueError(f"the triton backend finds at most {MOST_NEIGHBORS} neighbors, got k={k}")
-        if not (rows.is_cuda or (INTERPRETED and rows.device.type == "cpu")):
-            raise ValueError(f"the triton backend searches CUDA tensors, got {rows.device}")
-        queries, rows = queries.detach().contiguous(), rows.detach()
-        count, dim = queries.shape
-        n = rows.shape[0]
-        similarity = queries.new_empty((count, k), dtype=torch.float32)
-        index = queries.new_empty((count, k), dtype=torch.int64)
+        if not (values.is_cuda or (INTERPRETED and values.device.type == "cpu")):
+            raise ValueError(f"the triton backend searches CUDA tensors, got {values.device}")
+        queries = queries._replace(values=queries.values.detach().contiguous())
+        (count, dim), n = queries.values.shape, values.shape[0]
+        similarity = queries.values.new_empty((count, k), dtype=torch.float32)
+        index = queries.values.new_empty((count, k), dtype=torch.int64)
         if count == 0:
             return similarity, index
-        group = choose_group(min(count, 256), n, dim, k, rows.element_size())
+        group = choose_group(min(count, 256), n, dim, k, values.element_size())
         groups = triton.cdiv(n, group)
         at_once = min(count, max(1, MAXIMA_BYTES // (4 * groups)))
         if 128 < at_once < count:
             at_once -= at_once % 128  # whole tiles
-        tiles = choose_tiles(at_once, dim, rows)
-        maxima = queries.new_empty((at_once, groups), dtype=torch.float32)
-        with _device_of(rows):
+        tiles = choose_tiles(at_once, dim, values)
+        maxima = queries.values.new_empty((at_once, groups), dtype=torch.float32)
+        with _device_of(values):
             for start in range(0, count, at_once):
-                part = queries[start : start + at_once]
+                part = queries.at(slice(start, start + at_once))
                 _launch(part, rows, maxima, similarity[start:], index[start:], k, group, tiles)
         return similarity, index
 
 
 def _launch(
-    queries: Tensor, rows: Tensor, maxima: Tensor, similarity: Tensor, index: Tensor, k: int, group: int, tiles: Tiles
+    queries: Queries, rows: Rows, maxima: Tensor, similarity: Tensor, index: Tensor, k: int, group: int, tiles: Tiles
 ) -> None:
     """Search for at most as many queries as ``maxima`` has lines."""
-    count, dim = queries.shape
-    n, groups = rows.shape[0], maxima.shape[1]
+    (count, dim), (n, groups) = queries.values.shape, (rows.values.shape[0], maxima.shape[1])
+    unused = queries.values  # stands for tensors that are not there
+    scale, screened, q_scale, error = unused, queries.values, unused, unused
+    if rows.scale is not None:
+        scale = rows.scale
+        screened, q_scale, error = rounded_to_int8(queries.values)
+    by_label, by_id = (None not in pair for pair in ((queries.labels, rows.labels), (queries.ids, rows.ids)))
+    limits = (
+        *((queries.labels, rows.labels) if by_label else (unused, unused)),
+        *((queries.ids, rows.ids) if by_id else (unused, unused)),
+    )
+    flags = {"INT8": rows.scale is not None, "BY_LABEL": by_label, "BY_ID": by_id}
     grid = (triton.cdiv(count, tiles.queries) * triton.cdiv(n, tiles.rows),)
     _group_maxima[grid](
-        queries,
-        rows,
+        screened,
+        rows.values,
+        q_scale,
+        scale,
+        *limits,
         maxima,
         count,
         n,
@@ -113,13 +134,17 @@ def _launch(
         BLOCK_N=tiles.rows,
         BLOCK_D=tiles.dims,
         WIDEN=INTERPRETED,
+        **flags,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    exact = rows.dtype != torch.float32
+    exact = rows.values.dtype in (torch.float16, torch.bfloat16)
     _select[(count,)](
-        queries,
-        rows,
+        queries.values,
+        rows.values,
+        error,
+        scale,
+        *limits,
         maxima,
         similarity,
         index,
@@ -134,8 +159,19 @@ def _launch(
         LANES=LANES,
         MEMBERS=MEMBERS,
         ERROR=0.0 if exact else TF32_ERROR,
+        **flags,
         num_warps=4,
     )
+
+
+def rounded_to_int8(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [Q, D] as int8, the scale [Q] of each, and how far off a product with a unit vector may be, [Q].
+
+    A query with NaN has a scale of NaN.
+    """
+    step = queries.abs().amax(dim=1) / 127
+    whole = (queries / step[:, None]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).round()
+    return whole.to(torch.int8), step, INT8_ERROR * torch.linalg.vector_norm(queries - whole * step[:, None], dim=1)
 
 
 def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
@@ -170,7 +206,7 @@ def tiles_for(count: int, dim: int, value_bytes: int, shared_memory: int) -> Til
     A tile of 128 queries and 256 rows reads least for each product; it wants 144 KiB for three stages.
     """
     queries = min(128, max(16, triton.next_power_of_2(count)))
-    dims = max(16, min(128 // value_bytes, triton.next_power_of_2(dim)))
+    dims = max(16, 32 // value_bytes, min(128 // value_bytes, triton.next_power_of_2(dim)))
     large = shared_memory >= 150 << 10
     if queries == 128 and large:
         return Tiles(queries, 256, dims, warps=8, stages=3)
@@ -212,8 +248,14 @@ def _index_of(key):
 
 @triton.jit(do_not_specialize=["count", "n", "groups"])
 def _group_maxima(
-    queries,  # [count, DIM]
+    queries,  # [count, DIM]; int8 as the rows, or of the dtype of the rows
     rows,  # [n, DIM]
+    q_scale,  # [count] float32, read where INT8
+    scale,  # [n] float32, likewise
+    q_labels,  # [count] int64, read where BY_LABEL
+    labels,  # [n] int64, likewise
+    q_ids,  # [count] int64, read where BY_ID
+    ids,  # [n] int64, likewise
     maxima,  # [count, groups] float32, written
     count,
     n,
@@ -224,6 +266,9 @@ def _group_maxima(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,  # for Triton's interpreter, which multiplies the bits of bfloat16 values as integers
+    INT8: tl.constexpr,
+    BY_LABEL: tl.constexpr,
+    BY_ID: tl.constexpr,
 ):
     # Programs that follow one another read the same rows, which the second finds in the L2 cache.
     blocks = tl.cdiv(count, BLOCK_Q)
@@ -232,20 +277,34 @@ def _group_maxima(
     r = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     # Beyond the end the last row stands in: within its own group that changes no maximum.
-    q_values = queries + tl.minimum(q, count - 1).to(tl.int64)[:, None] * DIM + d[None, :]
-    r_values = rows + tl.minimum(r, n - 1).to(tl.int64)[None, :] * DIM + d[:, None]
-    products = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.float32)
+    q_inside, r_inside = tl.minimum(q, count - 1).to(tl.int64), tl.minimum(r, n - 1).to(tl.int64)
+    q_values = queries + q_inside[:, None] * DIM + d[None, :]
+    r_values = rows + r_inside[None, :] * DIM + d[:, None]
+    products = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.int32 if INT8 else tl.float32)
     for start in range(0, DIM, BLOCK_D):
         if DIM % BLOCK_D == 0:
             q_tile = tl.load(q_values + start)
             r_tile = tl.load(r_values + start)
         else:
-            q_tile = tl.load(q_values + start, mask=d[None, :] < DIM - start, other=0.0)
-            r_tile = tl.load(r_values + start, mask=d[:, None] < DIM - start, other=0.0)
-        if WIDEN:
-            q_tile = q_tile.to(tl.float32)
-            r_tile = r_tile.to(tl.float32)
-        products = tl.dot(q_tile, r_tile, products, input_precision="tf32")
+            q_tile = tl.load(q_values + start, mask=d[None, :] < DIM - start, other=0)
+            r_tile = tl.load(r_values + start, mask=d[:, None] < DIM - start, other=0)
+        if INT8:
+            products = tl.dot(q_tile, r_tile, products, out_dtype=tl.int32)
+        else:
+            if WIDEN:
+                q_tile = q_tile.to(tl.float32)
+                r_tile = r_tile.to(tl.float32)
+            products = tl.dot(q_tile, r_tile, products, input_precision="tf32")
+    if INT8:
+        products = products.to(tl.float32) * tl.load(q_scale + q_inside)[:, None] * tl.load(scale + r_inside)[None, :]
+    if BY_LABEL:
+        q_label = tl.load(q_labels + q_inside)[:, None]
+        wrong = (q_label >= 0) & (q_label != tl.load(labels + r_inside)[None, :])
+        products = tl.where(wrong, float("nan"), products)
+    if BY_ID:
+        q_id = tl.load(q_ids + q_inside)[:, None]
+        same = (q_id >= 0) & (q_id == tl.load(ids + r_inside)[None, :])
+        products = tl.where(same, float("nan"), products)
     # A NaN counts only in a group that has nothing else.
     largest = tl.max(tl.reshape(products, (BLOCK_Q, BLOCK_N // GROUP, GROUP)), axis=2)
     g = block_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
@@ -257,6 +316,12 @@ def _group_maxima(
 def _select(
     queries,  # [Q, DIM]
     rows,  # [n, DIM]
+    errors,  # [Q] float32, read where INT8
+    scale,  # [n] float32, likewise
+    q_labels,  # [Q] int64, read where BY_LABEL
+    labels,  # [n] int64, likewise
+    q_ids,  # [Q] int64, read where BY_ID
+    ids,  # [n] int64, likewise
     maxima,  # [Q, groups] float32
     similarity,  # [Q, K] float32, written
     index,  # [Q, K] int64, written
@@ -271,6 +336,9 @@ def _select(
     LANES: tl.constexpr,
     MEMBERS: tl.constexpr,
     ERROR: tl.constexpr,
+    INT8: tl.constexpr,
+    BY_LABEL: tl.constexpr,
+    BY_ID: tl.constexpr,
 ):
     query = tl.program_id(0).to(tl.int64)
     queries += query * DIM
@@ -286,12 +354,12 @@ def _select(
 
     d = tl.arange(0, BLOCK_D)
     length = 0.0
-    if ERROR > 0:
+    if ERROR > 0 and not INT8:
         for start in range(0, DIM, BLOCK_D):
             q_tile = tl.load(queries + start + d, mask=d < DIM - start, other=0.0).to(tl.float32)
             length += tl.sum(q_tile * q_tile)
         length = tl.sqrt(length)
-    error = ERROR * length
+    error = tl.load(errors + query) if INT8 else ERROR * length
 
     # The k best rows so far, first placeholders that differ, below every row's key; lanes beyond k stay out of it.
     k_lanes = tl.arange(0, K_LANES)
@@ -308,9 +376,19 @@ def _select(
             inside = d < DIM - start
             q_tile = tl.load(queries + start + d, mask=inside, other=0.0).to(tl.float32)
             r_tile = tl.load(
-                rows + r[:, None] * DIM + start + d[None, :], mask=(r < n)[:, None] & inside[None, :], other=0.0
+                rows + r[:, None] * DIM + start + d[None, :], mask=(r < n)[:, None] & inside[None, :], other=0
             )
             products += tl.sum(r_tile.to(tl.float32) * q_tile[None, :], axis=1)
+        if INT8:
+            products *= tl.load(scale + r, mask=r < n, other=0.0)
+        if BY_LABEL:
+            q_label = tl.load(q_labels + query)
+            wrong = (q_label >= 0) & (q_label != tl.load(labels + r, mask=r < n, other=0))
+            products = tl.where(wrong, float("nan"), products)
+        if BY_ID:
+            q_id = tl.load(q_ids + query)
+            same = (q_id >= 0) & (q_id == tl.load(ids + r, mask=r < n, other=0))
+            products = tl.where(same, float("nan"), products)
         keys = tl.where((r < n) & (products == products), _key(products, r), LOWEST)
         key = tl.max(keys)
         while key > worst:

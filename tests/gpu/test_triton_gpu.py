@@ -102,7 +102,7 @@ def test_the_error_of_tf32_stays_within_its_bound(triton) -> None:
     maxima = torch.empty(128, 256, device="cuda")
     out = torch.empty(128, 5, device="cuda"), torch.empty(128, 5, dtype=torch.int64, device="cuda")
     tiles = triton_backend.choose_tiles(128, 512, rows)
-    triton_backend._launch(queries, rows, maxima, *out, 5, 16, tiles)
+    triton_backend._launch(Queries(queries), Rows(rows), maxima, *out, 5, 16, tiles)
     truth = (queries.double() @ rows.double().T).view(128, 256, 16).amax(dim=2)
     off = (maxima.double() - truth).abs().max().item()
     assert 1e-6 < off < triton_backend.TF32_ERROR  # it is TF32, and within the bound
