@@ -100,7 +100,7 @@ def test_the_error_bound_holds_for_the_worst_rounding(dtype: torch.dtype, dim: i
     rows = torch.cat([worst, -worst, unit(50, dim, torch.float32, seed=0)]).to(dtype)
     queries = torch.cat([worst, 3 * worst, unit(50, dim, torch.float32, seed=1)]).to(dtype)
     made = screen._Screen(Queries(queries), Rows(rows), screen.RunningTopk(queries, 1))
-    off = (made.rounded.double() @ rows.bfloat16().double().T - queries.double() @ rows.double().T).abs()
+    off = (made.rounded.T.double() @ rows.bfloat16().double().T - queries.double() @ rows.double().T).abs()
     assert (off <= made.error.double()[:, None]).all()
     if dtype == torch.float32:
         assert off[0, 0] > 1.8 * 2.0**-8  # this is the worst: both factors lose half a step in each dimension

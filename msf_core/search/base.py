@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT8_ERROR = 1.01  # of what rounding takes off a query: rows and the sums of their products are a little long
 
 
 class Rows(NamedTuple):
@@ -116,6 +117,16 @@ def check_search_arguments(queries: Queries, rows: Rows, k: int) -> None:
         raise ValueError(f"queries must be on the device of the rows, {r.device}, got {q.device}")
     if not 1 <= k <= r.shape[0]:
         raise ValueError(f"k must be between 1 and the number of rows, {r.shape[0]}, got {k}")
+
+
+def rounded_to_int8(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [Q, D] as int8, the scale [Q] of each, and how far off a product with a unit vector may be, [Q].
+
+    A query with NaN has a scale of NaN.
+    """
+    step = queries.abs().amax(dim=1) / 127
+    whole = (queries / step[:, None]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).round()
+    return whole.to(torch.int8), step, INT8_ERROR * torch.linalg.vector_norm(queries - whole * step[:, None], dim=1)
 
 
 class RunningTopk:

@@ -30,13 +30,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msf_core.search.base import Queries, Rows, check_search_arguments
+from msf_core.search.base import Queries, Rows, check_search_arguments, rounded_to_int8
 
 MOST_NEIGHBORS = 256
 MAXIMA_BYTES = 40 << 20  # of the maxima that are held at once
 TF32_ERROR = 2**-9 + 2**-12
 LANES = 1024  # of `_select`: groups are dealt out to so many lanes
-INT8_ERROR = 1.01  # of a row's length, with the rounding of sums
 MEMBERS = 32  # groups of a lane that are looked at in one go
 LOWEST = tl.constexpr(-(2**63))
 
@@ -162,16 +161,6 @@ def _launch(
         **flags,
         num_warps=4,
     )
-
-
-def rounded_to_int8(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries [Q, D] as int8, the scale [Q] of each, and how far off a product with a unit vector may be, [Q].
-
-    A query with NaN has a scale of NaN.
-    """
-    step = queries.abs().amax(dim=1) / 127
-    whole = (queries / step[:, None]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).round()
-    return whole.to(torch.int8), step, INT8_ERROR * torch.linalg.vector_norm(queries - whole * step[:, None], dim=1)
 
 
 def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
