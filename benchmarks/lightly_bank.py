@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# This checkout, from wherever the script is started.
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "examples")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks import memory
 from benchmarks.arguments import positive, settle_device_and_folder

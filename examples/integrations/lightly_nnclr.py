@@ -157,7 +157,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    gentle = {} if args.data else {"hf_prob": 0.0, "min_scale": 0.3}  # digits read one way
+    gentle: dict[str, Any] = {} if args.data else {"hf_prob": 0.0, "min_scale": 0.3}  # digits read one way
     transform = SimCLRTransform(input_size=args.size, gaussian_blur=0.0, **gentle)
     if args.data:
         dataset = LightlyDataset(str(args.data), transform=transform)
