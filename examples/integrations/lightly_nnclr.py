@@ -110,9 +110,8 @@ class Digits(Dataset):
 
     def __init__(self) -> None:
         pixels, self.labels = load_digits(return_X_y=True)
-        self.images = [
-            Image.fromarray(image).convert("RGB") for image in (pixels.reshape(-1, 8, 8) * 15.9).astype("u1")
-        ]
+        greys = (pixels.reshape(-1, 8, 8) * 255 / 16).astype("uint8")
+        self.images = [Image.fromarray(grey).convert("RGB") for grey in greys]
 
     def __len__(self) -> int:
         """Return the number of images."""
