@@ -1,0 +1,285 @@
+"""The drop-in of examples/integrations/lightly_nnclr.py beside lightly's own NNMemoryBankModule, in turns, in one run.
+
+    python benchmarks/lightly_bank.py            (no arguments: 65,536 rows of 256 dimensions, batches of 256, k = 1)
+
+Both modules start with the same full bank of random unit rows, get the same batches, a new one a round, and are timed
+in a forward with update=False and one with update=True. One record a module and kind of forward goes to
+OUT/lightly_bank.jsonl, all of them to OUT/lightly_bank.md (also printed).
+
+Recall is the share of queries whose answer is as near as the nearest row by brute force in float64, before the timing
+and after it; it also shows that both banks still hold the same. Batch divides the rows there, as lightly's bank needs.
+
+"Rows missing": a bank of at most 4,096 rows takes batches that do not divide it, three turns long. Then its newest rows
+are compared with collections.deque(maxlen=rows), by numbers that the signs of each row spell.
+
+"Times ours" compares medians with our default backend and the same update. Times are medians with the 20 % and 80 %
+quantiles; extra memory is the peak during one forward above what was there before it (see memory.py).
+"""
+
+import argparse
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from benchmarks import memory
+from benchmarks.arguments import positive, settle_device_and_folder
+from benchmarks.measure import Record, describe_environment, quantiles, time_interleaved, write_jsonl
+from benchmarks.tables import format_bytes, format_seconds
+from msf_core import __version__, available_backends
+
+CPU_REPEATS, CUDA_REPEATS = 51, 301
+WARM_UP_ROUNDS = 3
+WRAP_MOST_ROWS, WRAP_TURNS = 4096, 3
+CHUNK = 16384
+TOLERANCE = 2e-6  # between unit vectors in float32: nearer than that is a tie
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be measured."""
+
+    rows: int
+    dim: int
+    batch: int
+    repeats: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Method:
+    """A module: ``build`` makes it with a full bank of these rows [N, D], ``contents`` are its rows [N, D]."""
+
+    name: str
+    package: str
+    build: Callable[[Tensor], nn.Module]
+    contents: Callable[[Any], Tensor]
+
+
+def main() -> None:
+    """Run the benchmark as the command line asks."""
+    args = parse_arguments()
+    task = Task(args.rows, args.dim, args.batch, args.repeats, torch.device(args.device))
+    try:
+        methods = make_methods(task.device)
+    except ImportError as error:
+        sys.exit(f"this needs lightly and the examples: pip install 'msf_core[peers,examples]': {error}")
+    records = measure(task, methods)
+    report = write_report(records)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(records, args.out / "lightly_bank.jsonl")
+    (args.out / "lightly_bank.md").write_text(report, encoding="utf-8")
+    print(report)
+    print(f"written: lightly_bank.jsonl, lightly_bank.md in {args.out}")
+
+
+def make_methods(device: torch.device) -> list[Method]:
+    """Return ours, the default backend first, and lightly's.
+
+    Raises:
+        ImportError: lightly, or what the example needs, is not installed.
+    """
+    from lightly.models.modules import NNMemoryBankModule
+
+    from integrations.lightly_nnclr import MSFMemoryBankModule
+
+    def build_ours(rows: Tensor, backend: str) -> nn.Module:
+        module = MSFMemoryBankModule(rows.shape, backend=backend).to(rows.device)
+        module.bank.push(rows)
+        return module
+
+    def build_lightly(rows: Tensor) -> nn.Module:
+        module = NNMemoryBankModule(size=tuple(rows.shape)).to(rows.device)
+        module.bank.copy_(rows)
+        return module
+
+    working = [name for name, problem in available_backends(device).items() if problem is None]
+    if device.type == "cpu" and "triton" in working:
+        working.remove("triton")  # interpreted there, for tests
+    backends = ["auto", *working]
+    ours = [
+        Method(f"drop-in, {name}", f"msf_core {__version__}", partial(build_ours, backend=name), lambda m: m.bank.rows)
+        for name in backends
+    ]
+    return [*ours, Method("NNMemoryBankModule", f"lightly {version('lightly')}", build_lightly, lambda m: m.bank)]
+
+
+def measure(task: Task, methods: list[Method]) -> list[Record]:
+    """Time the methods in turns, and check their answers and what their banks hold; the first one is compared with."""
+    generator = torch.Generator(task.device).manual_seed(0)
+    rows = F.normalize(torch.randn(task.rows, task.dim, generator=generator, device=task.device), dim=1)
+    shape = (1 + WARM_UP_ROUNDS + task.repeats + 1, task.batch, task.dim)
+    batches = F.normalize(torch.randn(shape, generator=generator, device=task.device), dim=2)
+    modules = {method.name: method.build(rows) for method in methods}
+    truth = true_similarity(rows, batches[0])
+    recalls = {name: [recall(module, batches[0], truth)] for name, module in modules.items()}
+
+    calls = {
+        (name, update): partial(forward, module, batches[1:-1], update)
+        for name, module in modules.items()
+        for update in (False, True)
+    }
+    labels = {f"{name} {update}": call for (name, update), call in calls.items()}
+    time_interleaved(labels, dict.fromkeys(labels, WARM_UP_ROUNDS), task.device)
+    timed = {label: _later(call) for label, call in labels.items()}
+    seconds = time_interleaved(timed, dict.fromkeys(timed, task.repeats), task.device)
+
+    held = methods[-1].contents(modules[methods[-1].name])
+    truth = true_similarity(held, batches[-1])
+    for name, module in modules.items():
+        recalls[name].append(recall(module, batches[-1], truth))
+    missing = {method.name: rows_missing(task, method) for method in methods}
+
+    environment = describe_environment(task.device)
+    records = []
+    for method in methods:
+        for update in (False, True):
+            times = seconds[f"{method.name} {update}"]
+            parameters = {
+                "method": method.name,
+                "package": method.package,
+                "update": update,
+                "rows": task.rows,
+                "dim": task.dim,
+                "batch": task.batch,
+                "k": 1,
+            }
+            derived = missing[method.name] | measure_extra(calls[method.name, update], task.device)
+            record = Record(
+                "nn_bank_forward",
+                parameters,
+                *quantiles(times),
+                "s",
+                len(times),
+                environment,
+                recall=min(recalls[method.name]),
+                derived=derived,
+            )
+            records.append(record)
+    for record in records:
+        ours = next(other for other in records if other.parameters["update"] == record.parameters["update"])
+        record.derived["times_ours"] = record.median / ours.median
+    return records
+
+
+def forward(module: nn.Module, batches: Tensor, update: bool, number: int) -> Tensor:
+    """Call a module with the batch [B, D] of a round."""
+    return module(batches[number], update=update)
+
+
+def _later(call: Callable[[int], object]) -> Callable[[int], object]:
+    return lambda number: call(WARM_UP_ROUNDS + number)
+
+
+def true_similarity(rows: Tensor, queries: Tensor) -> Tensor:
+    """Return the similarity [B] of each unit query's nearest row, by brute force in float64."""
+    best = [(queries.double() @ chunk.double().T).amax(dim=1) for chunk in rows.split(CHUNK)]
+    return torch.stack(best).amax(dim=0)
+
+
+def recall(module: nn.Module, queries: Tensor, truth: Tensor) -> float:
+    """Return the share of queries [B, D] whose answer is as near as ``truth`` [B] says."""
+    answers = F.normalize(module(queries, update=False).double(), dim=1)
+    similarity = (answers * queries.double()).sum(dim=1)  # [B]
+    return float((similarity >= truth - TOLERANCE).double().mean())
+
+
+def rows_missing(task: Task, method: Method) -> dict[str, int]:
+    """Push batches that do not divide the bank, and count the rows of a deque that the bank does not hold."""
+    size = min(task.rows, WRAP_MOST_ROWS)
+    batch = max(2, min(task.batch, size) * 3 // 4)
+    batch += size % batch == 0
+    total = WRAP_TURNS * size
+    bits = total.bit_length()
+    if bits > task.dim:
+        raise ValueError(f"dim must be at least {bits} for {total} rows to be told apart, got {task.dim}")
+    powers = 2 ** torch.arange(bits, device=task.device)
+
+    def spell(numbers: Tensor) -> Tensor:
+        """Write each number into the signs of the first dimensions of a unit row."""
+        rows = torch.ones(len(numbers), task.dim, device=task.device)
+        rows[:, :bits] -= 2.0 * ((numbers[:, None] & powers) > 0)
+        return rows / task.dim**0.5
+
+    numbers = torch.arange(total, device=task.device)
+    module = method.build(spell(numbers[:size]))
+    for some in numbers[size:].split(batch):
+        module(spell(some), update=True)
+    there = ((method.contents(module)[:, :bits] < 0) * powers).sum(dim=1)
+    expected = set(deque(range(total), maxlen=size))
+    return {"wrap_rows": size, "wrap_batch": batch, "rows_missing": len(expected - set(there.tolist()))}
+
+
+def measure_extra(call: Callable[[int], object], device: torch.device) -> dict[str, int]:
+    """Measure the extra memory of one forward; nothing where the system does not tell."""
+    if device.type == "cuda":
+        return {"extra_memory_bytes": memory.extra_memory_cuda(lambda: call(0), device).bytes[0]}
+    result = memory.extra_memory_cpu(lambda: call(0))
+    return {"extra_memory_bytes": result.bytes[0]} if result.bytes else {}
+
+
+def write_report(records: list[Record]) -> str:
+    """Return the whole report in Markdown."""
+    p, environment = records[0].parameters, records[0].environment
+    versions = ", ".join(f"{name} {number or 'absent'}" for name, number in environment["versions"].items())
+    derived = records[0].derived
+    header = ("module", "version", "update", "time a forward (20–80 %)", "times ours", "extra memory", "recall")
+    lines = [[*header, "rows missing"], ["---"] * (len(header) + 1), *(_row(record) for record in records)]
+    parts = [
+        "# The drop-in for lightly's NNMemoryBankModule",
+        f"{environment['device']}, {environment['threads']} threads; {environment['date']}; {versions}.",
+        f"{p['rows']:,} rows of {p['dim']} dimensions, batches of {p['batch']}, one neighbor, random unit rows; "
+        f"{records[0].repeats} forwards of each in turns, ratios of medians.",
+        "\n".join("| " + " | ".join(line) + " |" for line in lines),
+        f"Rows missing: of the newest {derived['wrap_rows']:,} rows, after {WRAP_TURNS} turns of a bank of that size, "
+        f"the last ones in batches of {derived['wrap_batch']}. Recall: share of answers as near as brute force in "
+        "float64 finds, the lower of before and after the timing.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(record: Record) -> list[str]:
+    p, derived = record.parameters, record.derived
+    extra = derived.get("extra_memory_bytes")
+    return [
+        p["method"],
+        p["package"],
+        str(p["update"]),
+        f"{format_seconds(record.median)} ({format_seconds(record.q20)}–{format_seconds(record.q80)})",
+        f"{derived['times_ours']:.2f}",
+        "unmeasured" if extra is None else format_bytes(extra),
+        f"{record.recall:.3f}",
+        f"{derived['rows_missing']:,}",
+    ]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; ends with exit code 2 and a message where it is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--rows", type=positive, default=65536, help="of the bank (default: 65536)")
+    parser.add_argument("--dim", type=positive, default=256, help="dimensions (default: 256)")
+    parser.add_argument("--batch", type=positive, default=256, help="queries, divides the rows (default: 256)")
+    parser.add_argument("--repeats", type=positive, help=f"forwards (default: {CPU_REPEATS}; CUDA {CUDA_REPEATS})")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the results")
+    args = parser.parse_args()
+    settle_device_and_folder(parser, args)
+    if args.rows % args.batch:
+        parser.error(f"--batch {args.batch}: lightly's bank loses rows where it does not divide --rows {args.rows}")
+    args.repeats = args.repeats or (CUDA_REPEATS if args.device == "cuda" else CPU_REPEATS)
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""NNCLR in lightly with `MSFMemoryBankModule` in place of lightly's `NNMemoryBankModule`: one line changes.
+
+    pip install 'msf_core[examples]' lightly
+    python examples/integrations/lightly_nnclr.py               (scikit-learn's digits: half a minute on two CPU cores)
+    python examples/integrations/lightly_nnclr.py --data DIR    (a folder of images, as LightlyDataset reads it)
+
+After lightly's examples/pytorch/nnclr.py (lightly 1.6, MIT licence), with a smaller backbone, SGD's momentum and the
+temperature 0.1 of the NNCLR paper, so that few epochs show something.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightly.data import LightlyDataset
+from lightly.loss import NTXentLoss
+from lightly.models.modules import NNCLRPredictionHead, NNCLRProjectionHead
+from lightly.transforms.simclr_transform import SimCLRTransform
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from msf_core import MemoryBank
+
+
+class MSFMemoryBankModule(nn.Module):
+    """Drop-in for lightly's ``NNMemoryBankModule``, over a `MemoryBank`: same argument, same call.
+
+    Where lightly's returns another row, and why:
+
+    - Lightly's bank starts full of random unit vectors and returns them until real rows have pushed them out. Here an
+      unfilled slot is never returned, so the two cannot be equal before the bank is full: while it is empty, the output
+      itself is the answer (the loss is then SimCLR's), later the nearest of the rows there are.
+    - A batch that does not end at the end of the bank goes on at its beginning. Lightly's drops that rest. The two are
+      equal where every batch has as many rows as divide the size.
+    - Rows are stored as unit vectors. Lightly's returns them in the length they came in, with the same direction:
+      NTXentLoss normalizes them anyway.
+    - A row with NaN or Inf is never returned; where no other is there, the output itself is.
+    - The rows are in the ``state_dict`` (lightly's are not), so a resumed run goes on with them. ``persistent=False``
+      leaves them out, as for a checkpoint that has none.
+
+    Args:
+        size: (number of rows, dimensions). A bare number is an error, as in lightly since 1.6.
+        options: of `MemoryBank`: ``dtype``, ``backend``, ``persistent``, and ``layout`` ("local" is what lightly's does
+            under torch.distributed; by default all ranks share one bank, and update it together).
+
+    Raises:
+        ValueError: another size.
+
+    >>> nn_replacer = MSFMemoryBankModule(size=(2**16, 128))
+    >>> z = torch.randn(8, 128)
+    >>> nn_replacer(z, update=True).shape
+    torch.Size([8, 128])
+    """
+
+    def __init__(self, size: int | Sequence[int], **options: Any) -> None:
+        super().__init__()
+        if isinstance(size, int) or len(size) != 2:
+            raise ValueError(f"size must be (number of rows, dimensions), got {size!r}")
+        self.size = tuple(size)
+        self.bank = MemoryBank(*self.size, **options)
+
+    @torch.no_grad()
+    def forward(self, output: Tensor, update: bool = False) -> Tensor:
+        """Return the nearest row of each output, as the bank was before the update.
+
+        Args:
+            output: [B, D] floats of any scale.
+            update: also push the output into the bank.
+
+        Returns:
+            [B, D] float32 unit vectors, without gradient.
+
+        Raises:
+            ValueError: a shape or device that does not fit.
+        """
+        nearest = F.normalize(output.float(), dim=1)  # [B, D]
+        if len(self.bank):
+            found = self.bank.search(output, k=1)
+            nearest = torch.where(found.index < 0, nearest, found.embedding[:, 0])
+        if update:
+            self.bank.push(output)
+        return nearest
+
+
+class NNCLR(nn.Module):
+    """Backbone, projection and prediction head."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection_head = NNCLRProjectionHead(512, 512, 128)
+        self.prediction_head = NNCLRPredictionHead(128, 512, 128)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the projection, detached, and the prediction of images."""
+        z = self.projection_head(self.backbone(x).flatten(start_dim=1))
+        return z.detach(), self.prediction_head(z)
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 digits as PIL images; LightlyDataset sets ``transform``."""
+
+    transform: Any = None
+
+    def __init__(self) -> None:
+        pixels, self.labels = load_digits(return_X_y=True)
+        greys = (pixels.reshape(-1, 8, 8) * 255 / 16).astype("uint8")
+        self.images = [Image.fromarray(grey).convert("RGB") for grey in greys]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return (views, label)."""
+        return self.transform(self.images[index]), int(self.labels[index])
+
+
+def train(model: NNCLR, memory_bank: nn.Module, loader: DataLoader, epochs: int, device: str) -> list[float]:
+    """Train as lightly's example does, with either library's bank; print and return the mean loss of each epoch."""
+    criterion = NTXentLoss(temperature=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06, momentum=0.9)
+    losses = []
+    for epoch in range(epochs):
+        total_loss = torch.zeros((), device=device)
+        for (x0, x1), _, _ in loader:
+            z0, p0 = model(x0.to(device))
+            z1, p1 = model(x1.to(device))
+            z0 = memory_bank(z0, update=False)
+            z1 = memory_bank(z1, update=True)
+            loss = 0.5 * (criterion(z0, p1) + criterion(z1, p0))
+            total_loss += loss.detach()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(total_loss) / len(loader))
+        print(f"epoch: {epoch:>02}, loss: {losses[-1]:.5f}")
+    return losses
+
+
+def main() -> None:
+    """Train on the digits or on a folder."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of images (default: scikit-learn's digits)")
+    parser.add_argument("--size", type=int, default=32, help="pixels of a view (default: 32)")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--bank-size", type=int, default=1024)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    gentle: dict[str, Any] = {} if args.data else {"hf_prob": 0.0, "min_scale": 0.3}  # digits read one way
+    transform = SimCLRTransform(input_size=args.size, gaussian_blur=0.0, **gentle)
+    if args.data:
+        dataset = LightlyDataset(str(args.data), transform=transform)
+    else:
+        dataset = LightlyDataset.from_torch_dataset(Digits(), transform=transform)
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True)
+
+    backbone = nn.Sequential(*list(ResNet(BasicBlock, [1, 1, 1, 1]).children())[:-1])  # 512 features, as ResNet18
+    model = NNCLR(backbone).to(device)
+    memory_bank = MSFMemoryBankModule(size=(args.bank_size, 128)).to(device)  # was: NNMemoryBankModule(size=(…, 128))
+    train(model, memory_bank, loader, args.epochs, device)
+    print(f"the bank at the end: {memory_bank.bank}")
+
+
+if __name__ == "__main__":
+    main()
