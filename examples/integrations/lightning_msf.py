@@ -158,7 +158,9 @@ class Images(L.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         """Return batches of (images, labels): those to find neighbors among, and those to classify."""
         # Lightning divides them over the ranks, and repeats an image where that does not come out even.
-        return [DataLoader(Views(part, [self.centre]), 256, num_workers=self.workers) for part in (self.train, self.val)]
+        return [
+            DataLoader(Views(part, [self.centre]), 256, num_workers=self.workers) for part in (self.train, self.val)
+        ]
 
 
 class Views(Dataset):
@@ -196,9 +198,9 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         keys: Any = self.sampler  # asked when the first batch is, after Lightning has set the epoch
-        batches = self.resumed[1] if self.resumed[0] == keys.epoch else 0
-        keys.first = batches * (self.batch_size or 1)
-        for batches, batch in enumerate(super().__iter__(), start=batches + 1):
+        first = self.resumed[1] if self.resumed[0] == keys.epoch else 0
+        keys.first = first * (self.batch_size or 1)
+        for batches, batch in enumerate(super().__iter__(), start=first + 1):
             self.given = keys.epoch, batches
             yield batch
 
@@ -216,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with train/ and val/, a folder a class in each; default: the digits")
     parser.add_argument("--arch", default="digits", help='"digits" or a ResNet of torchvision')
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64, help="images of one process and step")
     parser.add_argument("--bank-size", type=int, default=1024)
     parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")
