@@ -1,0 +1,254 @@
+"""Mean Shift as a LightningModule: bank, target and loss under Lightning's Trainer, on one process or several.
+
+Needs: pip install 'msf_core[examples]' lightning
+
+    python examples/integrations/lightning_msf.py                      scikit-learn's digits on the CPU, under a minute
+    python examples/integrations/lightning_msf.py --data IMAGES --arch resnet50       IMAGES/train and IMAGES/val
+    python examples/integrations/lightning_msf.py --devices 2          two processes, which share one bank
+    python examples/integrations/lightning_msf.py --resume runs/lightning/last.ckpt
+
+The bank, the target and the loss are submodules: they move with the module and are in Lightning's checkpoints, from
+which a run goes on exactly, in the middle of an epoch too. Checkpoints are for step boundaries, as ModelCheckpoint
+writes them. They are written by rank 0, which suits the replicated bank (the default), not a local or sharded one.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision import datasets, models
+from torchvision.transforms import v2
+
+from msf_core import EMATarget, MeanShiftLoss, MemoryBank, embedding_spread, knn_classify, neighbor_purity
+
+
+class MSF(L.LightningModule):
+    """An encoder, a predictor, and what Mean Shift adds: the target, and the loss with its bank.
+
+    Args:
+        arch: "digits", or a ResNet of torchvision by its name.
+        dim: of an embedding, D.
+        hidden: width of the two MLPs.
+        bank_size: rows of the bank.
+        k: neighbors.
+        momentum: of the target.
+        lr: of SGD, with a cosine to 0.
+    """
+
+    def __init__(
+        self,
+        arch: str = "digits",
+        dim: int = 64,
+        hidden: int = 256,
+        bank_size: int = 1024,
+        k: int = 5,
+        momentum: float = 0.97,
+        lr: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        backbone, features = build_backbone(arch)
+        self.encoder = nn.Sequential(backbone, mlp(features, hidden, dim))
+        self.predictor = mlp(dim, hidden, dim)
+        self.target = EMATarget(self.encoder, momentum)
+        self.criterion = MeanShiftLoss(MemoryBank(bank_size, dim), k)
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of (weak views, strong views, labels); a label that is not known is −1."""
+        weak, strong, labels = batch
+        u, v = self.target(weak), self.predictor(self.encoder(strong))  # [B, D] each
+        loss, neighbors = self.criterion(v, u, labels, return_neighbors=True)
+        self.log_dict({"loss": loss, "spread": embedding_spread(u)}, prog_bar=True)
+        self.log("purity", neighbor_purity(neighbors.label, labels), prog_bar=True)  # NaN where no label is known
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Let the target follow each step, which is not each batch where gradients are accumulated."""
+        super().optimizer_step(*args, **kwargs)
+        # Not in on_train_batch_end: ModelCheckpoint saves before the module's hook of that name runs.
+        self.target.update(self.encoder)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start with no features."""
+        self.seen: list[list[tuple[Tensor, Tensor]]] = [[], []]
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
+        """Keep features and labels of the training images (loader 0) and of those to classify (loader 1)."""
+        images, labels = batch
+        self.seen[dataloader_idx].append((self.encoder[0](images), labels))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the share of images whose nearest training image, of all ranks', has their label."""
+        parts = [torch.cat(part) for images in self.seen for part in zip(*images, strict=True)]
+        # [ranks, n, …] or, of one process, [n, …]
+        features, labels, queries, truth = (self.all_gather(part).reshape(-1, *part.shape[1:]) for part in parts)
+        found = knn_classify(queries, features, labels, k=1)
+        self.log("val_1nn", (found == truth).float().mean(), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """SGD as in the paper, over what has gradients: encoder and predictor."""
+        trained = [*self.encoder.parameters(), *self.predictor.parameters()]
+        optimizer = torch.optim.SGD(trained, lr=self.hparams["lr"], momentum=0.9, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Return the paper's projection and prediction head."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+def build_backbone(arch: str) -> tuple[nn.Module, int]:
+    """Return a backbone without a classifier, and its number of features."""
+    if arch != "digits":
+        resnet = models.get_model(arch, weights=None)
+        features = resnet.fc.in_features
+        resnet.fc = nn.Identity()
+        return resnet, features
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((1, 32), (32, 64), (64, 96)):
+        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 96
+
+
+class Images(L.LightningDataModule):
+    """The digits, or a folder with train/ and val/, a folder a class in each; ``batch_size`` is that of one rank."""
+
+    def __init__(self, folder: str | None = None, batch_size: int = 64, workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.folder, self.batch_size, self.workers, self.seed = folder, batch_size, workers, seed
+
+    def setup(self, stage: str) -> None:
+        """Open the images."""
+        self.train: Any
+        self.val: Any
+        if self.folder is None:
+            pixels, labels = load_digits(return_X_y=True)
+            images = nn.functional.interpolate(torch.tensor(pixels).float().view(-1, 1, 8, 8) / 16, size=16)
+            digits = list(zip(images, map(int, labels), strict=True))
+            self.train, self.val, self.centre = digits[:1350], digits[1350:], v2.Identity()  # other writers
+            self.weak: Any = v2.RandomAffine(5, (0.06, 0.06), (0.9, 1.1))
+            self.strong: Any = v2.Compose([v2.RandomAffine(15, (0.1, 0.1), (0.8, 1.3), 10), v2.ColorJitter(0.4, 0.4)])
+        else:
+            self.train, self.val = (datasets.ImageFolder(f"{self.folder}/{part}") for part in ("train", "val"))
+            normalize = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            end = [v2.ToImage(), v2.ToDtype(torch.float32, True), normalize]
+            crop = [v2.RGB(), v2.RandomResizedCrop(224, (0.2, 1)), v2.RandomHorizontalFlip()]
+            colours = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
+            blur = v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], 0.5)
+            self.weak, self.strong = v2.Compose([*crop, *end]), v2.Compose([*crop, *colours, blur, *end])
+            self.centre = v2.Compose([v2.RGB(), v2.Resize(256), v2.CenterCrop(224), *end])
+
+    def train_dataloader(self) -> DataLoader:
+        """Return batches of (weak views, strong views, labels)."""
+        views = Views(self.train, [self.weak, self.strong], self.seed)
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        keys = Keys(views, ranks, rank, seed=self.seed, drop_last=True)
+        return ResumableLoader(views, self.batch_size, sampler=keys, drop_last=True, num_workers=self.workers)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Return batches of (images, labels): those to find neighbors among, and those to classify."""
+        # Lightning divides them over the ranks, and repeats an image where that does not come out even.
+        return [
+            DataLoader(Views(part, [self.centre]), 256, num_workers=self.workers) for part in (self.train, self.val)
+        ]
+
+
+class Views(Dataset):
+    """Views of an image and its label; those of a key (epoch, index) are always the same, whoever asks for them."""
+
+    def __init__(self, images: Any, kinds: list[Any], seed: int = 0) -> None:
+        self.images, self.kinds, self.seed = images, kinds, seed
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Any, ...]:
+        """Return a view of each kind, and the label."""
+        epoch, index = (0, key) if isinstance(key, int) else key
+        image, label = self.images[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.seed * 10_000 + epoch) * len(self) + index)
+            return (*(view(image) for view in self.kinds), label)
+
+
+class Keys(DistributedSampler):
+    """Keys (epoch, index) of this rank's images, in the epoch's order, from place ``first`` on."""
+
+    first = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(self.epoch, index) for index in super().__iter__()][self.first :])
+
+
+class ResumableLoader(DataLoader):
+    """A loader that goes on in the middle of an epoch: Lightning keeps the state of loaders that have one."""
+
+    resumed = given = (0, 0)  # (epoch, batches of it) that a checkpoint had, and so far
+
+    def __iter__(self) -> Iterator[Any]:
+        keys: Any = self.sampler  # asked when the first batch is, after Lightning has set the epoch
+        first = self.resumed[1] if self.resumed[0] == keys.epoch else 0
+        keys.first = first * (self.batch_size or 1)
+        for batches, batch in enumerate(super().__iter__(), start=first + 1):
+            self.given = keys.epoch, batches
+            yield batch
+
+    def state_dict(self) -> dict[str, tuple[int, int]]:
+        """Return how far this epoch has come."""
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, tuple[int, int]]) -> None:
+        """Start there."""
+        self.resumed = self.given = state["given"]
+
+
+def main() -> None:
+    """Train, and tell the accuracy before and after."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with train/ and val/, a folder a class in each; default: the digits")
+    parser.add_argument("--arch", default="digits", help='"digits" or a ResNet of torchvision')
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=64, help="images of one process and step")
+    parser.add_argument("--bank-size", type=int, default=1024)
+    parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", help="a checkpoint to go on from")
+    parser.add_argument("--out", type=Path, default=Path("runs/lightning"))
+    flags = parser.parse_args()
+
+    L.seed_everything(flags.seed)
+    images = Images(flags.data, flags.batch_size, flags.workers, flags.seed)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # hosts of a shared bank talk by gloo
+    trainer = L.Trainer(
+        max_epochs=flags.epochs,
+        devices=flags.devices,
+        strategy="auto" if flags.devices == 1 else DDPStrategy(process_group_backend=backend),
+        accumulate_grad_batches=flags.accumulate,
+        check_val_every_n_epoch=5,
+        log_every_n_steps=10,
+        logger=CSVLogger(flags.out),
+        callbacks=[ModelCheckpoint(flags.out, every_n_train_steps=50, save_last=True)],
+    )
+    model = MSF(flags.arch, bank_size=flags.bank_size)
+    before = trainer.validate(model, images, verbose=False)[0]["val_1nn"]
+    trainer.fit(model, images, ckpt_path=flags.resume)
+    after = trainer.validate(model, images, verbose=False)[0]["val_1nn"]
+    if trainer.is_global_zero:
+        print(f"1-NN accuracy: {before:.3f} untrained, {after:.3f} after {trainer.global_step} steps")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""examples/integrations/lightning_msf.py under Lightning's real Trainer, on one process and on two."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from msf_core import knn_classify
+
+SECONDS = 120  # that two ranks may take; a hang is a failure
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    """The example; no import at the top, since Lightning's takes ten seconds of every process that collects tests."""
+    pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
+    from integrations import lightning_msf
+
+    return lightning_msf
+
+
+def few_images(example: Any, batch_size: int = 8) -> Any:
+    """A datamodule of 40 digits to learn from, five batches, and 20 to classify."""
+
+    class Few(example.Images):
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            self.train, self.val = self.train[:40], self.val[:20]
+
+    return Few(batch_size=batch_size, seed=3)
+
+
+def a_trainer(example: Any, folder: Path, **options: Any) -> Any:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return example.L.Trainer(**{"default_root_dir": folder, "devices": 1, "max_steps": 10, **quiet, **options})
+
+
+def a_model(example: Any, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return example.MSF(dim=8, hidden=16, bank_size=24, k=3, momentum=0.9)
+
+
+def flat(state: Any, name: str = "") -> dict[str, Any]:
+    """Tensors and numbers of a nested state, each by its path."""
+    if isinstance(state, dict):
+        parts = state.items()
+    elif isinstance(state, (list, tuple)):
+        parts = enumerate(state)
+    else:
+        return {name: state}
+    return {path: value for key, part in parts for path, value in flat(part, f"{name}/{key}").items()}
+
+
+def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        ours, theirs = flat(one[part], part), flat(other[part], part)
+        assert ours.keys() == theirs.keys()
+        for path, value in ours.items():
+            same = torch.equal(value, theirs[path]) if isinstance(value, Tensor) else value == theirs[path]
+            assert same, f"{path} differs"
+
+
+EACH_STEP = {"every_n_train_steps": 1}
+EACH_EPOCH = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+
+
+@pytest.mark.parametrize(
+    ("when", "stop", "accumulate"),
+    [(EACH_STEP, 7, 1), (EACH_STEP, 4, 2), (EACH_STEP, 5, 1), (EACH_EPOCH, 5, 1)],
+    ids=["within an epoch", "within one, accumulating", "at its last step", "at its end"],
+)
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_bits_of_one_that_was_not_stopped(
+    example: Any, tmp_path: Path, when: dict[str, Any], stop: int, accumulate: int
+) -> None:
+    """Every checkpoint after that one is compared."""
+
+    def run(part: str, **resumed: Any) -> None:
+        checkpoints = example.ModelCheckpoint(tmp_path / part, "{step}", save_top_k=-1, **when)
+        options = {"accumulate_grad_batches": accumulate, "max_steps": 2 * stop, "callbacks": [checkpoints]}
+        # Of a resumed run nothing may come from how it began.
+        a_trainer(example, tmp_path, **options).fit(a_model(example, len(resumed)), few_images(example), **resumed)
+
+    run("whole")
+    run("resumed", ckpt_path=tmp_path / f"whole/step={stop}.ckpt")
+    for step in [2 * stop] if when is EACH_EPOCH else range(stop + 1, 2 * stop + 1):
+        one, other = (torch.load(tmp_path / part / f"step={step}.ckpt") for part in ("whole", "resumed"))
+        assert_same_state(one, other)
+        assert int(one["state_dict"]["criterion.bank.pushed"]) > 24, "the bank has not gone round"
+    assert not torch.equal(a_model(example).predictor[0].weight, one["state_dict"]["predictor.0.weight"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_the_target_follows_each_step_of_the_optimizer_and_nothing_else(
+    example: Any, tmp_path: Path, accumulate: int
+) -> None:
+    """Five batches an epoch, of which Lightning makes 5, 3 and 2 steps."""
+    model = a_model(example)
+    name = "1.3.weight"  # of the projection
+    expected, online = ([model.encoder.state_dict()[name].clone()] for _ in range(2))
+
+    class Follow(example.L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            now = model.encoder.state_dict()[name].clone()
+            if not torch.equal(now, online[-1]):  # there was a step
+                online.append(now)
+                expected.append(0.9 * expected[-1] + 0.1 * now)
+            torch.testing.assert_close(model.target.module.state_dict()[name], expected[-1], rtol=1e-5, atol=1e-7)
+
+    options = {"accumulate_grad_batches": accumulate, "max_steps": -1, "max_epochs": 2, "callbacks": [Follow()]}
+    trainer = a_trainer(example, tmp_path, **options, enable_checkpointing=False)
+    trainer.fit(model, few_images(example))
+    steps = {1: 10, 2: 6, 3: 4}[accumulate]
+    assert (trainer.global_step, model.target.updates, len(online) - 1) == (steps, steps, steps)
+    assert model.criterion.steps == 10
+    assert int(model.criterion.bank.pushed) == 80
+
+
+def test_it_logs_loss_purity_spread_and_accuracy(example: Any, tmp_path: Path) -> None:
+    model, images = a_model(example), few_images(example)
+    trainer = a_trainer(example, tmp_path, enable_checkpointing=False)
+    trainer.fit(model, images)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert 0 < logged["loss"] < 4
+    assert 0 < logged["spread"] < 1.1
+    assert 0 < logged["purity"] < 1
+    model.eval()
+    (features, labels), (queries, truth) = (
+        (model.encoder[0](torch.stack([image for image, _ in part])), torch.tensor([label for _, label in part]))
+        for part in (images.train, images.val)
+    )
+    right = knn_classify(queries, features, labels, k=1) == truth
+    assert logged["val_1nn"] == pytest.approx(right.float().mean().item())
+    assert 0.2 < logged["val_1nn"] < 1
+    assert int(model.criterion.bank.pushed) == 80, "validation has pushed"
+
+
+def test_a_checkpoint_gives_the_module_back(example: Any, tmp_path: Path) -> None:
+    model = a_model(example)
+    trainer = a_trainer(example, tmp_path, max_steps=4, enable_checkpointing=False)
+    trainer.fit(model, few_images(example))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = example.MSF.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert len(loaded.criterion.bank) == 24
+    for (name, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def train_on_two_ranks(folder: Path) -> None:
+    """What the process that `two_ranks` starts does: fork two ranks, which keep what the test compares."""
+    from integrations import lightning_msf as example
+
+    torch.set_num_threads(1)
+    model, targets, labels = a_model(example), [], []
+    model.target.register_forward_hook(lambda module, given, output: targets.append(output.clone()))
+
+    class Keep(example.L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            labels.append(batch[2])
+            self.wrapped = type(trainer.strategy.model).__name__
+
+        def on_fit_end(self, trainer: Any, module: Any) -> None:
+            kept = {
+                "state": module.state_dict(),
+                "targets": targets,
+                "labels": labels,
+                "accuracy": trainer.callback_metrics["val_1nn"],
+                "wrapped": self.wrapped,
+            }
+            torch.save(kept, folder / f"rank{trainer.global_rank}.pt")
+
+    strategy = example.DDPStrategy(process_group_backend="gloo", start_method="fork")
+    options = {"strategy": strategy, "devices": 2, "max_epochs": 2, "max_steps": -1, "callbacks": [Keep()]}
+    trainer = a_trainer(example, folder, **options, enable_checkpointing=False)
+    trainer.fit(model, few_images(example, batch_size=5))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(example: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks kept of two epochs of four steps; from a fresh process, which is safe to fork."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its ranks too
+        pytest.fail(f"no end after {SECONDS} s: {process.communicate()[0]}")
+    assert process.returncode == 0, said
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_two_ranks_share_a_bank_of_all_their_targets_in_order(two_ranks: list[dict[str, Any]]) -> None:
+    batches = list(zip(*(kept["targets"] for kept in two_ranks), strict=True))
+    assert len(batches) == 8
+    assert not torch.equal(*batches[0])
+    rows = F.normalize(torch.cat([target for batch in batches for target in batch]), dim=1)  # [80, D]
+    labels = torch.cat([part for batch in zip(*(kept["labels"] for kept in two_ranks), strict=True) for part in batch])
+    newest = torch.arange(80 - 24, 80)
+    for kept in two_ranks:
+        assert kept["wrapped"] == "DistributedDataParallel"
+        assert int(kept["state"]["criterion.bank.pushed"]) == 80
+        assert torch.equal(kept["state"]["criterion.bank.labels"][newest % 24], labels[newest])
+        torch.testing.assert_close(kept["state"]["criterion.bank.rows"][newest % 24], rows[newest], rtol=0, atol=1e-6)
+
+
+def test_two_ranks_have_the_same_bank_parameters_target_and_accuracy(two_ranks: list[dict[str, Any]]) -> None:
+    one, other = (kept["state"] for kept in two_ranks)
+    statistics = ("running_mean", "running_var")  # of BatchNorm: each rank's own until DDP's next forward
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert name.endswith(statistics) or torch.equal(tensor, other[name]), name
+    assert two_ranks[0]["accuracy"] == two_ranks[1]["accuracy"]
+    assert 0.2 < two_ranks[0]["accuracy"] < 1
+
+
+if __name__ == "__main__":
+    train_on_two_ranks(Path(sys.argv[1]))
