@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msf_core.bank_state import UNKNOWN_LABEL
 from msf_core.checks import check_labels, check_tensor
-from msf_core.memory_bank import UNKNOWN_LABEL, MemoryBank, Neighbors, unit_rows
+from msf_core.memory_bank import MemoryBank, Neighbors, unit_rows
 from msf_core.schedules import Schedule
 
 

@@ -87,7 +87,7 @@ class _Screen:
         length = torch.linalg.vector_norm(self.queries, dim=1)
         of_rows = 0.0 if rows.values.dtype == torch.bfloat16 else ROUNDING
         # [Q], with 1 % for rows of half precision, which may be a little longer than 1; NaN for a query with NaN
-        self.error = 1.01 * (rounding + (of_rows + self.queries.shape[1] * 2.0**-22) * length)
+        self.error: Tensor = 1.01 * (rounding + (of_rows + self.queries.shape[1] * 2.0**-22) * length)
         # Every new tensor is made from one that is there: users set default dtypes and devices.
         self.products = self.rounded.new_empty(CHUNK_ROWS, self.queries.shape[0])
         self.rows = self.rounded.new_empty(CHUNK_ROWS, self.queries.shape[1])
