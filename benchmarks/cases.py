@@ -73,7 +73,7 @@ def our_step(bank: MemoryBank, k: int) -> Step:
     criterion = MeanShiftLoss(bank, k)
 
     def step(v: Tensor, u: Tensor) -> Tensor:
-        loss = criterion(v.detach().requires_grad_(), u)
+        loss: Tensor = criterion(v.detach().requires_grad_(), u)
         loss.backward()
         return loss.detach()
 

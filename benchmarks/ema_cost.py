@@ -213,7 +213,7 @@ def build_encoder(name: str) -> nn.Module:
 
     if name not in models.list_models(module=models):
         raise ValueError("no classification model of torchvision, such as resnet18, resnet50 or vit_b_16")
-    encoder = models.get_model(name, weights=None)
+    encoder: nn.Module = models.get_model(name, weights=None)
     linear = [(path, module) for path, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError("it has no linear classifier for the projection head to take the place of")

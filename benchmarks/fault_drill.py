@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from benchmarks.arguments import positive  # noqa: E402
-from imagenet_train import environment  # noqa: E402
+from training.report import environment  # noqa: E402
 
 RANKS, STALL = 2, 25  # STALL: seconds that a rank waits for another
 EPOCH = 1347 // 64  # steps, at the default batch size of the digits

@@ -100,8 +100,8 @@ def make_methods(device: torch.device) -> list[Method]:
         return module
 
     def build_lightly(rows: Tensor) -> nn.Module:
-        module = NNMemoryBankModule(size=tuple(rows.shape)).to(rows.device)
-        module.bank.copy_(rows)
+        module: nn.Module = NNMemoryBankModule(size=tuple(rows.shape)).to(rows.device)
+        module.bank.copy_(rows)  # type: ignore[operator]
         return module
 
     working = [name for name, problem in available_backends(device).items() if problem is None]
@@ -175,7 +175,8 @@ def measure(task: Task, methods: list[Method]) -> list[Record]:
 
 def forward(module: nn.Module, batches: Tensor, update: bool, number: int) -> Tensor:
     """Call a module with the batch [B, D] of a round."""
-    return module(batches[number], update=update)
+    nearest: Tensor = module(batches[number], update=update)
+    return nearest
 
 
 def _later(call: Callable[[int], object]) -> Callable[[int], object]:
@@ -210,7 +211,7 @@ def rows_missing(task: Task, method: Method) -> dict[str, int]:
         """Write each number into the signs of the first dimensions of a unit row."""
         rows = torch.ones(len(numbers), task.dim, device=task.device)
         rows[:, :bits] -= 2.0 * ((numbers[:, None] & powers) > 0)
-        return rows / task.dim**0.5
+        return F.normalize(rows, dim=1)
 
     numbers = torch.arange(total, device=task.device)
     module = method.build(spell(numbers[:size]))

@@ -80,7 +80,8 @@ def time_once(call: Callable[[], object], device: torch.device) -> float:
     call()
     end.record()
     torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1000
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1000
 
 
 def time_interleaved(

@@ -91,7 +91,8 @@ def _in_fresh_process(case: MemoryCase) -> MemoryResult:
     process.start()
     sender.close()
     try:
-        return receiver.recv()
+        result: MemoryResult = receiver.recv()
+        return result
     except EOFError:
         process.join()
         return MemoryResult([], f"its process ended with exit code {process.exitcode}")

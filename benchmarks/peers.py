@@ -97,7 +97,7 @@ def build_lightly(rows: Tensor, problem: Problem) -> Search:
     bank.bank.copy_(rows)
 
     def search(queries: Tensor) -> Tensor:
-        nearest = bank(queries, update=True)
+        nearest: Tensor = bank(queries, update=True)
         return nearest.new_full((len(queries), 1), -1, dtype=torch.int64)  # it tells rows, and no indices
 
     return search

@@ -46,7 +46,8 @@ class Run:
     def rounds(self, problem: Problem, slow: bool = False) -> int:
         """Return how often a case runs: less often on a CPU where one run takes long."""
         slow = problem.device == "cpu" and (slow or problem.search_gflop * problem.batch > LONG_GFLOP)
-        return min(FEW_REPEATS, self.args.repeats) if slow else self.args.repeats
+        repeats: int = self.args.repeats
+        return min(FEW_REPEATS, repeats) if slow else repeats
 
     def find(self, name: str, **parameters: object) -> Record | None:
         """Return the first record of that name with those parameters."""

@@ -95,7 +95,7 @@ def is_ours(record: Record) -> bool:
 
 def is_authors(record: Record) -> bool:
     """Tell whether a record is of the authors' formulation."""
-    return record.parameters["method"] == "authors"
+    return bool(record.parameters["method"] == "authors")
 
 
 def label(record: Record) -> str:

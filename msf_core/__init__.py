@@ -3,8 +3,9 @@
 from msf_core import schedules
 from msf_core.ema import EMATarget
 from msf_core.loss import MeanShiftLoss, mean_shift_loss
-from msf_core.memory_bank import MemoryBank, Neighbors
+from msf_core.memory_bank import MemoryBank
 from msf_core.metrics import effective_rank, embedding_spread, knn_classify, neighbor_purity
+from msf_core.rows import Neighbors
 from msf_core.search import available_backends
 
 __all__ = [

@@ -82,7 +82,7 @@ class BankState(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BankState":
         """Follow the module to another device; the dtype stays what was asked for."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in (*BESIDE, *COUNTS):
             tensor = getattr(self, name)
             if tensor is not None:

@@ -52,12 +52,14 @@ class EMATarget(nn.Module):
         if any(is_shard(parameter) for parameter in online.parameters()):
             raise ValueError("online is sharded already: make the EMATarget first, then fully_shard online and .module")
         self.module = copy.deepcopy(_unwrap(online)).requires_grad_(False)
+        """The target encoder f itself."""
         for parent in list(self.module.modules()):
             for name, child in parent._modules.items():
                 parent._modules[name] = None if child is None else _unwrap(child)
         self.momentum = momentum
         self.buffers_policy = buffers
         self.updates = 0
+        """How many there were so far."""
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:

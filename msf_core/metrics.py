@@ -68,7 +68,8 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
     if embeddings.ndim != 2 or embeddings.shape[0] < 2:
         raise ValueError(f"embeddings must be [B, D] with at least two rows, got {list(embeddings.shape)}")
     unit = F.normalize(embeddings.detach().float(), dim=1)  # [B, D]
-    return unit.std(dim=0).mean() * unit.shape[1] ** 0.5
+    root: float = unit.shape[1] ** 0.5
+    return unit.std(dim=0).mean() * root
 
 
 def effective_rank(embeddings: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 def unit(x: Tensor) -> Tensor:
     """Return x / ‖x‖₂ along the last dimension."""
-    return x / x.norm(dim=-1, keepdim=True)
+    length: Tensor = x.norm(dim=-1, keepdim=True)
+    return x / length
 
 
 def mean_shift_loss(v: Tensor, u: Tensor, bank: Tensor, k: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Schedule = Callable[[int], float]
+"""Any function of a step, 0, 1, 2, …, that gives a number."""
 
 
 @dataclass(frozen=True)

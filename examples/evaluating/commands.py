@@ -234,7 +234,7 @@ def opened(one: TransferSet, subject: Subject) -> Parts | str:
     return found
 
 
-def photos_of(subject: Subject, images: Dataset) -> Photos:
+def photos_of(subject: Subject, images: Dataset[Any]) -> Photos:
     """Return a data set of torchvision's as evaluation sees it."""
     return Photos(
         images,

@@ -24,9 +24,9 @@ STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # of the data term, sc
 class Parts:
     """The images of one data set: to train on, to choose the strength on (None: a fifth of those), to test on."""
 
-    train: Dataset
-    val: Dataset | None
-    test: Dataset
+    train: Dataset[Any]
+    val: Dataset[Any] | None
+    test: Dataset[Any]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ SETS = (
 )
 
 
-def _of_each_class(images: Dataset, train: int, test: int | None, seed: int) -> Parts:
+def _of_each_class(images: Dataset[Any], train: int, test: int | None, seed: int) -> Parts:
     """Draw ``train`` images of each class, and ``test`` others or the rest."""
     labels = labels_of(images)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed_of(seed)))

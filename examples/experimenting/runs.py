@@ -106,7 +106,8 @@ class Runs:
         record = _read(folder / "results.json")
         if record is None:
             return last
-        *_, row = record["rows"].values()
+        rows: dict[str, dict[str, float]] = record["rows"]
+        *_, row = rows.values()
         return last | row
 
     def history(self, run: Run) -> list[dict[str, float]]:

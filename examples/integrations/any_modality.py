@@ -15,7 +15,7 @@ Every setting was chosen once, before the first run, and is the same for both k:
 - bank: half as many rows as there are to train on. The paper's holds 10 to 80 % of the images. A bank of more rows
   than the training set would give a row its own older embeddings as neighbors, and k = 5 would be k = 1 again.
 - EMA momentum 0.97, SGD momentum 0.9, weight decay 1e-4: those of the digits in imagenet_train.py. Batches of 32, so
-  that a bank holds at least two; the paper's learning rate 0.05 with a cosine to 0; 500 steps, which are over 40 epochs.
+  that a bank holds at least two; the paper's learning rate 0.05 with a cosine to 0; 500 steps, over 40 epochs.
 
 All encoders are judged alike. A split (70 % to train on, stratified) and all that is random come from the seed. The
 features are scaled by the mean and deviation of the training rows; encoder and bank see these rows alone, and no

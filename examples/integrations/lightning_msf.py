@@ -90,7 +90,10 @@ class MSF(L.LightningModule):
         """Log the share of images whose nearest training image, of all ranks', has their label."""
         parts = [torch.cat(part) for images in self.seen for part in zip(*images, strict=True)]
         # [ranks, n, …] or, of one process, [n, …]
-        features, labels, queries, truth = (self.all_gather(part).reshape(-1, *part.shape[1:]) for part in parts)
+        gathered: list[Any] = [self.all_gather(part) for part in parts]
+        features, labels, queries, truth = (
+            whole.reshape(-1, *part.shape[1:]) for whole, part in zip(gathered, parts, strict=True)
+        )
         found = knn_classify(queries, features, labels, k=1)
         self.log("val_1nn", (found == truth).float().mean(), prog_bar=True, sync_dist=True)
 
@@ -196,7 +199,7 @@ class ResumableLoader(DataLoader):
 
     resumed = given = (0, 0)  # (epoch, batches of it) that a checkpoint had, and so far
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         keys: Any = self.sampler  # asked when the first batch is, after Lightning has set the epoch
         first = self.resumed[1] if self.resumed[0] == keys.epoch else 0
         keys.first = first * (self.batch_size or 1)

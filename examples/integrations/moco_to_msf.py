@@ -134,7 +134,7 @@ def main() -> None:
         if method is None:
             backbone: nn.Module = nn.Flatten()
         else:
-            backbone = make_encoder()[0] if method is make_encoder else method(images[train], args.epochs)
+            backbone = make_encoder()[0] if method is make_encoder else method(images[train], args.epochs)  # type: ignore[call-arg]
         nn1, one_label = accuracy(backbone, images[train], labels[train], images[test], labels[test])
         print(f"{name:<15} {nn1:6.3f} {one_label:8.3f}", flush=True)
 

@@ -31,10 +31,11 @@ import copy
 from typing import Any
 
 import torch
-from msf_core import MeanShiftLoss, MemoryBank, embedding_spread, neighbor_purity
 from omegaconf import DictConfig, OmegaConf
 from solo.methods.base import BaseMomentumMethod
 from torch import Tensor, nn
+
+from msf_core import MeanShiftLoss, MemoryBank, embedding_spread, neighbor_purity
 
 
 class MSF(BaseMomentumMethod):
@@ -88,20 +89,20 @@ class MSF(BaseMomentumMethod):
         """The base class's and the projectors: solo-learn moves the second of each pair towards the first."""
         return [*super().momentum_pairs, (self.projector, self.momentum_projector)]
 
-    def forward(self, X: Tensor) -> dict[str, Any]:  # noqa: N803 (solo-learn's name)
+    def forward(self, X: Tensor) -> dict[str, Any]:
         """Add to the base class's outputs z, projected, and p, predicted from it; both [B, D]."""
         out = super().forward(X)
         z = self.projector(out["feats"])
         return {**out, "z": z, "p": self.predictor(z)}
 
     @torch.no_grad()
-    def momentum_forward(self, X: Tensor) -> dict[str, Any]:  # noqa: N803 (solo-learn's name)
+    def momentum_forward(self, X: Tensor) -> dict[str, Any]:
         """Add z, [B, D], to the base class's outputs, which ``training_step`` then has as "momentum_z"."""
         out = super().momentum_forward(X)
         return {**out, "z": self.momentum_projector(out["feats"])}
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
-        """Return MSF's loss and that of the online classifier for a batch [indexes, [target view, online view], labels].
+        """Return MSF's loss and the online classifier's for a batch [indexes, [target view, online view], labels].
 
         The labels serve the classifier and the logged purity (NaN with k: 1, or without labels); MSF never sees them.
         """
@@ -119,6 +120,4 @@ class MSF(BaseMomentumMethod):
 
 def mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
     """Projection and prediction head, as those of solo-learn's BYOL."""
-    return nn.Sequential(
-        nn.Linear(width_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width_out)
-    )
+    return nn.Sequential(nn.Linear(width_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width_out))

@@ -176,10 +176,10 @@ class Photos:
 
     def __init__(
         self,
-        train: Dataset,
-        val: Dataset | None,
+        train: Dataset[Any],
+        val: Dataset[Any] | None,
         *,
-        gallery: Dataset | None = None,
+        gallery: Dataset[Any] | None = None,
         size: int,
         has_labels: bool,
         augmentation: str,
@@ -255,7 +255,7 @@ class Photos:
         return images.to(self._device, non_blocking=True, memory_format=layout)
 
 
-class UnlabelledFolder(Dataset):
+class UnlabelledFolder(Dataset[tuple[Any, int]]):
     """All images below a folder, in the order of their paths, each with the label −1."""
 
     def __init__(self, root: Path) -> None:
@@ -303,7 +303,7 @@ def open_source(
     return Photos(train, val, gallery=gallery, has_labels=True, **options)
 
 
-def labels_of(images: Dataset) -> Tensor:
+def labels_of(images: Dataset[Any]) -> Tensor:
     """Return the labels [n] of a data set of torchvision's, or of a part of one, without reading an image."""
     if isinstance(images, Subset):
         return labels_of(images.dataset)[list(images.indices)]
@@ -319,7 +319,7 @@ def labels_of(images: Dataset) -> Tensor:
     return labels if places is None else torch.tensor([places(int(label)) for label in labels])
 
 
-def open_folder(root: Path) -> tuple[Dataset, Dataset | None, bool]:
+def open_folder(root: Path) -> tuple[Dataset[Any], Dataset[Any] | None, bool]:
     """Return (training set, test set or None, whether there are labels) of a tree of images.
 
     ``root/train`` and ``root/val`` with a folder a class are what ImageNet has. Without ``train`` the root itself
@@ -354,7 +354,7 @@ def open_folder(root: Path) -> tuple[Dataset, Dataset | None, bool]:
     return train, val, True
 
 
-def open_torchvision(name: str, root: Path) -> tuple[Dataset, Dataset, Dataset]:
+def open_torchvision(name: str, root: Path) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
     """Return training set, labelled training images and test set, downloaded to ``root`` if need be.
 
     Args:
@@ -376,10 +376,10 @@ def open_torchvision(name: str, root: Path) -> tuple[Dataset, Dataset, Dataset]:
         raise ValueError(f"{name} is neither in {root} nor could it be downloaded: {error}") from error
 
 
-class _Views(Dataset):
+class _Views(Dataset[tuple[Any, ...]]):
     """Random views of an image, one of each kind, and its label; the draw depends on (seed, epoch, index) alone."""
 
-    def __init__(self, images: Dataset, kinds: list[Callable], seed: int) -> None:
+    def __init__(self, images: Dataset[Any], kinds: list[Callable[[Any], Tensor]], seed: int) -> None:
         self.images, self.kinds, self.seed = images, kinds, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
@@ -390,8 +390,8 @@ class _Views(Dataset):
             return (*(view(image) for view in self.kinds), label)
 
 
-class _Centred(Dataset):
-    def __init__(self, images: Dataset, centre: Callable) -> None:
+class _Centred(Dataset[tuple[Tensor, int]]):
+    def __init__(self, images: Dataset[Any], centre: Callable[[Any], Tensor]) -> None:
         self.images, self.centre = images, centre
 
     def __len__(self) -> int:
@@ -402,7 +402,7 @@ class _Centred(Dataset):
         return self.centre(image), label
 
 
-class _EpochOrder(Sampler):
+class _EpochOrder(Sampler[tuple[int, int]]):
     """The (epoch, index) keys of this rank's images of one epoch, from a micro-batch on."""
 
     def __init__(self, size: int, seed: int, share: Share) -> None:
@@ -415,9 +415,10 @@ class _EpochOrder(Sampler):
         return iter([(self.epoch, index) for index in own.tolist()])
 
 
-def _read(images: Dataset, index: int) -> tuple[Any, int]:
+def _read(images: Dataset[Any], index: int) -> tuple[Any, int]:
     try:
-        return images[index]
+        item: tuple[Any, int] = images[index]
+        return item
     except OSError as error:
         where = getattr(images, "samples", getattr(images, "paths", None))
         raise UnreadableImage(f"cannot read image {where[index] if where else index}: {error}") from error

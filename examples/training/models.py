@@ -24,7 +24,8 @@ class DigitsResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features [B, 96] of images [B, 1, 16, 16]."""
-        return self.blocks(self.stem(images)).mean(dim=(2, 3))
+        maps: Tensor = self.blocks(self.stem(images))  # [B, 96, 2, 2]
+        return maps.mean(dim=(2, 3))
 
 
 class Encoder(nn.Module):
@@ -37,7 +38,8 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return embeddings [B, D]."""
-        return self.projector(self.backbone(images))
+        embeddings: Tensor = self.projector(self.backbone(images))
+        return embeddings
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

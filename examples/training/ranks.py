@@ -79,7 +79,8 @@ def may_restart() -> bool:
 def synchronized(module: nn.Sequential, device: torch.device) -> nn.Sequential:
     """Return the module with BatchNorm over the images of all ranks."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        converted: nn.Sequential = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return converted
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.__class__ = SyncBatchNormAnywhere
@@ -114,9 +115,9 @@ class SyncBatchNormAnywhere(_BatchNorm):
         dtype, input = input.dtype, input.float()  # as BatchNorm under autocast
         others = [dimension for dimension in range(input.ndim) if dimension != 1]
         count = input.numel() // input.shape[1] * dist.get_world_size()
-        mean = SumOverRanks.apply(input.mean(dim=others, keepdim=True)) / dist.get_world_size()  # [1, C, …]
+        mean: Tensor = SumOverRanks.apply(input.mean(dim=others, keepdim=True)) / dist.get_world_size()  # [1, C, …]
         centred = input - mean
-        variance = SumOverRanks.apply(centred.square().sum(dim=others, keepdim=True)) / count
+        variance: Tensor = SumOverRanks.apply(centred.square().sum(dim=others, keepdim=True)) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1

@@ -217,7 +217,8 @@ class Trainer:
         measures = measure(loss, u, neighbors, labels, (target_view, online_view), self.criterion.bank)
         measures["age"] = measures["age"] / self.settings.batch_size  # in steps
         self.averages.add(measures)
-        return loss.detach()
+        detached: Tensor = loss.detach()
+        return detached
 
     def average_losses(self) -> list[float]:
         """Return the loss of every step since `losses_written`, averaged over all ranks; all of them ask for it."""

@@ -156,7 +156,7 @@ def test_a_distributed_checkpoint_of_four_ranks_loads_on_two_four_and_one(
             processes.run(loaded_in_another_size, folder, layout)
     criterion = criterion_of("replicated")
     state = {"criterion": criterion.state_dict()}
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    dcp.load(state, checkpoint_id=folder)
     criterion.load_state_dict(state["criterion"])
     assert_same_bank(criterion.bank, fill(MemoryBank(21, DIM), 3))
 

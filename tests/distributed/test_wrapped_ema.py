@@ -86,6 +86,9 @@ def test_a_wrapped_online_encoder_gives_the_target_of_a_bare_one(
     two_ranks.run(equals_unwrapped, wrap, False, wrapped_first)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason=f"FSDP2 of PyTorch {torch.__version__} does not run on CPUs"
+)
 def test_fsdp2_on_both_sides_gives_the_target_of_a_bare_one(two_ranks: Any) -> None:
     two_ranks.run(equals_unwrapped, sharded, True, False)
 

@@ -1,0 +1,65 @@
+"""The documentation: every public name is on an API page, and every figure of a table in the records.
+
+The examples on its pages run as doctests, and dead links end ``mkdocs build --strict`` in .ci/run.
+"""
+
+import re
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import msf_core
+from msf_core import metrics, schedules, search
+
+ROOT = Path(__file__).resolve().parents[1]
+API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
+DOCUMENTED = [name for page in API_PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
+
+
+def defined_in(module: ModuleType) -> list[str]:
+    """Public names of what that module itself defines."""
+    there = [name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__]
+    return [name for name in there if not name.startswith("_")]
+
+
+def public_objects() -> list[str]:
+    """Where each of them is imported from, as users do."""
+    names = [f"msf_core.{name}" for name in msf_core.__all__]
+    names += [f"msf_core.search.{name}" for name in search.__all__]
+    for module in (metrics, schedules):
+        names += [f"{module.__name__}.{name}" for name in defined_in(module)]
+    return names
+
+
+def find(name: str) -> object:
+    return import_module(name) if name == "msf_core.reference" else attrgetter(name.removeprefix("msf_core."))(msf_core)
+
+
+@pytest.mark.parametrize("name", public_objects())
+def test_every_public_name_is_on_an_api_page(name: str) -> None:
+    assert any(find(documented) is find(name) for documented in DOCUMENTED), f"{name} is on no page of docs/api"
+
+
+def table_rows(text: str) -> list[str]:
+    """Lines of all tables without their headings."""
+    tables = re.findall(r"^\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [row for table in tables for row in table.splitlines()]
+
+
+def test_tables_of_measured_figures_are_those_of_the_records() -> None:
+    records = [row for file in (ROOT / "benchmarks" / "results").glob("*.md") for row in table_rows(file.read_text())]
+    rows = table_rows((ROOT / "docs" / "choosing.md").read_text())
+    assert len(rows) > 20
+    assert [row for row in rows if row not in records] == []
+
+
+INTEGRATIONS = sorted((ROOT / "examples" / "integrations").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", INTEGRATIONS, ids=lambda file: file.name)
+def test_every_integration_is_shown_on_a_page(file: Path) -> None:
+    pages = [page.read_text() for page in (ROOT / "docs" / "integrations").glob("*.md")]
+    assert any(f'--8<-- "{file.relative_to(ROOT).as_posix()}"' in page for page in pages)
