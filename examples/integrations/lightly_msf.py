@@ -10,8 +10,8 @@ lightly_byol_to_msf.diff beside it. It fits both: `patch byol.py lightly_byol_to
 
 BYOL predicts each view from the other. In the MSF paper the online encoder sees the strong view alone and the target
 the weak one, so that a step has one forward of each. Not lightly's are what a short run on digits needs: a ResNet of
-half the blocks, SGD's momentum, a target that follows faster, and crops that leave enough of a digit. Views are of 32
-pixels, as there: change both input_size for photos.
+half the blocks, SGD's momentum, a target that follows faster, and gentler views. A folder's views are of 32 pixels, as
+there: change both input_size for photos.
 """
 # ruff: noqa: I001  (imports in the order of lightly's example, so that one diff fits both)
 
@@ -112,13 +112,17 @@ transform = BYOLTransform(
     view_1_transform=BYOLView1Transform(
         input_size=32, gaussian_blur=0.0, min_scale=0.2, cj_prob=0, random_gray_scale=0
     ),
-    view_2_transform=BYOLView2Transform(input_size=32, gaussian_blur=0.0, min_scale=0.08 if args.data else 0.3),
+    view_2_transform=BYOLView2Transform(input_size=32, gaussian_blur=0.0),
 )
 digits = Digits()
 if args.data:
     dataset = LightlyDataset(args.data, transform=transform)
 else:
     print(f"1-NN with 100 labels, untrained: {hundred_label_accuracy(copy.deepcopy(backbone), digits):.3f}")
+    transform = BYOLTransform(  # digits read one way, and a small part of one says nothing
+        BYOLView1Transform(32, cj_prob=0, min_scale=0.6, random_gray_scale=0, gaussian_blur=0, hf_prob=0),
+        BYOLView2Transform(32, min_scale=0.5, gaussian_blur=0, solarization_prob=0, hf_prob=0),
+    )
     dataset = LightlyDataset.from_torch_dataset(digits, transform=transform)
 
 dataloader = torch.utils.data.DataLoader(

@@ -1,0 +1,130 @@
+"""examples/integrations/lightly_msf.py runs, and its diff turns it into BYOL and back, both of which run too."""
+
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("lightly", reason="lightly is what this example is of: pip install lightly")
+pytest.importorskip("sklearn", reason="the example's digits are scikit-learn's")
+
+from lightly.loss import NegativeCosineSimilarity
+from PIL import Image
+
+from msf_core import MeanShiftLoss
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "integrations" / "lightly_msf.py"
+DIFF = EXAMPLE.with_name("lightly_byol_to_msf.diff")
+BATCH, IMAGES, EPOCHS = 4, 9, 2
+Run = Callable[[Path], dict[str, Any]]
+
+
+def hunks() -> list[tuple[str, str]]:
+    """The text before and after of every hunk of the diff."""
+    bodies = re.split(r"^@@.*\n", DIFF.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    pairs = []
+    for body in bodies:
+        lines = body.splitlines(keepends=True)
+        assert {line[0] for line in lines} <= {" ", "-", "+"}
+        pairs.append(tuple("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +")))
+    return pairs  # type: ignore[return-value]
+
+
+def byol() -> str:
+    """The example with the diff taken back."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    for before, after in hunks():
+        assert text.count(after) == 1
+        text = text.replace(after, before)
+    return text
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a script on a small folder of images, and returns what it has made."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(IMAGES):
+        pixels = torch.randint(256, (40, 36, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(images / f"{number}.png")
+    command = f"x.py --data {images} --epochs {EPOCHS} --batch-size {BATCH}"
+
+    def run_script(path: Path) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", command.split())
+        return runpy.run_path(str(path))
+
+    return run_script
+
+
+def losses(printed: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"epoch: \d\d, loss: (\S+)", printed)]
+
+
+def test_the_example_trains_by_mean_shift(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    made = run(EXAMPLE)
+    criterion, model = made["criterion"], made["model"]
+    assert isinstance(criterion, MeanShiftLoss)
+    assert criterion.k == 5
+    steps = EPOCHS * (IMAGES // BATCH)
+    assert criterion.steps == steps
+    assert len(criterion.bank) == steps * BATCH  # one view of an image a step
+    printed = losses(capsys.readouterr().out)
+    assert len(printed) == EPOCHS
+    assert all(0 < loss < 4 for loss in printed)
+    for online, target in ((model.backbone, model.backbone_momentum), (model.prediction_head, None)):
+        moved = [parameter for parameter in online.parameters() if parameter.grad is not None]
+        assert moved == []  # zero_grad leaves none
+        assert all(parameter.requires_grad for parameter in online.parameters())
+        assert target is None or not any(parameter.requires_grad for parameter in target.parameters())
+    pairs = list(zip(model.backbone.parameters(), model.backbone_momentum.parameters(), strict=True))
+    assert not any(torch.equal(f, g) for g, f in pairs if g.ndim == 4), "the target must follow, not be the same"
+
+
+def test_taken_back_the_diff_leaves_lightlys_byol(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "byol.py").write_text(byol(), encoding="utf-8")
+    made = run(tmp_path / "byol.py")
+    assert type(made["criterion"]) is NegativeCosineSimilarity
+    assert "MemoryBank" not in made
+    printed = losses(capsys.readouterr().out)
+    assert len(printed) == EPOCHS
+    assert all(-1 <= loss <= 1 for loss in printed)
+
+
+def test_the_diff_makes_the_example_of_byol_in_fewer_than_15_lines() -> None:
+    text = byol()
+    for before, after in hunks():
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    assert text == EXAMPLE.read_text(encoding="utf-8")
+    body = DIFF.read_text(encoding="utf-8").split("+++ byol.py\n")[1]
+    changed = [line for line in body.splitlines() if line[0] in "+-"]
+    assert 0 < len(changed) < 15
+
+
+def test_patch_takes_the_diff(tmp_path: Path) -> None:
+    if shutil.which("patch") is None:
+        pytest.skip("there is no command `patch` here")
+    script = tmp_path / "byol.py"
+    # As lightly's own example is shorter: the places in the diff must not matter.
+    script.write_text("".join(byol().splitlines(keepends=True)[20:]), encoding="utf-8")
+    subprocess.run(["patch", "byol.py", str(DIFF)], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    expected = "".join(EXAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[20:])
+    assert script.read_text(encoding="utf-8") == expected
+
+
+def test_accuracy_is_of_features_and_the_digits_are_whole(run: Run) -> None:
+    made = run(EXAMPLE)
+    digits = made["Digits"]()
+    assert len(digits) == 1797
+    assert {image.size for image in digits.images} == {(32, 32)}
+    accuracy = made["hundred_label_accuracy"]
+    assert accuracy(nn.Flatten(), digits) > 0.75  # by raw pixels
+    assert accuracy(nn.Sequential(nn.Flatten(), nn.Threshold(1e9, 1.0)), digits) < 0.2  # all features the same
