@@ -10,6 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import msf_core
 from msf_core import metrics, schedules, search
@@ -54,6 +57,30 @@ def test_tables_of_measured_figures_are_those_of_the_records() -> None:
     rows = table_rows((ROOT / "docs" / "choosing.md").read_text())
     assert len(rows) > 20
     assert [row for row in rows if row not in records] == []
+
+
+def test_counted_operations_of_the_walkthrough_are_what_torch_counts() -> None:
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+
+    def mlp(inputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(inputs, 4096), nn.BatchNorm1d(4096), nn.ReLU(), nn.Linear(4096, 512))
+
+    with torch.device("meta"):  # nothing is computed, only counted
+        encoder, predictor, images = models.resnet50(), mlp(512), torch.empty(2, 3, 224, 224)
+        encoder.fc = mlp(2048)
+    with FlopCounterMode(display=False) as target, torch.no_grad():
+        encoder(images)
+    with FlopCounterMode(display=False) as forward:
+        v = predictor(encoder(images))
+    with FlopCounterMode(display=False) as backward:
+        v.sum().backward()
+    counted = {"online encoder": forward, "the same, backward": backward, "target encoder": target}
+    rows = table_rows((ROOT / "docs" / "walkthrough.md").read_text())
+    for step, counter in counted.items():
+        (row,) = (row for row in rows if row.startswith(f"| {step}"))
+        assert f"| {counter.get_total_flops() / len(images) / 1e9:#.3g} GFLOP | counted |" in row
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (encoder, predictor)]
+    assert f"{sizes[0]:.1f} million parameters of the encoder, {sizes[1]:.1f} million of the predictor" in "".join(rows)
 
 
 INTEGRATIONS = sorted((ROOT / "examples" / "integrations").glob("*.py"))
