@@ -13,6 +13,7 @@ writes them. They are written by rank 0, which suits the replicated bank (the de
 """
 
 import argparse
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,9 @@ class MSF(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the share of images whose nearest training image, of all ranks', has their label."""
         parts = [torch.cat(part) for images in self.seen for part in zip(*images, strict=True)]
-        # [ranks, n, …] or, of one process, [n, …]
-        gathered: list[Any] = [self.all_gather(part) for part in parts]
-        features, labels, queries, truth = (
-            whole.reshape(-1, *part.shape[1:]) for whole, part in zip(gathered, parts, strict=True)
-        )
+        gathered: Any = self.all_gather(parts)  # [ranks, n, …] each or, of one process, [n, …]
+        shapes = [(-1, *part.shape[1:]) for part in parts]
+        features, labels, queries, truth = (part.view(shape) for part, shape in zip(gathered, shapes, strict=True))
         found = knn_classify(queries, features, labels, k=1)
         self.log("val_1nn", (found == truth).float().mean(), prog_bar=True, sync_dist=True)
 
@@ -154,9 +153,8 @@ class Images(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return batches of (weak views, strong views, labels)."""
         views = Views(self.train, [self.weak, self.strong], self.seed)
-        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        keys = Keys(views, ranks, rank, seed=self.seed, drop_last=True)
-        return ResumableLoader(views, self.batch_size, sampler=keys, drop_last=True, num_workers=self.workers)
+        keys = Keys(views, self.batch_size, self.seed, self.trainer)
+        return DataLoader(views, self.batch_size, sampler=keys, drop_last=True, num_workers=self.workers)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Return batches of (images, labels): those to find neighbors among, and those to classify."""
@@ -186,34 +184,20 @@ class Views(Dataset):
 
 
 class Keys(DistributedSampler):
-    """Keys (epoch, index) of this rank's images, in the epoch's order, from place ``first`` on."""
+    """Keys (epoch, index) of this rank's images, from where the run is on.
 
-    first = 0
+    That is told by the count of batches that the loss keeps, which a checkpoint brings back. Lightning's own count of
+    epochs is one too high in some runs resumed from the end of an epoch (2.6, with max_steps).
+    """
+
+    def __init__(self, images: Views, batch_size: int, seed: int, trainer: L.Trainer) -> None:
+        super().__init__(images, trainer.world_size, trainer.global_rank, seed=seed, drop_last=True)
+        self.batch_size = batch_size
+        self.criterion: Any = trainer.lightning_module.criterion
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([(self.epoch, index) for index in super().__iter__()][self.first :])
-
-
-class ResumableLoader(DataLoader):
-    """A loader that goes on in the middle of an epoch: Lightning keeps the state of loaders that have one."""
-
-    resumed = given = (0, 0)  # (epoch, batches of it) that a checkpoint had, and so far
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        keys: Any = self.sampler  # asked when the first batch is, after Lightning has set the epoch
-        first = self.resumed[1] if self.resumed[0] == keys.epoch else 0
-        keys.first = first * (self.batch_size or 1)
-        for batches, batch in enumerate(super().__iter__(), start=first + 1):
-            self.given = keys.epoch, batches
-            yield batch
-
-    def state_dict(self) -> dict[str, tuple[int, int]]:
-        """Return how far this epoch has come."""
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, tuple[int, int]]) -> None:
-        """Start there."""
-        self.resumed = self.given = state["given"]
+        self.epoch, batch = divmod(self.criterion.steps, len(self) // self.batch_size)
+        return iter([(self.epoch, index) for index in super().__iter__()][batch * self.batch_size :])
 
 
 def main() -> None:
@@ -232,6 +216,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/lightning"))
     flags = parser.parse_args()
 
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # see Keys
     L.seed_everything(flags.seed)
     images = Images(flags.data, flags.batch_size, flags.workers, flags.seed)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # hosts of a shared bank talk by gloo

@@ -72,20 +72,26 @@ EACH_EPOCH = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
 
 
 @pytest.mark.parametrize(
-    ("when", "stop", "accumulate"),
-    [(EACH_STEP, 7, 1), (EACH_STEP, 4, 2), (EACH_STEP, 5, 1), (EACH_EPOCH, 5, 1)],
-    ids=["within an epoch", "within one, accumulating", "at its last step", "at its end"],
+    ("when", "stop", "until"),
+    [
+        (EACH_STEP, 7, {"max_steps": 14}),
+        (EACH_STEP, 4, {"max_steps": 8, "accumulate_grad_batches": 2}),
+        (EACH_STEP, 5, {"max_steps": 10}),
+        (EACH_EPOCH, 5, {"max_steps": 10}),
+        (EACH_EPOCH, 5, {"max_steps": -1, "max_epochs": 2}),
+    ],
+    ids=["within an epoch", "within one, accumulating", "at its last step", "at its end", "at its end, by epochs"],
 )
 def test_a_run_resumed_from_a_checkpoint_ends_with_the_bits_of_one_that_was_not_stopped(
-    example: Any, tmp_path: Path, when: dict[str, Any], stop: int, accumulate: int
+    example: Any, tmp_path: Path, when: dict[str, Any], stop: int, until: dict[str, Any]
 ) -> None:
     """Every checkpoint after that one is compared."""
 
     def run(part: str, **resumed: Any) -> None:
         checkpoints = example.ModelCheckpoint(tmp_path / part, "{step}", save_top_k=-1, **when)
-        options = {"accumulate_grad_batches": accumulate, "max_steps": 2 * stop, "callbacks": [checkpoints]}
+        trainer = a_trainer(example, tmp_path, callbacks=[checkpoints], **until)
         # Of a resumed run nothing may come from how it began.
-        a_trainer(example, tmp_path, **options).fit(a_model(example, len(resumed)), few_images(example), **resumed)
+        trainer.fit(a_model(example, seed=len(resumed)), few_images(example), **resumed)
 
     run("whole")
     run("resumed", ckpt_path=tmp_path / f"whole/step={stop}.ckpt")
