@@ -2,20 +2,19 @@
 
     python examples/integrations/any_modality.py
 
-BYOL (k = 1) lives by strong augmentation: only that makes two views of a sample differ in something worth ignoring.
-MSF (k = 5) takes the sample's neighbors beside it as targets, and the paper finds it less dependent on strong views
-(Table 7). This asks the same of data for which nobody knows strong augmentations: the measured columns of
-scikit-learn's wine (178 × 13, 3 classes) and breast cancer (569 × 30, 2 classes). It needs msf_core, torch,
-scikit-learn and numpy.
+Methods of this family get most of their supervision from strong augmentation. The paper has MSF do better than others
+where both views are weakly augmented ("w/w"), and hopes for other kinds of data from it. This asks for data to which
+nobody knows strong augmentations: the measured columns of scikit-learn's wine (178 × 13, 3 classes) and breast cancer
+(569 × 30, 2 classes). It compares k = 5 with k = 1, which is BYOL, and needs msf_core, torch, scikit-learn and numpy.
 
 Every setting was chosen once, before the first run, and is the same for both k:
 
 - views: noise of 0.1 standard deviations on every feature, and each feature missing (set to its mean) with
-  probability 0.1; target and online view alike ("w/w").
+  probability 0.1; target and online view alike.
 - bank: half as many rows as there are to train on. The paper's holds 10 to 80 % of the images. A bank of more rows
-  than the training set would give a row its own older embeddings as neighbors, and k = 5 would be k = 1 again.
-- EMA momentum 0.97, SGD momentum 0.9, weight decay 1e-4: those of the digits in imagenet_train.py. Batches of 32, so
-  that a bank holds at least two; the paper's learning rate 0.05 with a cosine to 0; 500 steps, over 40 epochs.
+  than the training set would give a row its own older embeddings as neighbors, which is k = 1 again.
+- EMA momentum 0.97, SGD momentum 0.9, weight decay 1e-4: those of the digits in imagenet_train.py. Batches of 32, the
+  paper's learning rate 0.05 with a cosine to 0, and 500 steps, which are 40 epochs or more.
 
 All encoders are judged alike. A split (70 % to train on, stratified) and all that is random come from the seed. The
 features are scaled by the mean and deviation of the training rows; encoder and bank see these rows alone, and no
@@ -99,22 +98,20 @@ def features_of(backbone: nn.Module, fitted: Tensor, rows: Tensor) -> Tensor:
     return backbone.eval()(rows)
 
 
-def judge(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, labels: Tensor, seed: int
-) -> list[float]:
+def judge(known: Tensor, known_labels: Tensor, asked: Tensor, labels: Tensor, seed: int) -> list[float]:
     """Return the accuracies in percent of COLUMNS: by the nearest of all training rows, and of a few drawn ones."""
 
     def accuracy(chosen: Tensor) -> float:
-        found = knn_classify(test_features, train_features[chosen], train_labels[chosen], k=1)
+        found = knn_classify(asked, known[chosen], known_labels[chosen], k=1)
         return 100 * (found == labels).float().mean().item()
 
     generator = torch.Generator().manual_seed(seed)
-    scores = [accuracy(torch.arange(len(train_labels)))]
+    scores = [accuracy(torch.arange(len(known_labels)))]
     for shots in SHOTS:
         draws = []
         for _ in range(DRAWS):
-            shuffled = torch.randperm(len(train_labels), generator=generator)
-            classes = [shuffled[train_labels[shuffled] == c][:shots] for c in train_labels.unique()]
+            shuffled = torch.randperm(len(known_labels), generator=generator)
+            classes = [shuffled[known_labels[shuffled] == c][:shots] for c in known_labels.unique()]
             draws.append(accuracy(torch.cat(classes)))
         scores.append(mean(draws))
     return scores

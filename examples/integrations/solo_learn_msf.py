@@ -15,13 +15,12 @@ A config is then that of BYOL (scripts/pretrain/*/byol.yaml) with::
       queue_size: 128000  # the default, as k is; with k: 1 it is BYOL
       k: 5
 
-and two augmentations of one crop each (num_crops: 1): the first is the target's view, weak in the paper, and the
-second the online encoder's, strong. Linear evaluation, kNN evaluation, DDP and resuming are solo-learn's own: the bank
-travels in Lightning's checkpoint, and is shared by all ranks.
+and with the augmentations of ReSSL (ressl.yaml): one strong crop first, which is the online encoder's view, and one
+weak one second, the target's ("w/s" in the paper). The bank travels in Lightning's checkpoint, and all ranks share it.
 
 Where it departs from solo-learn's BYOL: the loss is not symmetric (one view is the target, as in the paper), and the
-momentum stays at ``momentum.base_tau`` (0.99, as in the paper) unless ``momentum.final_tau`` is given. The base class
-sends both views through both encoders, of which MSF needs half; what is not needed has no backward pass.
+momentum stays at ``momentum.base_tau`` (0.99, as in the paper) unless ``momentum.final_tau`` is given, as byol.yaml
+does. The base class sends both views through both encoders, of which MSF needs half.
 
 Written for solo-learn 1.0.6 (GitHub; hooks read from solo/methods/base.py at commit c980e9e3f553). How it was tested
 is told in tests/integrations/test_solo_learn_msf.py.
@@ -72,7 +71,7 @@ class MSF(BaseMomentumMethod):
         cfg.method_kwargs.k = OmegaConf.select(cfg, "method_kwargs.k", default=5)
         crops = (cfg.data.num_large_crops, cfg.data.num_small_crops)
         if crops != (2, 0):
-            raise ValueError(f"MSF takes two large crops, target and online, and no small ones, got {crops}")
+            raise ValueError(f"MSF takes two large crops, online and target, and no small ones, got {crops}")
         return cfg
 
     @property
@@ -102,12 +101,12 @@ class MSF(BaseMomentumMethod):
         return {**out, "z": self.momentum_projector(out["feats"])}
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
-        """Return MSF's loss and the online classifier's for a batch [indexes, [target view, online view], labels].
+        """Return MSF's loss and the online classifier's for a batch [indexes, [online view, target view], labels].
 
         The labels serve the classifier and the logged purity (NaN with k: 1, or without labels); MSF never sees them.
         """
         out = super().training_step(batch, batch_idx)
-        v, u, labels = out["p"][1], out["momentum_z"][0], batch[-1]
+        v, u, labels = out["p"][0], out["momentum_z"][1], batch[-1]
         loss, neighbors = self.criterion(v, u, labels, return_neighbors=True)
         metrics = {
             "train_msf_loss": loss,
