@@ -190,10 +190,10 @@ class Keys(DistributedSampler):
     epochs is one too high in some runs resumed from the end of an epoch (2.6, with max_steps).
     """
 
-    def __init__(self, images: Views, batch_size: int, seed: int, trainer: L.Trainer) -> None:
+    def __init__(self, images: Views, batch_size: int, seed: int, trainer: Any) -> None:
         super().__init__(images, trainer.world_size, trainer.global_rank, seed=seed, drop_last=True)
         self.batch_size = batch_size
-        self.criterion: Any = trainer.lightning_module.criterion
+        self.criterion = trainer.lightning_module.criterion
 
     def __iter__(self) -> Iterator[Any]:
         self.epoch, batch = divmod(self.criterion.steps, len(self) // self.batch_size)
