@@ -39,6 +39,7 @@ from sklearn.datasets import load_breast_cancer, load_wine
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 import msf_core
 from msf_core import EMATarget, MeanShiftLoss, MemoryBank, knn_classify
@@ -92,9 +93,7 @@ def train(rows: Tensor, k: int, steps: int, seed: int) -> tuple[nn.Module, nn.Mo
 @torch.no_grad()
 def features_of(backbone: nn.Module, fitted: Tensor, rows: Tensor) -> Tensor:
     """Return features [n, FEATURES], with BatchNorm's statistics from the rows that the encoder was fitted on."""
-    backbone.train()
-    for _ in range(100):  # the running averages forget their start
-        backbone(fitted)
+    update_bn([fitted], backbone)
     return backbone.eval()(rows)
 
 
