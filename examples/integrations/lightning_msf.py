@@ -153,7 +153,7 @@ class Images(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return batches of (weak views, strong views, labels)."""
         views = Views(self.train, [self.weak, self.strong], self.seed)
-        keys = Keys(views, self.batch_size, self.seed, self.trainer)  # type: ignore[arg-type]
+        keys = Keys(views, self.batch_size, self.seed, self.trainer)
         return DataLoader(views, self.batch_size, sampler=keys, drop_last=True, num_workers=self.workers)
 
     def val_dataloader(self) -> list[DataLoader]:
