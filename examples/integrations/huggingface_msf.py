@@ -1,0 +1,141 @@
+"""MSF on a vision model of Hugging Face's transformers, trained with accelerate.
+
+    python examples/integrations/huggingface_msf.py                         digits, a small ResNet: about a minute
+    accelerate launch examples/integrations/huggingface_msf.py --epochs 20  on all GPUs; the ranks share the bank
+    python examples/integrations/huggingface_msf.py --model microsoft/resnet-18 --out trained
+
+Any model that `AutoModel` loads and whose output has a pooler_output will do. ``--out`` gets it back in its own layout
+for ``from_pretrained``, and beside it accelerate's state, from which ``--resume`` goes on, bank and target included.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
+from transformers import AutoModel, ResNetConfig
+
+from msf_core import EMATarget, MeanShiftLoss, MemoryBank, knn_classify
+
+WEAK = v2.RandomCrop(32, padding=2)
+STRONG = v2.Compose([v2.RandomAffine(15, (0.1, 0.1), (0.8, 1.2), shear=10), v2.RandomErasing(0.3, (0.05, 0.2))])
+
+
+class Pooled(nn.Module):
+    """A transformers model that gives its pooled feature [B, F]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the feature of images [B, 3, H, W]."""
+        return self.model(images).pooler_output.flatten(1)
+
+
+class Online(nn.Module):
+    """Encoder and predictor as the one module that accelerate wraps."""
+
+    def __init__(self, encoder: nn.Module, predictor: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.predictor = encoder, predictor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return v [B, D]."""
+        return self.predictor(self.encoder(images))
+
+
+def mlp(dim: int, hidden: int, out: int) -> nn.Sequential:
+    """Return the paper's head: one hidden layer with BatchNorm."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
+
+
+def small_resnet() -> Any:
+    """Return a model from a configuration: nothing is fetched."""
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic")
+    return AutoModel.from_config(config)
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return images [n, 3, 32, 32] in [0, 1] and labels to train on, then those to test on."""
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(images).float().view(-1, 1, 8, 8).div(16)
+    pixels = F.interpolate(pixels, size=32, mode="bilinear").expand(-1, 3, -1, -1)
+    train, test = train_test_split(range(len(labels)), test_size=0.25, stratify=labels, random_state=0)
+    labels = torch.from_numpy(labels)
+    return pixels[train], labels[train], pixels[test], labels[test]
+
+
+def train(args: argparse.Namespace) -> float:
+    """Train, save, and return the 1-NN accuracy of the backbone's features."""
+    set_seed(args.seed)
+    accelerator = Accelerator(gradient_accumulation_steps=args.accumulate)
+    images, labels, test_images, test_labels = digits()
+    backbone = AutoModel.from_pretrained(args.model) if args.model else small_resnet()
+    with torch.no_grad():
+        dim = Pooled(backbone).eval()(images[:1]).shape[1]
+    online = Online(nn.Sequential(Pooled(backbone), mlp(dim, 256, 64)), mlp(64, 256, 64)).train()
+    target = EMATarget(online.encoder, momentum=0.97).to(accelerator.device)
+    criterion = MeanShiftLoss(MemoryBank(size=1024, dim=64), k=5).to(accelerator.device)
+    loader: Any = DataLoader(TensorDataset(images, labels), args.batch_size, shuffle=True, drop_last=True)
+    optimizer: Any = torch.optim.SGD(online.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    model, optimizer, loader = accelerator.prepare(online, optimizer, loader)
+    accelerator.register_for_checkpointing(target, criterion)  # the bank is saved within the criterion
+    if args.resume:
+        accelerator.load_state(str(args.resume))
+
+    for epoch in range(args.first_epoch, args.epochs):
+        set_seed(args.seed + 1 + epoch, device_specific=True)  # views of a resumed run are those it would have had
+        loader.set_epoch(epoch)
+        for batch, classes in loader:
+            with accelerator.accumulate(model):
+                u = target(torch.stack([WEAK(image) for image in batch]))
+                v = model(torch.stack([STRONG(image) for image in batch]))
+                loss = criterion(v, u, classes)  # the labels are kept for purity alone
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    target.update(online.encoder)
+        accelerator.print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
+
+    backbone.eval()
+    with torch.no_grad():
+        features, queries = (
+            torch.cat([Pooled(backbone)(part.to(accelerator.device)) for part in whole.split(256)])
+            for whole in (images, test_images)
+        )
+    found = knn_classify(queries, features, labels.to(features.device), k=1)
+    accuracy = (found.cpu() == test_labels).float().mean().item()
+    accelerator.print(f"1-NN accuracy on {len(test_labels)} test images: {accuracy:.3f}")
+    if args.out:
+        accelerator.save_state(str(args.out / "state"))
+        if accelerator.is_main_process:
+            backbone.save_pretrained(args.out / "backbone")
+    return accuracy
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="name or folder for AutoModel.from_pretrained; without it a small ResNet")
+    parser.add_argument("--out", type=Path, help="folder for the backbone and for accelerate's state")
+    parser.add_argument("--resume", type=Path, help="the state folder of a run, which had --first-epoch epochs")
+    parser.add_argument("--first-epoch", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--accumulate", type=int, default=1, help="batches a step of the optimizer")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    train(parse())
