@@ -22,8 +22,11 @@ Where it departs from solo-learn's BYOL: the loss is not symmetric (one view is 
 momentum stays at ``momentum.base_tau`` (0.99, as in the paper) unless ``momentum.final_tau`` is given, as byol.yaml
 does. The base class sends both views through both encoders, of which MSF needs half.
 
-Written for solo-learn 1.0.6 (GitHub; hooks read from solo/methods/base.py at commit c980e9e3f553). How it was tested
-is told in tests/integrations/test_solo_learn_msf.py.
+Written for solo-learn 1.0.6, which is on GitHub only (hooks read from solo/methods/base.py at commit c980e9e3f553).
+Tested with PyTorch 2.15 on a base class copied by hand from that file (Lightning 2.6.6), and on the real one of PyPI's
+1.0.2 of 2021, forced in beside a torch that it does not ask for, with its older names for these hooks translated; one
+training step each, on a CPU. Not tested: an unmodified 1.0.6, and whole trainings with it. The tests, and what pip
+said, are in tests/integrations/test_solo_learn_msf.py of msf_core.
 """
 
 import copy
