@@ -5,15 +5,9 @@ What was tried on 2026-11-24, with Python 3.11, PyTorch 2.15 and Lightning 2.6.6
 - ``pip install solo-learn`` finds no solution: PyPI has 1.0.2 of 2021 alone, which pins torch 1.9.1.
 - Forced (``--no-deps`` for solo-learn 1.0.2, pytorch-lightning 1.9.5, lightning-bolts 0.7.0, einops and wandb, beside
   setuptools below 81) it imports. Its base class still takes keywords for a config, has older names for two hooks, and
-<<<<<<< HEAD
-  expects an argument that Lightning no longer gives: `renamed` translates these, and `test_a_step_in_solo_learn`
-  passed, with its training_step, momentum update and optimizer as they are.
-- 1.0.6, for which the example is written, is on GitHub only, and was not reached from there. The test passed on a base
-=======
   expects an argument that Lightning no longer gives. `renamed` translates these; its training_step, momentum update and
   optimizer are as they are, and `test_a_step_in_solo_learn` passed.
 - 1.0.6, for which the example is written, is on GitHub only, out of reach of that machine. The test passed on a base
->>>>>>> 9a769140706f2686513fb017c895a4db4a6e8002
   class copied by hand from its solo/methods/base.py (commit c980e9e3f553; without schedulers, validation and backbones
   other than ResNet-18), under Lightning 2.6.6. It has not run on an unmodified 1.0.6.
 """
