@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msf_core import available_backends
+from msf_core.rows import packed
 from msf_core.search import Queries, Rows, load_backend, screen
 from msf_core.search.auto import AutoSearch
 from msf_core.search.screen import GROUP, Search, screened_search
@@ -124,6 +125,21 @@ def test_products_off_by_the_bound_and_rounded_still_let_the_nearest_through(
     assert (maxima[nearest] >= made._least(maxima)).all()
     made.best.merge(truth[nearest].T.contiguous(), nearest[None])  # once the k best are known exactly
     assert (maxima[nearest] >= made._least(maxima)).all()
+
+
+def test_rounding_queries_to_int8_never_costs_a_neighbor(
+    assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Rows(*packed(unit(4000, 64, torch.float32, seed=0, cone=0.05), torch.int8))
+    queries = Queries(unit(20, 64, torch.float32, seed=1, cone=0.05))
+    found = screen.screened_search(queries, rows, 5, otherwise=float32_search)
+    assert_k_nearest(*found, queries.values, rows.floats(), 5)
+    # Without the bound and the roundings of the result, neighbors are missed: the test is one.
+    monkeypatch.setattr("msf_core.search.base.INT8_ERROR", 0.0)
+    monkeypatch.setattr(screen, "ROUNDING", 0.0)
+    found = screen.screened_search(queries, rows, 5, otherwise=float32_search)
+    with pytest.raises(AssertionError):
+        assert_k_nearest(*found, queries.values, rows.floats(), 5)
 
 
 @pytest.mark.parametrize("kind", ["all equal", "all zero", "opposite", "all NaN", "NaN query", "long", "zero query"])
