@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msf_core import available_backends
+from msf_core.rows import packed
 from msf_core.search import Queries, Rows, load_backend
 from msf_core.search.auto import AutoSearch
 
@@ -62,6 +63,25 @@ def test_the_k_nearest_are_found(
     again = triton.topk(queries, rows, k)
     assert torch.equal(found[0], again[0])
     assert torch.equal(found[1], again[1])
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["all rows", "by label and id"])
+@pytest.mark.parametrize(("count", "n", "dim", "k"), [(256, 131_072, 512, 5), (33, 10_007, 72, 50), (1, 17, 8, 3)])
+def test_int8_rows_and_limited_queries(triton, count: int, n: int, dim: int, k: int, limited: bool) -> None:
+    rows, queries = unit_rows(n, dim, torch.float32, seed=0), unit_rows(count, dim, torch.float32, seed=1)
+    rows[:: n // 3] = torch.nan
+    labels, ids = torch.arange(n, device="cuda") % 7 - 1, torch.arange(n, device="cuda") % 5 - 1
+    for values, scale in (packed(rows, torch.int8), (rows, None)):
+        beside = Rows(values, scale, labels, ids) if limited else Rows(values, scale)
+        asked = Queries(queries, labels[:count], ids[:count]) if limited else Queries(queries)
+        similarity, index = triton.search(asked, beside, k)
+        expected = load_backend("torch").search(asked, beside, k)[0]
+        torch.testing.assert_close(similarity, expected, rtol=0, atol=5e-6)
+        assert torch.equal(index < 0, expected == -torch.inf)
+        if limited:
+            found = index.clamp(min=0)
+            wrong = asked.forbidden(labels[found], ids[found])
+            assert not (wrong & (index >= 0)).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
