@@ -20,7 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
 from benchmarks.arguments import positive
-from benchmarks.measure import Record, describe_environment, write_jsonl
+from benchmarks.measure import Record, describe_environment, in_words, write_jsonl
 from msf_core import MemoryBank, Neighbors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.int8)
@@ -85,12 +85,10 @@ def others_of(embeddings: Tensor, dtype: torch.dtype, k: int) -> tuple[Neighbors
 
 def table(records: list[Record]) -> str:
     """Describe the records in Markdown."""
-    environment = records[0].environment
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     lines = [
         "# Neighbors among rounded rows",
         "",
-        f"{environment['device']}, {environment['threads']} threads; {environment['date']}; {versions}.",
+        in_words(records[0].environment),
         "",
         "Share of the k nearest others among float32 rows that are found among rounded ones too. The rows are those of",
         "the bank after training, each once a query (`python benchmarks/int8_recall.py`).",

@@ -170,6 +170,17 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def in_words(environment: Mapping[str, Any]) -> str:
+    """Return what `describe_environment` told as the line of a table's heading.
+
+    >>> versions = {"torch": "2.15.0", "faiss": None}
+    >>> in_words({"device": "a CPU", "threads": 2, "versions": versions, "date": "2026-11-24"})
+    'a CPU, 2 threads; 2026-11-24; torch 2.15.0.'
+    """
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    return f"{environment['device']}, {environment['threads']} threads; {environment['date']}; {versions}."
+
+
 def cpu_name() -> str:
     """Return the CPU's model name where the system tells it."""
     try:

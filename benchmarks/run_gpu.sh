@@ -38,6 +38,10 @@ part() {
     for file in "$work/ema"/*; do
         [ -e "$file" ] && cp "$file" "$out/$(basename "$file" | sed "s/^ema_cost/ema_cost_$name/")"
     done
+    part "bank_options" "$python" benchmarks/bank_options.py --device cuda --repeats 30 --out "$work/options"
+    for file in "$work/options"/*; do
+        [ -e "$file" ] && cp "$file" "$out/$(basename "$file" | sed "s/^bank_options/bank_options_$name/")"
+    done
     part "tiles" "$python" benchmarks/tune_triton.py --out "$out/tune_triton_$name.jsonl"
     if [ ${#failed[@]} -gt 0 ]; then
         echo "failed: ${failed[*]}"
