@@ -265,7 +265,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from msf_core.search import triton_backend as tb
+from msf_core.search import triton_backend as tb, triton_kernels
 
 def compile(kernel, types, constants, capability, **options):
     signature = types | dict.fromkeys(constants, "constexpr")
@@ -284,7 +284,7 @@ for capability, shared in ((80, 163 << 10), (90, 227 << 10), (100, 227 << 10), (
         flags = dict(INT8=int8, BY_LABEL=limits == 1, BY_ID=limits > 0)
         beside = dict(scale="*fp32", q_labels="*i64", labels="*i64", q_ids="*i64", ids="*i64")
         kernel = compile(
-            tb._group_maxima,
+            triton_kernels.group_maxima,
             dict(queries="*" + kind, rows="*" + kind, q_scale="*fp32", **beside, maxima="*fp32",
                  count="i32", n="i32", groups="i32"),
             dict(DIM=512, GROUP=32, BLOCK_Q=tiles.queries, BLOCK_N=tiles.rows, BLOCK_D=tiles.dims, WIDEN=False,
@@ -292,7 +292,7 @@ for capability, shared in ((80, 163 << 10), (90, 227 << 10), (100, 227 << 10), (
             capability, num_warps=tiles.warps, num_stages=tiles.stages,
         )
         select = compile(
-            tb._select,
+            triton_kernels.select,
             dict(queries="*fp32" if int8 else "*" + kind, rows="*" + kind, errors="*fp32", **beside, maxima="*fp32",
                  similarity="*fp32", index="*i64", n="i32", groups="i32", most="i32"),
             dict(DIM=512, K=50, K_LANES=64, GROUP=32, BLOCK_D=128, LANES=tb.LANES, MEMBERS=tb.MEMBERS,
