@@ -57,6 +57,7 @@ def plot_times(records: list[Record], path: Path) -> None:
                 va="bottom" if slowest else "top",
                 color=color,
                 fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},  # over other lines
             )
     x = list(line)
     floor = [min(r.derived["floor"] for r in group if not is_authors(r)) for group in line.values()]

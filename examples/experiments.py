@@ -30,7 +30,7 @@ from msf_core.distributed import Ranks
 from training.data import DataSource, Share, open_source, seed_of
 from training.evaluation import COLUMNS
 from training.features import features_of
-from training.report import draw_neighbors, environment
+from training.report import draw_neighbors, environment, in_words
 
 Variants = dict[str, tuple[str, ...]]  # a name -> flags of the trainer
 PLAIN = ("--k", "5")  # the same flags wherever nothing is varied: one run serves all
@@ -162,8 +162,10 @@ def report(name: str, runs: Runs, seeds: int, digits: bool) -> None:
     """Draw the figure, print the table, and write both and the record."""
     experiment = EXPERIMENTS[name]
     path = runs.folder / f"{name}.png"
+    found_with = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if name in PICTURES:
-        PICTURES[name](runs.folder_of(grid(name, seeds, digits)[0]), path, experiment.title)
+        title = f"{experiment.title}\n{in_words(found_with)}"
+        PICTURES[name](runs.folder_of(grid(name, seeds, digits)[0]), path, title)
         print(f"{path}: {experiment.title}; in the paper {experiment.paper}")
         return
     names = list(experiment.variants(digits))
@@ -192,12 +194,12 @@ def report(name: str, runs: Runs, seeds: int, digits: bool) -> None:
         "seeds": seeds,
         "variants": experiment.variants(digits),
         "values": values,
-        **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        **found_with,
     }
     (runs.folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{text}")
     series = {COLUMNS[key]: values[key] for key in ("nn1", "nn20", "one_label") if key in columns}
-    title = f"{experiment.title}, {seeds} seeds"
+    title = f"{experiment.title}, {seeds} seeds\n{in_words(found_with)}"
     if name == "purity":
         draw_purity(path, runs, experiment.variants(digits), seeds, title)
     elif not series:
@@ -228,7 +230,7 @@ def draw_tsne(folder: Path, path: Path, title: str) -> None:
     for epoch, features in kept_features(folder, source, "val", places):
         embedded = TSNE(init="pca", perplexity=min(30, (len(places) - 1) / 3), random_state=0).fit_transform(features)
         panels[f"epoch {epoch}"] = embedded
-    draw_points(path, panels, labels[places].numpy(), f"{title}: test images of {len(classes)} classes")
+    draw_points(path, panels, labels[places].numpy(), f"Test images of {len(classes)} classes: {title}")
 
 
 def draw_fig_2(folder: Path, path: Path, title: str) -> None:

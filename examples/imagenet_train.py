@@ -36,7 +36,17 @@ from training.features import features_of
 from training.health import warnings_of
 from training.models import export_backbone
 from training.ranks import joined, may_restart, restarted, shared
-from training.report import Row, draw_curves, draw_neighbors, environment, keep_losses, table, write_csv, write_losses
+from training.report import (
+    Row,
+    draw_curves,
+    draw_neighbors,
+    environment,
+    in_words,
+    keep_losses,
+    table,
+    write_csv,
+    write_losses,
+)
 from training.settings import Settings, build_parser, check_division, complete, make_run_folder, resumed
 from training.trainer import STATE, Diverged, StopRequest, Trainer
 
@@ -275,7 +285,9 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
     s, source = trainer.settings, trainer.source
     name = "BYOL" if s.method == "byol" else f"MSF, k = {s.k}"
     export(trainer, folder / "backbone.safetensors")
-    draw_curves(folder / "curves.png", trainer.history, f"{name} on {s.dataset}, seed {s.seed}")
+    found_with = environment(trainer.device)
+    title = f"{name} on {s.dataset}, seed {s.seed}\n{in_words(found_with)}"
+    draw_curves(folder / "curves.png", trainer.history, title)
     last = trainer.history[-1]
     print(f"\n{steps:,} steps in {seconds:.0f} s; in the last epoch {last['images_per_second']:.0f} images/s, ", end="")
     print(f"{last['data_share']:.1%} of the time waiting for data, {last['search_share']:.1%} in the search")
@@ -285,12 +297,12 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
         print(f"\n{table(rows)}\n")
         record = {
             "settings": asdict(s),
-            **environment(trainer.device),
+            **found_with,
             "seconds_of_this_session": round(seconds, 1),
             "rows": rows,
         }
         (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
-    picture(trainer, folder / "neighbors.png", name)
+    picture(trainer, folder / "neighbors.png", title)
     print(verdict(rows, name, last))
     files = "checkpoint.pt, backbone.safetensors, metrics.csv, losses.csv, tensorboard/, curves.png, neighbors.png"
     print(f"{folder}: {files}")
@@ -302,7 +314,7 @@ def export(trainer: Trainer, path: Path) -> None:
     export_backbone(trainer.backbone, path, arch=s.arch, dataset=s.dataset, image_size=s.image_size)
 
 
-def picture(trainer: Trainer, path: Path, name: str) -> None:
+def picture(trainer: Trainer, path: Path, title: str) -> None:
     """Draw the queries' neighbours after the first and after the last epoch."""
     source = trainer.source
     queries, _ = shown(source)
@@ -320,7 +332,7 @@ def picture(trainer: Trainer, path: Path, name: str) -> None:
         rows.append(
             {"title": f"after epoch {epoch}", "images": source.displayable(flat).reshape(shape), "right": right}
         )
-    draw_neighbors(path, source.displayable(images), rows, f"{name}: queries and their nearest training images")
+    draw_neighbors(path, source.displayable(images), rows, f"Queries and their nearest training images: {title}")
 
 
 def gather(source: DataSource, split: str, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,10 @@
 """The documentation: every public name is on an API page, and every figure of a table in the records.
 
-The examples on its pages run as doctests, and dead links end ``mkdocs build --strict`` in .ci/run.
+The examples on its pages and in the package run as doctests, those in docstrings of scripts here, and dead links end
+``mkdocs build --strict`` in .ci/run.
 """
 
+import doctest
 import re
 from importlib import import_module
 from operator import attrgetter
@@ -90,3 +92,22 @@ INTEGRATIONS = sorted((ROOT / "examples" / "integrations").glob("*.py"))
 def test_every_integration_is_shown_on_a_page(file: Path) -> None:
     pages = [page.read_text() for page in (ROOT / "docs" / "integrations").glob("*.md")]
     assert any(f'--8<-- "{file.relative_to(ROOT).as_posix()}"' in page for page in pages)
+
+
+def scripts_with_examples() -> list[str]:
+    """Modules of benchmarks and examples whose docstrings show calls."""
+    found = []
+    for folder, top in (("benchmarks", ROOT), ("examples", ROOT / "examples")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            if ">>> " in file.read_text(encoding="utf-8"):
+                found.append(".".join(file.relative_to(top).with_suffix("").parts))
+    return found
+
+
+@pytest.mark.parametrize("name", scripts_with_examples())
+def test_examples_in_docstrings_of_scripts_hold(name: str) -> None:
+    if "lightly" in name:
+        pytest.importorskip("lightly", reason="lightly is what this example is of: pip install lightly")
+    result = doctest.testmod(import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    assert result.attempted > 0
+    assert result.failed == 0

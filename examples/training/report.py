@@ -72,6 +72,16 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def in_words(found_with: dict[str, Any]) -> str:
+    """Return what `environment` told, for the title of a picture.
+
+    >>> in_words({"device": "CPU, 2 cores", "versions": {"torch": "2.15.0+cu132"}, "date": "2026-11-25T02:30:00+00:00"})
+    'CPU, 2 cores; PyTorch 2.15.0; 2026-11-25'
+    """
+    version = found_with["versions"]["torch"].partition("+")[0]
+    return f"{found_with['device']}; PyTorch {version}; {found_with['date'][:10]}"
+
+
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Return the rows as Markdown, with a column for each of `COLUMNS` that any of them has."""
     columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
