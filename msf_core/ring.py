@@ -57,8 +57,6 @@ class Ring(BankState):
     def _nearest(self, queries: Queries, k: int) -> tuple[Tensor, Tensor]:
         """Return similarity [Q, k] and place [Q, k] among the rows kept here, for unit queries."""
         rows = self._kept()
-        if not queries.constrained:
-            rows = rows._replace(labels=None, ids=None)
         if isinstance(self.backend, str):
             filled = self._pushed - self._begin if self._begin else self._pushed
             similarity, index = search_bank(queries, rows, filled, k, self.backend)

@@ -106,8 +106,9 @@ def scripts_with_examples() -> list[str]:
 
 @pytest.mark.parametrize("name", scripts_with_examples())
 def test_examples_in_docstrings_of_scripts_hold(name: str) -> None:
-    if "lightly" in name:
-        pytest.importorskip("lightly", reason="lightly is what this example is of: pip install lightly")
+    for part, peer in (("lightly", "lightly"), ("report", "matplotlib")):
+        if part in name:
+            pytest.importorskip(peer, reason=f"{peer}, which {name} imports, is not installed")
     result = doctest.testmod(import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert result.attempted > 0
     assert result.failed == 0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from msf_core.search import Queries, Rows, load_backend, screen, search_by
+from msf_core.search import Queries, Rows, available_backends, load_backend, screen, search_by
 from msf_core.search.auto import AutoSearch
 from msf_core.search.screen import GROUP, screened_search
 from msf_core.search.torch_backend import float32_search
@@ -80,6 +80,8 @@ def test_the_nearest_of_those_that_may_be_found_are(
     by_id: bool,
     seed: int,
 ) -> None:
+    if (reason := available_backends("cpu").get(name)) is not None:
+        pytest.skip(reason)
     k = data.draw(st.integers(1, min(n, 12)), label="k")
     values, row_values, scale = made(count, n, dim, dtype, seed)
     draw = torch.Generator().manual_seed(seed + 1)
