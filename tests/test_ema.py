@@ -1,6 +1,7 @@
 """EMATarget: the average at every step, what it pairs, and what it never touches."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -322,6 +323,8 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
+        # Up to PyTorch 2.6 a group that ends while its threads still let go of tensors can wait for them for good.
+        time.sleep(0.02)
         dist.destroy_process_group()
 
 
