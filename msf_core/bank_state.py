@@ -4,16 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msf_core.distributed import Ranks, as_shard, blocks_of, is_shard, shard_bounds
-from msf_core.rows import UNKNOWN, packed
+from msf_core.rows import UNKNOWN, packed, unpacked
 from msf_core.search import Rows
 
 BESIDE = ("rows", "scale", "labels", "ids")  # one entry a slot, where they are kept at all
 COUNTS = ("pushed", "nonfinite")
 ALWAYS = ("rows", "labels", *COUNTS)
+# In a state int8 rows have a name of their own: torch.distributed.checkpoint fills the tensors of a state by name and
+# casts, which would make floats of them without their scale.
+INT8_ROWS = "int8_rows"
 
 
 class BankState(nn.Module):
@@ -75,7 +77,8 @@ class BankState(nn.Module):
     def keep_ids(self) -> None:
         """Keep an id beside each row from now on, 8 bytes; those of rows that are there already are unknown."""
         if self.ids is None:
-            self.ids = torch.full_like(self.labels, UNKNOWN)
+            with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+                self.ids = torch.full_like(self.labels, UNKNOWN)
 
     def _kept(self) -> Rows:
         return Rows(self.rows, self.scale, self.labels, self.ids)
@@ -98,7 +101,8 @@ class BankState(nn.Module):
             if getattr(self, name) is not None:
                 tensor = getattr(self, name).detach()
                 sharded = self._shards > 1 and name in BESIDE
-                destination[prefix + name] = as_shard(tensor, self.size, self.group) if sharded else tensor
+                key = prefix + (INT8_ROWS if tensor.dtype == torch.int8 else name)
+                destination[key] = as_shard(tensor, self.size, self.group) if sharded else tensor
 
     def _load_from_state_dict(
         self,
@@ -112,16 +116,19 @@ class BankState(nn.Module):
     ) -> None:
         for hook in self._load_state_dict_pre_hooks.values():
             hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        key_of = {name: prefix + name for name in (*BESIDE, *COUNTS)}
+        if prefix + INT8_ROWS in state_dict:
+            key_of["rows"] = prefix + INT8_ROWS
         needed, ours = set(), set()
         if self.persistent:
-            needed, ours = ({prefix + name for name in names} for names in (ALWAYS, (*BESIDE, *COUNTS)))
+            needed, ours = {key_of[name] for name in ALWAYS}, set(key_of.values())
         missing_keys += sorted(needed - state_dict.keys())
         if strict:
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in ours]
         if not needed or not needed <= state_dict.keys():
             return
-        saved = Rows(*(state_dict.get(prefix + name) for name in BESIDE))  # type: ignore[arg-type]
-        pushed, nonfinite = (state_dict[prefix + name] for name in COUNTS)
+        saved = Rows(*(state_dict.get(key_of[name]) for name in BESIDE))  # type: ignore[arg-type]
+        pushed, nonfinite = (state_dict[key_of[name]] for name in COUNTS)
         problem = self._why_not_loadable(saved, pushed, nonfinite)
         if problem:
             error_msgs.append(f"{prefix}rows and its companions were not loaded: {problem}")
@@ -183,7 +190,7 @@ class BankState(nn.Module):
             if scale is not None:
                 beside = scale[begin : begin + len(block)][wanted.to(scale.device)]
             if rows.dtype != self.dtype:
-                rows, beside = packed(F.normalize(Rows(rows, beside).floats(), dim=1), self.dtype)
+                rows, beside = packed(unpacked(rows, beside), self.dtype)
             self.rows[there] = rows.to(self.rows.device)
             if self.scale is not None and beside is not None:
                 self.scale[there] = beside.to(self.rows.device)

@@ -167,8 +167,8 @@ class MeanShiftLoss(nn.Module):
             TypeError: tensors that are not floating, labels or ids that are not integers.
             ImportError: the bank's backend does not work on its device.
         """
-        if self.bank is not None and self.bank.waits_for_others(pushing=self.training):
-            with self.bank.sharing_errors(pushing=self.training):
+        if self._waits_for_others():
+            with self.bank.sharing_errors(pushing=self.training):  # type: ignore[union-attr]
                 k = self._check(prediction, target, labels, ids)
         else:
             k = self._check(prediction, target, labels, ids)
@@ -179,6 +179,15 @@ class MeanShiftLoss(nn.Module):
             self._steps.add_(1)
         loss = mean_shift_loss(prediction, neighbors.embedding)
         return (loss, neighbors) if return_neighbors else loss
+
+    def _waits_for_others(self) -> bool:
+        """Tell whether other ranks wait for this one in the forward: also with an error, but only where they do."""
+        if self.bank is None or not self.bank.waits_for_others(pushing=self.training):
+            return False
+        return self.training or (len(self.bank) > 0 and self._k_of_step() > 1)
+
+    def _k_of_step(self) -> int:
+        return self.k if isinstance(self.k, int) else _rounded(self.k(self.steps))
 
     def _find_neighbors(self, u: Tensor, labels: Tensor | None, ids: Tensor | None, k: int) -> Neighbors:
         slots = torch.full((u.shape[0],), -1, device=u.device)
@@ -211,7 +220,7 @@ class MeanShiftLoss(nn.Module):
 
     def _check(self, prediction: Tensor, target: Tensor, labels: Tensor | None, ids: Tensor | None) -> int:
         """Return this step's k, or raise before anything changes."""
-        k = self.k if isinstance(self.k, int) else _rounded(self.k(self.steps))
+        k = self._k_of_step()
         _check_prediction(prediction)
         _check_k(k, self.bank)
         check_tensor("target", target)

@@ -110,8 +110,8 @@ class MemoryBank(Ring):
             embeddings: [B, D], any float dtype and scale; normalized in float32 on the way in (a row shorter than
                 1e-12 stays short). B may be 0 or above ``size``. A row whose norm is not finite takes its slot,
                 but is never found by a search, and ``nonfinite`` counts it.
-            labels: [B], integers; −1, or no labels at all, is unknown.
-            ids: [B], integers: which image, say, each is an embedding of; −1 is unknown. From the first ones on the
+            labels: [B], integers; a negative one, or no labels at all, is unknown.
+            ids: [B], integers: which image, say, each is an embedding of; negative: unknown. From the first ones on the
                 bank keeps an id beside each row. All ranks give them, or none.
 
         Returns:
@@ -138,8 +138,8 @@ class MemoryBank(Ring):
         Args:
             queries: [Q, D], any float dtype and scale.
             k: between 1 and ``len(bank)``.
-            labels: [Q], integers: only rows with a query's label are its neighbors; −1 is any label.
-            exclude_ids: [Q], integers: rows with that id are none of a query's neighbors; −1 excludes none.
+            labels: [Q], integers: only rows with a query's label are its neighbors; negative: any label.
+            exclude_ids: [Q], integers: rows with that id are none of a query's neighbors; negative: none are excluded.
 
         Returns:
             `Neighbors`. Unfilled slots are never among them.

@@ -38,7 +38,7 @@ def neighbor_purity(neighbor_labels: Tensor, labels: Tensor) -> Tensor:
             f"got {list(neighbor_labels.shape)} and {list(labels.shape)}"
         )
     others = neighbor_labels[:, 1:]  # [B, k − 1]
-    known = (others != UNKNOWN) & (labels[:, None] != UNKNOWN)
+    known = (others >= 0) & (labels[:, None] >= 0)
     same = (others == labels[:, None]) & known
     share = same.sum(dim=1) / known.sum(dim=1)  # [B], NaN where a query does not count
     return share.nanmean()

@@ -25,7 +25,7 @@ class Plain:
 
 
 def search_of(name: str) -> Any:
-    """Return a function like `GeneralSearch.search`."""
+    """Return a function like `GeneralSearch.general_topk`."""
     if name == "screen":
         return lambda queries, rows, k: screened_search(queries, rows, k, float32_search)
     backend = {"plain": Plain, "auto": AutoSearch}.get(name, lambda: load_backend(name))()

@@ -1,9 +1,11 @@
 """Int8 rows: how near they are to what was pushed, what they take, what is saved of them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,7 +92,7 @@ def filled(dtype: torch.dtype, size: int = 6, count: int = 9, dim: int = 5) -> M
 
 def test_saving_loading_and_going_on_is_bit_equal_to_going_on() -> None:
     bank, other = filled(torch.int8), MemoryBank(6, 5, dtype=torch.int8)
-    assert list(bank.state_dict()) == ["rows", "scale", "labels", "ids", "pushed", "nonfinite"]
+    assert list(bank.state_dict()) == ["int8_rows", "scale", "labels", "ids", "pushed", "nonfinite"]
     other.load_state_dict({name: value.clone() for name, value in bank.state_dict().items()})
     for each in (bank, other):
         each.push(rows_of(4, 5, 8))
@@ -127,6 +129,33 @@ def test_a_state_of_any_dtype_loads_into_a_bank_of_any_other(
         assert bank.labels[kept:].tolist() == [-1] * (size - 6)
 
 
+@pytest.mark.parametrize(("saved", "wanted"), [(torch.int8, torch.float32), (torch.float32, torch.int8)])
+def test_a_checkpoint_in_place_never_casts_between_int8_and_floats(
+    tmp_path: Path, saved: torch.dtype, wanted: torch.dtype
+) -> None:
+    """torch.distributed.checkpoint fills the tensors of a state, casting; without its scale an int8 row is none."""
+    dcp.save({"bank": filled(saved).state_dict()}, checkpoint_id=tmp_path)
+    bank = filled(wanted)
+    before = bank.rows.clone()
+    with pytest.raises(dcp.api.CheckpointException, match="rows"):
+        dcp.load({"bank": bank.state_dict()}, checkpoint_id=tmp_path)
+    torch.testing.assert_close(bank.rows, before, rtol=0, atol=0, equal_nan=True)
+    through = filled(saved)
+    through.clear()
+    state = {"bank": through.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path)
+    bank.load_state_dict(state["bank"])
+    torch.testing.assert_close(floats(bank), floats(filled(wanted)), rtol=0, atol=0.02, equal_nan=True)
+
+
+def test_a_row_of_hardly_any_length_stays_short_when_it_is_loaded() -> None:
+    rows = torch.tensor([[1e-17, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    bank, small = MemoryBank(2, 3), MemoryBank(2, 3, dtype=torch.int8)
+    bank.push(rows)
+    small.load_state_dict(bank.state_dict())
+    assert floats(small).norm(dim=1).tolist() == pytest.approx([1e-5, 1.0], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -134,8 +163,9 @@ def test_a_state_of_any_dtype_loads_into_a_bank_of_any_other(
         ({"scale": torch.zeros(3)}, "have scale of shape"),
         ({"scale": torch.zeros(6, dtype=torch.int64)}, "scale must be floating"),
         ({"ids": torch.zeros(6)}, "whole numbers, got ids"),
-        ({"rows": torch.zeros(6, 5, dtype=torch.int16)}, "floating or int8, got torch.int16"),
-        ({"rows": torch.zeros(6, 5)}, "have a scale where they are int8"),
+        ({"int8_rows": torch.zeros(6, 5, dtype=torch.int16)}, "floating or int8, got torch.int16"),
+        ({"int8_rows": torch.zeros(6, 5)}, "have a scale where they are int8"),
+        ({"int8_rows": None}, r"Missing key\(s\).*\"rows\""),
     ],
 )
 def test_a_corrupt_state_is_an_error_that_changes_nothing(change: dict[str, Any], message: str) -> None:

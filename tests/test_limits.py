@@ -243,6 +243,47 @@ def filled() -> MemoryBank:
     return bank
 
 
+class OfAnotherKind:
+    """A user's backend in a class whose ``search`` means something else, as that of a FAISS index does."""
+
+    def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return TorchSearch().topk(queries, rows, k)
+
+    def search(self, queries: Tensor, k: int) -> None:
+        raise AssertionError("it is not asked for")
+
+
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, pytest.param(OfAnotherKind(), id="of another kind")])
+def test_labels_and_ids_may_be_columns_of_one_table(backend: Any) -> None:
+    rows, labels, ids = batch_of(40, 5, 6, seed=3)
+    table = torch.stack([labels, ids], dim=1)
+    bank = MemoryBank(40, 5, backend=backend)
+    bank.push(rows, table[:, 0], table[:, 1])
+    expected = MemoryBank(40, 5, backend="torch")
+    expected.push(rows, labels, ids)
+    found = bank.search(rows[:9], 3, labels=table[:9, 0], exclude_ids=table[:9, 1])
+    assert torch.equal(found.index, expected.search(rows[:9], 3, labels=labels[:9], exclude_ids=ids[:9]).index)
+
+
+def test_any_negative_label_or_id_is_unknown() -> None:
+    bank = MemoryBank(4, 4)
+    bank.push(torch.eye(4), labels=torch.tensor([-2, 3, 3, 4]), ids=torch.tensor([-5, 6, 7, 8]))
+    assert bank.search(torch.eye(4)[:1], 1, exclude_ids=torch.tensor([-5])).index.tolist() == [[0]]
+    assert bank.search(torch.eye(4)[3:], 1, labels=torch.tensor([-2])).index.tolist() == [[3]]
+    assert bank.search(torch.eye(4)[:1], 4, labels=torch.tensor([3])).index[0, 2:].tolist() == [-1, -1]
+
+
+def test_ids_kept_from_within_inference_mode_on_take_what_comes_after_it() -> None:
+    rows, labels, ids = batch_of(5, 3, 4, seed=4)
+    saved = filled().state_dict()
+    for first in (lambda bank: bank.push(rows, labels, ids), lambda bank: bank.load_state_dict(saved)):
+        bank = MemoryBank(8, 3)
+        with torch.inference_mode():
+            first(bank)
+        slots = bank.push(rows, labels, ids)
+        assert torch.equal(bank.ids[slots], ids)
+
+
 Q, IDS = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
 
 

@@ -173,10 +173,10 @@ def test_int8_rows_are_exact_although_the_first_pass_rounds_the_queries(
     monkeypatch.setattr(triton_backend, "choose_group", lambda *_: 16)
     values, scale = packed(unit_rows(800, 64, torch.float32, seed=0, cone=0.05), torch.int8)
     rows, queries = Rows(values, scale), Queries(unit_rows(8, 64, torch.float32, seed=1, cone=0.05))
-    assert_k_nearest(*TRITON.search(queries, rows, 5), queries.values, rows.floats(), 5)
+    assert_k_nearest(*TRITON.general_topk(queries, rows, 5), queries.values, rows.floats(), 5)
     monkeypatch.setattr("msf_core.search.base.INT8_ERROR", 0.0)
     with pytest.raises(AssertionError):  # without the bound, groups are missed: the test is one
-        assert_k_nearest(*TRITON.search(queries, rows, 5), queries.values, rows.floats(), 5)
+        assert_k_nearest(*TRITON.general_topk(queries, rows, 5), queries.values, rows.floats(), 5)
 
 
 @pytest.mark.parametrize("dim", [1, 33, 512])

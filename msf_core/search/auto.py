@@ -23,10 +23,10 @@ class AutoSearch:
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
-        return self.search(Queries(queries), Rows(rows), k)
+        return self.general_topk(Queries(queries), Rows(rows), k)
 
-    def search(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-        """See `GeneralSearch.search`."""
+    def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        """See `GeneralSearch.general_topk`."""
         check_search_arguments(queries, rows, k)
         chosen = self.choose(queries, rows, k)
         fast_faiss = chosen is not load_backend("torch") and rows.values.shape[0] < SCREEN_LEAST_ROWS * k

@@ -39,9 +39,9 @@ class Queries(NamedTuple):
     values: Tensor
     """[Q, D], of the rows' dtype; float32 for int8 rows."""
     labels: Tensor | None = None
-    """[Q] int64: only rows with that label are found, for −1 any."""
+    """[Q] int64: only rows with that label are found, for a negative one any."""
     ids: Tensor | None = None
-    """[Q] int64: rows with that id are not found, for −1 all are."""
+    """[Q] int64: rows with that id are not found, for a negative one all are."""
 
     def at(self, which: Tensor | slice) -> "Queries":
         """Return some of them."""
@@ -95,7 +95,7 @@ class SearchBackend(Protocol):
 class GeneralSearch(SearchBackend, Protocol):
     """A backend that also searches int8 rows, and for queries that may not find all rows, by itself."""
 
-    def search(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+    def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
         """Return the k largest inner products with the rows that each query may find, as `SearchBackend.topk`.
 
         Where a query may find fewer than k rows, its last similarities are −inf with index −1.
@@ -104,7 +104,7 @@ class GeneralSearch(SearchBackend, Protocol):
 
 
 def check_search_arguments(queries: Queries, rows: Rows, k: int) -> None:
-    """Raise ValueError or TypeError where the arguments are not as `GeneralSearch.search` has them."""
+    """Raise ValueError or TypeError where the arguments are not as `GeneralSearch.general_topk` has them."""
     q, r = queries.values, rows.values
     if q.ndim != 2 or r.ndim != 2 or q.shape[1] != r.shape[1]:
         raise ValueError(f"queries and rows must be [Q, D] and [n, D], got {list(q.shape)} and {list(r.shape)}")

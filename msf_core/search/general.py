@@ -11,7 +11,7 @@ SPARE = 2  # times as many neighbors as asked for, of which some may be forbidde
 
 
 def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """Search as `GeneralSearch.search` does, by that backend.
+    """Search as `GeneralSearch.general_topk` does, by that backend.
 
     One that has ``topk`` alone is asked for more neighbors than k. Queries that are left with fewer than k are
     searched again by the torch backend; on a GPU that makes the host wait.
@@ -19,7 +19,7 @@ def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> t
     if rows.scale is None and not queries.constrained:
         return backend.topk(queries.values, rows.values, k)
     if isinstance(backend, GeneralSearch):
-        return backend.search(queries, rows, k)
+        return backend.general_topk(queries, rows, k)
     if not queries.constrained:
         return _topk(backend, queries, rows, k)
     n = rows.values.shape[0]

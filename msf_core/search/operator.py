@@ -29,7 +29,7 @@ def search_bank(queries: Queries, rows: Rows, filled: Tensor, k: int, backend: s
         backend: a name as `load_backend` knows it.
 
     Returns:
-        similarity [Q, k] float32 and index [Q, k] int64, as `GeneralSearch.search`.
+        similarity [Q, k] float32 and index [Q, k] int64, as `GeneralSearch.general_topk`.
 
     Raises:
         ValueError, TypeError, ImportError: as `load_backend` and `SearchBackend.topk`.

@@ -54,7 +54,7 @@ def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
 
 @torch.no_grad()
 def screened_search(queries: Queries, rows: Rows, k: int, otherwise: Search) -> tuple[Tensor, Tensor]:
-    """Search as `GeneralSearch.search` does, on the CPU; ``otherwise`` searches what the screen does not save."""
+    """Search as `GeneralSearch.general_topk` does, on the CPU; ``otherwise`` searches what the screen does not save."""
     parts = []
     with exact_float32(rows.values.device):
         for start in range(0, queries.values.shape[0], MOST_QUERIES):

@@ -16,10 +16,10 @@ class TorchSearch:
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
-        return self.search(Queries(queries), Rows(rows), k)
+        return self.general_topk(Queries(queries), Rows(rows), k)
 
-    def search(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-        """See `GeneralSearch.search`."""
+    def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        """See `GeneralSearch.general_topk`."""
         check_search_arguments(queries, rows, k)
         if screen_pays(queries.values, rows.values, k):
             return screened_search(queries, rows, k, otherwise=float32_search)
@@ -28,7 +28,7 @@ class TorchSearch:
 
 @torch.no_grad()
 def float32_search(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """Search as `GeneralSearch.search` does, by products in float32 alone."""
+    """Search as `GeneralSearch.general_topk` does, by products in float32 alone."""
     n = rows.values.shape[0]
     chunk_bytes = CUDA_CHUNK_BYTES if rows.values.is_cuda else CPU_CHUNK_BYTES
     chunk = max(1024, chunk_bytes // (4 * max(queries.values.shape)))

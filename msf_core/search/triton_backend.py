@@ -69,17 +69,19 @@ class TritonSearch:
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`; k is at most 256. The same bits come at every call."""
-        return self.search(Queries(queries), Rows(rows), k)
+        return self.general_topk(Queries(queries), Rows(rows), k)
 
-    def search(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-        """See `GeneralSearch.search`; k is at most 256. The same bits come at every call."""
+    def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+        """See `GeneralSearch.general_topk`; k is at most 256. The same bits come at every call."""
         check_search_arguments(queries, rows, k)
         values = rows.values.detach()
         if k > MOST_NEIGHBORS:
             raise ValueError(f"the triton backend finds at most {MOST_NEIGHBORS} neighbors, got k={k}")
         if not (values.is_cuda or (INTERPRETED and values.device.type == "cpu")):
             raise ValueError(f"the triton backend searches CUDA tensors, got {values.device}")
-        queries = queries._replace(values=queries.values.detach().contiguous())
+        # The kernels read what lies beside one another; a column of a table of labels and ids does not.
+        queries = Queries(*(None if part is None else part.detach().contiguous() for part in queries))  # type: ignore[arg-type]
+        rows = Rows(values, *(None if part is None else part.contiguous() for part in rows[1:]))
         (count, dim), n = queries.values.shape, values.shape[0]
         similarity = queries.values.new_empty((count, k), dtype=torch.float32)
         index = queries.values.new_empty((count, k), dtype=torch.int64)

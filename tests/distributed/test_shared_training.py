@@ -107,6 +107,11 @@ def failing_loss(rank: int, layout: str) -> list[str]:
     good, odd = torch.randn(4, DIM), rank == 1
     criterion(good, good)
     before = len(criterion.bank), criterion.steps
+    empty = MeanShiftLoss(MemoryBank(32, DIM, layout=layout), k=2).eval()
+    if odd:  # nobody searches, and nobody waits
+        with pytest.raises(ValueError, match="target must be"):
+            empty(good, good[:, :3])
+    assert torch.isfinite(empty(good, good))
     errors = []
     calls = [
         lambda: criterion(good, good[:, :3] if odd else good),
