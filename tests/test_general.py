@@ -1,6 +1,6 @@
 """Searches for queries that may not find all rows, and int8 rows: by every backend as by a float64 brute force."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ def _small_blocks():
     """Several chunks and blocks even for few rows; the screen never gives up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(screen, "CHUNK_ROWS", 2 * GROUP)
+        patch.setattr(screen, "MOST_QUERIES", 4)
         patch.setattr(screen, "LEAST_BLOCK_ROWS", 4 * GROUP)
         patch.setattr(screen, "MOST_BLOCK_ROWS", 4 * GROUP)
         patch.setattr(screen, "WORTH_IT", 0.01)
@@ -48,7 +49,10 @@ def made(count: int, n: int, dim: int, dtype: torch.dtype, seed: int) -> tuple[T
     """Unit queries and rows, some of them NaN, and the rows' scale."""
     generator = torch.Generator().manual_seed(seed)
     queries = F.normalize(torch.randn(count, dim, generator=generator), dim=1)
-    rows = F.normalize(torch.randn(n, dim, generator=generator), dim=1)
+    rows = torch.randn(n, dim, generator=generator)
+    rows[::3] = rows[::3].sign()  # int8 rows of very different scales
+    rows[1::3] *= F.one_hot(torch.randint(dim, (len(rows[1::3]),), generator=generator), dim)
+    rows = F.normalize(rows, dim=1)
     rows[torch.rand(n, generator=generator) < 0.1] = torch.nan
     if dtype != torch.int8:
         return queries.to(dtype), rows.to(dtype), None
@@ -110,3 +114,23 @@ def test_the_nearest_of_those_that_may_be_found_are(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     slots = index.sort(dim=1).values
     assert not ((slots[:, 1:] == slots[:, :-1]) & (slots[:, 1:] >= 0)).any(), "a neighbor comes twice"
+
+
+class Few(Plain):
+    """A user's backend that finds few neighbors."""
+
+    most_neighbors: ClassVar = {"cpu": 4}
+
+    def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        assert k <= 4
+        return super().topk(queries, rows, k)
+
+
+def test_a_backend_is_not_asked_for_more_neighbors_than_it_finds() -> None:
+    values, rows, _ = made(6, 90, 8, torch.float32, seed=0)
+    labels = torch.arange(90) % 2
+    queries = Queries(values, labels=torch.arange(6) % 2)
+    similarity, index = search_by(Few(), queries, Rows(rows, labels=labels), 3)
+    expected, _ = search_by(load_backend("torch"), queries, Rows(rows, labels=labels), 3)
+    torch.testing.assert_close(similarity, expected, rtol=0, atol=1e-6)
+    assert (labels[index] == queries.labels[:, None]).all()

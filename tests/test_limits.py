@@ -265,6 +265,49 @@ def test_labels_and_ids_may_be_columns_of_one_table(backend: Any) -> None:
     assert torch.equal(found.index, expected.search(rows[:9], 3, labels=labels[:9], exclude_ids=ids[:9]).index)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_labels_and_ids_may_be_of_any_integer_dtype(backend: str, dtype: torch.dtype) -> None:
+    rows, labels, ids = batch_of(40, 5, 6, seed=3)
+    labels, ids = labels.abs(), ids.abs()
+    bank, expected = (MemoryBank(40, 5, backend=name) for name in (backend, "torch"))
+    bank.push(rows, labels.to(dtype), ids.to(dtype))
+    expected.push(rows, labels, ids)
+    found = bank.search(rows[:9], 3, labels=labels[:9].to(dtype), exclude_ids=ids[:9].to(dtype))
+    assert torch.equal(found.index, expected.search(rows[:9], 3, labels=labels[:9], exclude_ids=ids[:9]).index)
+
+
+def test_the_loss_keeps_ids_whether_or_not_it_excludes_by_them() -> None:
+    assert MeanShiftLoss(MemoryBank(8, 3), 2).bank.ids is None
+    assert MeanShiftLoss(MemoryBank(8, 3), 2, exclude_same_id=True).bank.ids.tolist() == [-1] * 8
+    for k in (1, 2):
+        criterion = MeanShiftLoss(MemoryBank(8, 3), k)
+        criterion(Q + 1, Q + 1, ids=IDS + 4)
+        assert criterion.bank.ids.tolist() == [4, 4, *[-1] * 6]
+
+
+def test_a_row_pushed_without_id_has_none_of_the_row_before() -> None:
+    bank = MemoryBank(2, 3)
+    bank.push(Q + 1, ids=torch.tensor([5, 6]))
+    bank.push(Q[:1] + 1)
+    assert bank.ids.tolist() == [-1, 6]
+
+
+def test_ids_of_a_wrong_push_are_not_kept_from_then_on() -> None:
+    bank = MemoryBank(8, 3)
+    with pytest.raises(ValueError, match="ids must be"):
+        bank.push(Q, ids=IDS[:1])
+    assert bank.ids is None
+
+
+def test_all_that_is_kept_moves_with_the_bank() -> None:
+    bank = MemoryBank(8, 3, dtype=torch.int8)
+    bank.push(Q + 1, ids=IDS)
+    bank.to("meta")
+    kept = (bank.rows, bank.scale, bank.labels, bank.ids, bank.pushed, bank.nonfinite)
+    assert [part.device.type for part in kept] == ["meta"] * 6
+
+
 def test_any_negative_label_or_id_is_unknown() -> None:
     bank = MemoryBank(4, 4)
     bank.push(torch.eye(4), labels=torch.tensor([-2, 3, 3, 4]), ids=torch.tensor([-5, 6, 7, 8]))

@@ -179,6 +179,30 @@ def test_int8_rows_are_exact_although_the_first_pass_rounds_the_queries(
         assert_k_nearest(*TRITON.general_topk(queries, rows, 5), queries.values, rows.floats(), 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("by", ["labels", "ids"])
+def test_groups_are_taken_by_the_rows_that_may_be_found(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, by: str
+) -> None:
+    """Of half-precision rows only k groups are looked at: a forbidden row must not make its group one of them."""
+    monkeypatch.setattr(triton_backend, "choose_group", lambda *_: 16)
+    monkeypatch.setattr(triton_backend, "MAXIMA_BYTES", 4 * 10 * 3)  # three queries at once
+    query = F.normalize(torch.ones(7, 4), dim=1)
+    values = torch.zeros(160, 4)
+    values[:, 0] = 1.0
+    values[::32] = query[0]  # the nearest, in every second group
+    labels, ids = torch.zeros(160, dtype=torch.int64), torch.full((160,), 9)
+    labels[::32], ids[::32] = 3, 0
+    values[20] = F.normalize(torch.tensor([1.0, 1.0, 0.9, 0.8]), dim=0)
+    rows, scale = (values.to(dtype), None) if dtype != torch.int8 else packed(values, dtype)
+    queries = Queries(query if dtype == torch.int8 else query.to(dtype))
+    limit = torch.tensor([0, -1, 3, 0, 0, 3, 0]) if by == "labels" else torch.tensor([0, -1, 9, 0, 0, 9, 0])
+    queries = queries._replace(**{by: limit})
+    index = TRITON.general_topk(queries, Rows(rows, scale, labels, ids), 1)[1][:, 0]
+    assert ((index == 20) == (limit == 0)).all()
+    assert (index[limit != 0] % 32 == 0).all()
+
+
 @pytest.mark.parametrize("dim", [1, 33, 512])
 def test_the_error_bound_of_int8_queries_holds(dim: int) -> None:
     queries = unit_rows(50, dim, torch.float32, seed=dim)
@@ -187,6 +211,12 @@ def test_the_error_bound_of_int8_queries_holds(dim: int) -> None:
     screened = (rounded.double() * step.double()[:, None]) @ rows.floats().double().T
     off = (screened - queries.double() @ rows.floats().double().T).abs()
     assert (off <= error[:, None] + 1e-6).all()
+    # Rows along what rounding takes off use the bound up: it is none too wide, and a smaller one would not hold.
+    lost = queries.double() - rounded.double() * step.double()[:, None]
+    along = Rows(*packed(F.normalize(lost.float(), dim=1), torch.int8)).floats().double()
+    worst = (lost * along).sum(dim=1)
+    assert (worst <= error + 1e-7).all()
+    assert (worst >= 0.97 * error - 1e-7).all()
     assert (rounded.abs() <= 127).all()
     empty, bad = torch.zeros(1, dim), torch.full((1, dim), torch.nan)
     assert triton_backend.rounded_to_int8(empty)[0].tolist() == [[0] * dim]

@@ -1,5 +1,6 @@
 """MSF on rows of a table: no images, and no augmentation that anybody had to think up.
 
+    pip install -e '.[examples]'                       (in a clone)
     python examples/integrations/any_modality.py
 
 Methods of this family get most of their supervision from strong augmentation. The paper has MSF do better than others
@@ -151,6 +152,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--jsonl", type=Path, help="write one record a table here")
     flags = parser.parse_args(arguments)
+    if flags.seeds < 2 or flags.steps < 1:
+        parser.error(f"--seeds must be at least 2 and --steps at least 1, got {flags.seeds} and {flags.steps}")
+    if flags.jsonl:
+        flags.jsonl.parent.mkdir(parents=True, exist_ok=True)
     records = []
     for name in DATA:
         runs = [measure(name, seed, flags.steps) for seed in range(flags.seeds)]

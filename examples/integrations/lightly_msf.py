@@ -1,6 +1,6 @@
 """lightly's BYOL example turned into MSF: another loss with a bank, a weak view for the target, half the forwards.
 
-    pip install 'msf_core[examples]' lightly
+    pip install -e '.[examples]' lightly                      (in a clone)
     python examples/integrations/lightly_msf.py               (scikit-learn's digits: about a minute on two CPU cores)
     python examples/integrations/lightly_msf.py --data DIR    (a folder of images, as LightlyDataset reads it)
 
@@ -97,7 +97,12 @@ parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
 parser.add_argument("--data", help="folder of images (default: scikit-learn's digits)")
 parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--batch-size", type=int, default=64)
-parser.add_argument("--momentum", type=float, default=0.97, help="of the target (default: 0.97; lightly: 0.996)")
+parser.add_argument(
+    "--momentum",
+    type=float,
+    default=0.97,
+    help="of the target at the start (default: 0.97; lightly: 0.996), from where it rises to 1 in the last epoch",
+)
 args = parser.parse_args()
 torch.manual_seed(0)
 
@@ -125,6 +130,8 @@ else:
     )
     dataset = LightlyDataset.from_torch_dataset(digits, transform=transform)
 
+if len(dataset) < args.batch_size:
+    raise SystemExit(f"{len(dataset)} images are less than a batch of {args.batch_size}: lower --batch-size")
 dataloader = torch.utils.data.DataLoader(
     dataset,
     batch_size=args.batch_size,

@@ -1,6 +1,6 @@
 """NNCLR in lightly with `MSFMemoryBankModule` in place of lightly's `NNMemoryBankModule`: one line changes.
 
-    pip install 'msf_core[examples]' lightly
+    pip install -e '.[examples]' lightly                        (in a clone)
     python examples/integrations/lightly_nnclr.py               (scikit-learn's digits: half a minute on two CPU cores)
     python examples/integrations/lightly_nnclr.py --data DIR    (a folder of images, as LightlyDataset reads it)
 
@@ -47,7 +47,8 @@ class MSFMemoryBankModule(nn.Module):
     Args:
         size: (number of rows, dimensions). A bare number is an error, as in lightly since 1.6.
         options: of `MemoryBank`: ``dtype``, ``backend``, ``persistent``, and ``layout`` ("local" is what lightly's does
-            under torch.distributed; by default all ranks share one bank, and update it together).
+            under torch.distributed outside of DDP, which sends the rows of rank 0 to all ranks; by default all ranks
+            share one bank, and update it together).
 
     Raises:
         ValueError: another size.
@@ -162,6 +163,8 @@ def main() -> None:
         dataset = LightlyDataset(str(args.data), transform=transform)
     else:
         dataset = LightlyDataset.from_torch_dataset(Digits(), transform=transform)
+    if len(dataset) < args.batch_size:
+        raise SystemExit(f"{len(dataset)} images are less than a batch of {args.batch_size}: lower --batch-size")
     loader = DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True)
 
     backbone = nn.Sequential(*list(ResNet(BasicBlock, [1, 1, 1, 1]).children())[:-1])  # 512 features, as ResNet18

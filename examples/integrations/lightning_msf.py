@@ -1,6 +1,6 @@
 """Mean Shift as a LightningModule: bank, target and loss under Lightning's Trainer, on one process or several.
 
-Needs: pip install 'msf_core[examples]' lightning
+Needs, in a clone: pip install -e '.[examples]' lightning
 
     python examples/integrations/lightning_msf.py                      scikit-learn's digits on the CPU, under a minute
     python examples/integrations/lightning_msf.py --data IMAGES --arch resnet50       IMAGES/train and IMAGES/val
@@ -43,6 +43,8 @@ class MSF(L.LightningModule):
         k: neighbors.
         momentum: of the target.
         lr: of SGD, with a cosine to 0.
+
+    The defaults suit the digits. The paper has dim 512, hidden 4096, 128,000 rows, momentum 0.99 and lr 0.05.
     """
 
     def __init__(
@@ -152,8 +154,11 @@ class Images(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return batches of (weak views, strong views, labels)."""
+        trainer: Any = self.trainer
+        if len(self.train) < self.batch_size * trainer.world_size:
+            raise ValueError(f"{len(self.train)} images are less than a batch of {self.batch_size} on each process")
         views = Views(self.train, [self.weak, self.strong], self.seed)
-        keys = Keys(views, self.batch_size, self.seed, self.trainer)
+        keys = Keys(views, self.batch_size, self.seed, trainer)
         return DataLoader(views, self.batch_size, sampler=keys, drop_last=True, num_workers=self.workers)
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -212,9 +217,16 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", help="a checkpoint to go on from")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument(
+        "--resume", help="a checkpoint to go on from, with the same --epochs: the rate's cosine is in it"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/lightning"))
     flags = parser.parse_args()
+    if (flags.data is None) != (flags.arch == "digits"):
+        parser.error(
+            "--data DIR and --arch, a ResNet of torchvision, go together; the digits have an encoder of their own"
+        )
 
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # see Keys
     L.seed_everything(flags.seed)
@@ -228,11 +240,12 @@ def main() -> None:
         check_val_every_n_epoch=5,
         log_every_n_steps=10,
         logger=CSVLogger(flags.out),
-        callbacks=[ModelCheckpoint(flags.out, every_n_train_steps=50, save_last=True)],
+        callbacks=[ModelCheckpoint(flags.out, every_n_train_steps=flags.save_every, save_last=True)],
     )
     model = MSF(flags.arch, bank_size=flags.bank_size)
     before = trainer.validate(model, images, verbose=False)[0]["val_1nn"]
     trainer.fit(model, images, ckpt_path=flags.resume)
+    trainer.save_checkpoint(flags.out / "last.ckpt")  # the end, which is seldom a multiple of --save-every
     after = trainer.validate(model, images, verbose=False)[0]["val_1nn"]
     if trainer.is_global_zero:
         print(f"1-NN accuracy: {before:.3f} untrained, {after:.3f} after {trainer.global_step} steps")

@@ -1,6 +1,6 @@
 """From MoCo to MSF in plain PyTorch: two training loops of the same shape, to be read side by side.
 
-    pip install 'msf_core[examples]'
+    pip install -e '.[examples]'                       (in a clone)
     python examples/integrations/moco_to_msf.py        (scikit-learn's digits: 15 seconds on two CPU cores)
 
 What changes from `moco` to `msf`:

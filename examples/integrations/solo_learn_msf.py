@@ -14,9 +14,13 @@ A config is then that of BYOL (scripts/pretrain/*/byol.yaml) with::
       pred_hidden_dim: 4096
       queue_size: 128000  # the default, as k is; with k: 1 it is BYOL
       k: 5
+    momentum:
+      base_tau: 0.99
+      final_tau: 0.99
 
-and with the augmentations of ReSSL (ressl.yaml): one strong crop first, which is the online encoder's view, and one
-weak one second, the target's ("w/s" in the paper). The bank travels in Lightning's checkpoint, and all ranks share it.
+and with the augmentations of ReSSL (ressl.yaml, of cifar and imagenet-100): one strong crop first, which is the online
+encoder's view, and one weak one second, the target's ("w/s" in the paper). The bank travels in Lightning's checkpoint,
+and all ranks share it.
 
 Where it departs from solo-learn's BYOL: the loss is not symmetric (one view is the target, as in the paper), and the
 momentum stays at ``momentum.base_tau`` (0.99, as in the paper) unless ``momentum.final_tau`` is given, as byol.yaml

@@ -33,6 +33,65 @@ def test_a_backbone_learns_and_the_untrained_one_stays():
     assert not torch.equal(first[0], next(trained.parameters()))
 
 
+@pytest.mark.parametrize("k", [1, 5])
+def test_a_step_is_that_of_the_paper(k, watch, monkeypatch):
+    views, rates = [], []
+    weak_view = example.weak_view
+
+    def watched_view(batch, generator):
+        views.append(weak_view(batch, generator))
+        return views[-1]
+
+    rows = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(example, "weak_view", watched_view)
+    step = torch.optim.lr_scheduler.CosineAnnealingLR.step
+    monkeypatch.setattr(
+        torch.optim.lr_scheduler.CosineAnnealingLR,
+        "step",
+        lambda schedule, *epoch: (step(schedule, *epoch), rates.append(schedule.get_last_lr()[0])),
+    )
+    example.train(rows, k=k, steps=7, seed=0)
+    watch.is_mean_shift(k=k, momentum=example.MOMENTUM, steps=7)
+    assert [images is view for (images, _), view in zip(watch.targets, views[::2], strict=True)] == [True] * 7
+    assert len(views) == 14
+    assert not any(torch.equal(one, other) for one, other in zip(views[::2], views[1::2], strict=True))
+    bank = watch.losses[0][0].bank
+    assert (bank.size, len(bank), int(bank.pushed)) == (50, 50, 7 * example.BATCH)
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_encoders_see_the_training_rows_alone_and_each_is_judged_as_itself(monkeypatch):
+    trained, judged = [], []
+
+    def train(rows, k, steps, seed):
+        trained.append((rows, k, steps, seed))
+        return "untrained", f"k = {k}"
+
+    def judge(known, known_labels, asked, labels, seed):
+        judged.append((known, len(known_labels), asked, len(labels), seed))
+        return [float(len(judged))]
+
+    monkeypatch.setattr(example, "train", train)
+    monkeypatch.setattr(example, "judge", judge)
+    monkeypatch.setattr(example, "features_of", lambda backbone, fitted, rows: (backbone, fitted, rows))
+    scores = example.measure("wine", seed=3, steps=9)
+    assert [(k, steps, seed) for _, k, steps, seed in trained] == [(1, 9, 3), (5, 9, 3)]
+    (rows, *_), (same, *_) = trained
+    assert torch.equal(rows, same)
+    assert rows.shape == (124, 13)  # 70 % of 178
+    torch.testing.assert_close(rows.mean(dim=0), torch.zeros(13), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rows.std(dim=0, correction=0), torch.ones(13), rtol=0, atol=1e-5)
+    (known, *_), *encoders = judged
+    assert torch.equal(known, rows)
+    assert {(n, asked, seed) for _, n, _, asked, seed in judged} == {(124, 54, 3)}
+    assert [known[0] for known, *_ in encoders] == ["untrained", "k = 1", "k = 5"]
+    for (_, fitted, known), _, (_, fitted_too, asked), *_ in encoders:
+        assert fitted is fitted_too is known
+        assert torch.equal(known, rows)
+        assert torch.equal(asked, judged[0][2])
+    assert scores == {"raw features": [1.0], "untrained": [2.0], "k = 1 (BYOL)": [3.0], "k = 5 (MSF)": [4.0]}
+
+
 def test_k_changes_what_is_learned_and_a_seed_repeats_it():
     rows = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
     runs = [example.train(rows, k=k, steps=6, seed=0)[1](rows).detach() for k in (1, 5, 5)]

@@ -1,6 +1,10 @@
 """MSF on a model of transformers under accelerate: a run, its resumption, its backbone for from_pretrained."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +24,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     return huggingface_msf
 
 
-def run(example: Any, *arguments: str) -> float:
+def run(example: Any, *arguments: str) -> tuple[float, float]:
     return example.train(example.parse(["--batch-size", "32", *arguments]))
 
 
@@ -49,6 +53,77 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(example: A
     moved = [name for name, value in whole.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
     assert any(not torch.equal(whole[name], first[name]) for name in moved)
     assert not torch.equal(whole["1.bank.rows"], first["1.bank.rows"])
+
+
+def test_several_processes_resume_to_the_bit_too(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "integrations" / "huggingface_msf.py"
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    resumed = ["--resume", str(tmp_path / "first" / "state"), "--first-epoch", "1"]
+    for name, epochs, more in (("whole", 2, []), ("first", 1, []), ("second", 2, resumed)):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)),
+                *("--batch-size", "256", "--epochs", str(epochs), "--out", str(tmp_path / name), *more),
+            ],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("after: 1-NN") == 1  # one process prints
+    whole, second = (state_of(tmp_path / name) for name in ("whole", "second"))
+    assert int(whole["1.bank.pushed"]) == 2 * (1347 // 512) * 512
+    for name, value in whole.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[name]), name
+
+
+def test_fewer_images_than_a_batch_are_an_error(example: Any) -> None:
+    with pytest.raises(SystemExit, match="200 images are less than a batch of 256"):
+        run(example, "--epochs", "1", "--batch-size", "256")
+
+
+def test_the_accuracies_are_of_all_labels_and_of_one_a_class(example: Any) -> None:
+    """Each class lies in two places: one label a class cannot tell both."""
+
+    class Flat(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, images: torch.Tensor) -> Any:
+            return SimpleNamespace(pooler_output=images * self.scale)
+
+    places = torch.arange(40) % 4
+    images, labels = torch.eye(4)[places], places // 2
+    assert example.accuracies(Flat(), (images, labels, images, labels))[0] == 1.0
+    assert 0.5 <= example.accuracies(Flat(), (images, labels, images, labels))[1] <= 0.85
+
+
+def test_a_step_is_that_of_the_paper(example: Any, watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = example.Online.forward
+
+    def watched_forward(online: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        seen.append((online.training, images.unique().tolist()))
+        return forward(online, images)
+
+    monkeypatch.setattr(example.Online, "forward", watched_forward)
+    monkeypatch.setattr(example, "WEAK", lambda image: torch.full_like(image, 1.0))
+    monkeypatch.setattr(example, "STRONG", lambda image: torch.full_like(image, 2.0))
+    run(example, "--epochs", "1")
+    watch.is_mean_shift(k=5, momentum=0.97, steps=6)
+    assert all(images.unique().tolist() == [1.0] for images, _ in watch.targets)
+    assert seen == [(True, [2.0])] * 6
+    assert all(target.module.training for target, _ in watch.updates)
+    assert (watch.losses[0][0].bank.labels[: 6 * 32] >= 0).all()
+
+
+def test_views_of_an_epoch_are_new_ones(example: Any, watch: Any) -> None:
+    run(example, "--epochs", "2", "--batch-size", "200")
+    (first, _), (second, _) = watch.targets
+    assert not torch.equal(first.sum(dim=(1, 2, 3)).sort().values, second.sum(dim=(1, 2, 3)).sort().values)
 
 
 def test_the_target_follows_steps_of_the_optimizer_alone(example: Any, tmp_path: Path) -> None:

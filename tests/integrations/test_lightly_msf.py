@@ -130,3 +130,44 @@ def test_accuracy_is_of_features_and_the_digits_are_whole(run: Run) -> None:
     accuracy = made["hundred_label_accuracy"]
     assert accuracy(nn.Flatten(), digits) > 0.75  # by raw pixels
     assert accuracy(nn.Sequential(nn.Flatten(), nn.Threshold(1e9, 1.0)), digits) < 0.2  # all features the same
+
+
+def test_each_step_moves_the_target_first_and_each_side_sees_its_own_view(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightly.models import utils
+    from lightly.transforms import byol_transform
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    moves: list[tuple[bool, float]] = []
+    seen: set[tuple[bool, int]] = set()
+    real = utils.update_momentum
+
+    def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
+        pairs = zip(model.parameters(), model_ema.parameters(), strict=True)
+        moves.append((isinstance(model, nn.Sequential), m))
+        assert all(g.requires_grad and not f.requires_grad for g, f in pairs)
+        real(model, model_ema, m)
+
+    def look(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+            seen.add((module.weight.requires_grad, round(float(given[0].mean()))))
+
+    monkeypatch.setattr(utils, "update_momentum", update_momentum)
+    for number in (1, 2):
+        view = getattr(byol_transform, f"BYOLView{number}Transform")
+        monkeypatch.setattr(view, "__call__", lambda self, image, n=number: n + torch.randn(3, 32, 32) / 9)
+    with register_module_forward_pre_hook(look):
+        made = run(EXAMPLE)
+    assert seen == {(False, 1), (True, 2)}
+    assert moves == [(backbone, m) for m in (0.97, 1.0) for _ in range(IMAGES // BATCH) for backbone in (True, False)]
+    model = made["model"]
+    trained = [*model.backbone.parameters(), *model.projection_head.parameters(), *model.prediction_head.parameters()]
+    assert {id(parameter) for parameter in made["optimizer"].state} == {id(parameter) for parameter in trained}
+
+
+def test_the_targets_view_keeps_the_colours(run: Run) -> None:
+    transform = run(EXAMPLE)["transform"]
+    views = [transform(Image.new("RGB", (40, 40), (200, 30, 90))) for _ in range(20)]
+    assert all(torch.allclose(weak, views[0][0]) for weak, _ in views)
+    assert not all(torch.allclose(strong, views[0][1]) for _, strong in views)

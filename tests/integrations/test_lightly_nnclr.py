@@ -168,3 +168,32 @@ def test_the_digits_are_pictures_for_lightly() -> None:
     assert [dataset[index][1] for index in range(3)] == [0, 1, 2]
     assert {len(value) for value in values} == {3}
     assert max(value[0] for value in values) == 255
+
+
+def test_each_prediction_meets_the_other_views_neighbor(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[tuple[float, float]] = []
+
+    class Pairs(nn.Module):
+        def forward(self, z: Tensor, p: Tensor) -> Tensor:
+            pairs.append((float(z.mean()), float(p.mean())))
+            return p.sum() * 0
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x * self.one
+
+    monkeypatch.setattr(lightly_nnclr, "NTXentLoss", lambda temperature: Pairs())
+    updates: list[tuple[float, bool]] = []
+
+    def bank(z: Tensor, update: bool) -> Tensor:
+        updates.append((float(z.mean()), update))
+        return z + 10
+
+    loader: Any = [((torch.zeros(2, 4), torch.ones(2, 4)), None, None)]
+    lightly_nnclr.train(Model(), bank, loader, 1, "cpu")  # type: ignore[arg-type]
+    assert updates == [(0, False), (1, True)]
+    assert pairs == [(10, 1), (11, 0)]

@@ -1,5 +1,6 @@
 """examples/integrations/lightning_msf.py under Lightning's real Trainer, on one process and on two."""
 
+import math
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -251,3 +253,79 @@ def test_two_ranks_classify_by_the_training_images_of_both(example: Any, two_ran
 
 if __name__ == "__main__":
     train_on_two_ranks(Path(sys.argv[1]))
+
+
+def watched(model: Any, kept: set[float]) -> Any:
+    """A hook that keeps the mean of what a module of the model is given in training."""
+
+    def look(module: Any, given: tuple[Tensor, ...]) -> None:
+        if model.training:
+            kept.add(float(given[0].mean()))
+
+    return look
+
+
+def test_the_target_gets_the_weak_view_and_the_rate_falls_by_a_cosine(example: Any, tmp_path: Path) -> None:
+    images, model, rates = few_images(example), a_model(example), []
+    images.setup("fit")
+    images.weak, images.strong = torch.zeros_like, torch.ones_like
+    images.setup = lambda stage: None
+    seen: dict[str, set[float]] = {"target": set(), "encoder": set()}
+    for name, kept in seen.items():
+        getattr(model, name).register_forward_pre_hook(watched(model, kept))
+
+    class Rates(example.L.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    a_trainer(example, tmp_path, callbacks=[Rates()], enable_checkpointing=False).fit(model, images)
+    assert seen == {"target": {0.0}, "encoder": {1.0}}
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 10)) for step in range(10)])
+
+
+def test_views_are_of_their_key_and_weak_ones_are_weaker(example: Any) -> None:
+    images = few_images(example)
+    images.setup("fit")
+    views = example.Views(images.train, [images.weak, images.strong], 3)
+    assert all(torch.equal(a, b) for a, b in zip(views[1, 5][:2], views[1, 5][:2], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(views[0, 5][:2], views[1, 5][:2], strict=True))
+    moved = torch.stack(
+        [torch.stack([(view - images.train[i][0]).abs().mean() for view in views[0, i][:2]]) for i in range(40)]
+    )
+    assert moved[:, 0].mean() > 0.05
+    assert moved[:, 0].mean() < 0.7 * moved[:, 1].mean()
+
+
+def test_a_short_batch_is_left_out(example: Any, tmp_path: Path) -> None:
+    model = a_model(example)
+    a_trainer(example, tmp_path, max_epochs=2, max_steps=-1, enable_checkpointing=False).fit(
+        model, few_images(example, batch_size=12)
+    )
+    assert (model.criterion.steps, int(model.criterion.bank.pushed)) == (6, 72)
+
+
+def test_the_command_trains_on_a_folder_saves_the_end_and_resumes(
+    example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for part, count in (("train", 5), ("val", 3)):
+        for label in range(2):
+            folder = tmp_path / "data" / part / str(label)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(
+                    256, (40, 36, 3), generator=torch.Generator().manual_seed(number + 9 * label), dtype=torch.uint8
+                )
+                Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    flags = (
+        f"x.py --data {tmp_path}/data --arch resnet18 --batch-size 2 --accumulate 2 --bank-size 16 --out {tmp_path}/out"
+    )
+    for epochs, more in ((1, ""), (2, f"--resume {tmp_path}/out/last.ckpt")):
+        monkeypatch.setattr(sys, "argv", f"{flags} --epochs {epochs} {more}".split())
+        example.main()
+        assert f"after {3 * epochs} steps" in capsys.readouterr().out
+        saved = torch.load(tmp_path / "out" / "last.ckpt")
+        assert saved["global_step"] == 3 * epochs
+        assert int(saved["state_dict"]["criterion.bank.pushed"]) == 10 * epochs
+        assert saved["state_dict"]["criterion.bank.rows"].shape == (16, 64)
+        assert "encoder.0.fc.weight" not in saved["state_dict"]

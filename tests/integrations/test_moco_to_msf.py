@@ -1,8 +1,11 @@
 """examples/integrations/moco_to_msf.py: both loops train, and the one is the other with the named parts exchanged."""
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +34,58 @@ def test_training_makes_views_of_an_image_alike(method: Callable[[Tensor, int], 
     torch.manual_seed(0)
     backbone = method(images, 8)
     assert similarity_of_views(backbone, images) > similarity_of_views(start, images) + 0.05
+
+
+def test_a_step_of_msf_is_that_of_the_paper(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Online encoders see strong views, and targets weak ones."""
+    seen = []
+    make = moco_to_msf.make_encoder
+
+    def watched_encoder() -> nn.Sequential:
+        encoder = make()
+        encoder.register_forward_pre_hook(lambda module, given: seen.append((module is encoder, given[0].unique())))
+        return encoder
+
+    monkeypatch.setattr(moco_to_msf, "make_encoder", watched_encoder)
+    monkeypatch.setattr(moco_to_msf, "weak", lambda images: torch.full_like(images, 1.0))
+    monkeypatch.setattr(moco_to_msf, "strong", lambda images: torch.full_like(images, 2.0))
+    backbone = msf(blobs(2 * BATCH)[0], 3)
+    watch.is_mean_shift(k=5, momentum=moco_to_msf.MOMENTUM, steps=6)
+    assert [(online, view.tolist()) for online, view in seen] == [(True, [2.0]), (False, [1.0])] * 6
+    assert len(watch.losses[0][0].bank) == 6 * BATCH
+    assert {id(p) for p in backbone.parameters()} < {id(p) for _, online in watch.updates for p in online.parameters()}
+
+
+def test_a_step_of_moco_is_that_of_moco(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch of keys is in the queue that the batches after it are told apart from; the target follows by EMA."""
+    logits, keys, encoders = [], [], []
+
+    def watched_copy(module: nn.Module) -> nn.Module:
+        target = copy.deepcopy(module)
+        encoders.append((module, target))
+        target.register_forward_hook(lambda _, given, u: keys.append(nn.functional.normalize(u, dim=1)))
+        return target
+
+    def cross_entropy(given: Tensor, labels: Tensor) -> Tensor:
+        online, target = encoders[0]
+        state = [[parameter.detach().clone() for parameter in module.parameters()] for module in (online, target)]
+        logits.append((given.detach(), state))
+        return nn.functional.nll_loss(given.log_softmax(dim=1), labels)
+
+    monkeypatch.setattr(moco_to_msf, "copy", SimpleNamespace(deepcopy=watched_copy))
+    monkeypatch.setattr(moco_to_msf.F, "cross_entropy", cross_entropy)
+    moco(blobs(3 * BATCH)[0], 1)
+    for step, (given, (online, target)) in enumerate(logits):
+        assert given.shape == (BATCH, 1 + moco_to_msf.BANK_SIZE)
+        if step:
+            _, (_, before) = logits[step - 1]
+            for f, g, old in zip(target, online, before, strict=True):
+                torch.testing.assert_close(f, moco_to_msf.MOMENTUM * old + (1 - moco_to_msf.MOMENTUM) * g)
+    # A query of the third batch times the keys of both batches before it, wherever they lie in the queue.
+    (third, _), old_keys = logits[2], torch.cat(keys[:2])
+    changed = third[:, 1 : 1 + 2 * BATCH] * 0.2
+    q = torch.linalg.lstsq(old_keys, changed.T).solution.T
+    torch.testing.assert_close(q @ old_keys.T, changed, rtol=0, atol=1e-3)
 
 
 def similarity_of_views(backbone: nn.Module, images: Tensor) -> float:
