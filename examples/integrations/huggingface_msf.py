@@ -2,13 +2,17 @@
 
 Needs, in a clone: pip install -e '.[examples]' transformers accelerate
 
-    python examples/integrations/huggingface_msf.py                         digits, a small ResNet: under a minute
+    python examples/integrations/huggingface_msf.py                         digits, a small ResNet: about two minutes
     accelerate launch examples/integrations/huggingface_msf.py              on all GPUs; the ranks share the bank
     python examples/integrations/huggingface_msf.py --model microsoft/resnet-18 --out trained
 
 Any model will do that `AutoModel` loads, that takes RGB images of 32 × 32 and gives a pooler_output; on several
 processes all its parameters must be in use, as DDP asks. ``--out`` gets it back in its own layout
 for ``from_pretrained``, and beside it accelerate's state, from which ``--resume`` goes on, bank and target included.
+
+Digits with one label a class, the mean of 20 draws: 0.545 before and 0.665 after with seed 0, 0.509 and 0.774 with
+seed 1. By all labels 1-NN says little, since the untrained features do as well: 0.953 and 0.936, 0.944 and 0.960. (One
+core of an AMD EPYC, PyTorch 2.14, transformers 5.24, accelerate 1.15, 2026-11-25.)
 """
 
 import argparse
@@ -156,7 +160,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the backbone and for accelerate's state")
     parser.add_argument("--resume", type=Path, help="the state folder of a run, which had --first-epoch epochs")
     parser.add_argument("--first-epoch", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--accumulate", type=int, default=1, help="batches a step of the optimizer")
     parser.add_argument("--seed", type=int, default=0)

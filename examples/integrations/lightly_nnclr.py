@@ -31,7 +31,7 @@ from msf_core import MemoryBank
 class MSFMemoryBankModule(nn.Module):
     """Drop-in for lightly's ``NNMemoryBankModule``, over a `MemoryBank`: same argument, same call.
 
-    Where lightly's returns another row, and why:
+    Where it differs from lightly's, and why:
 
     - Lightly's bank starts full of random unit vectors and returns them until real rows have pushed them out. Here an
       unfilled slot is never returned, so the two cannot be equal before the bank is full: while it is empty, the output
@@ -41,6 +41,7 @@ class MSFMemoryBankModule(nn.Module):
     - Rows are stored as unit vectors. Lightly's returns them in the length they came in, with the same direction:
       NTXentLoss normalizes them anyway.
     - A row with NaN or Inf is never returned; where no other is there, the output itself is.
+    - It is faster on large banks; on 1,024 rows lightly's is, by about a millisecond.
     - The rows are in the ``state_dict`` (lightly's are not), so a resumed run goes on with them. ``persistent=False``
       leaves them out, as for a checkpoint that has none.
 
