@@ -192,7 +192,7 @@ class MemoryBank(Ring):
 
     @torch.no_grad()
     def clear(self) -> None:
-        """Forget every row, as if newly made."""
+        """Forget every row, as if newly made; ids that are kept are kept on."""
         self._forget()
         for count in (self.pushed, self.nonfinite, self._pushed):
             count.zero_()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from msf_core.rows import packed, unit_rows
 from msf_core.search import Queries, Rows, available_backends, load_backend, screen, search_by
 from msf_core.search.auto import AutoSearch
 from msf_core.search.screen import GROUP, screened_search
@@ -43,6 +44,10 @@ def _small_blocks():
         patch.setattr(screen, "WORTH_IT", 0.01)
         patch.setattr("msf_core.search.general.CHUNK_ROWS", 37)
         yield
+
+
+def rows_of(count: int, dim: int, seed: int) -> Tensor:
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
 
 def made(count: int, n: int, dim: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -134,3 +139,28 @@ def test_a_backend_is_not_asked_for_more_neighbors_than_it_finds() -> None:
     expected, _ = search_by(load_backend("torch"), queries, Rows(rows, labels=labels), 3)
     torch.testing.assert_close(similarity, expected, rtol=0, atol=1e-6)
     assert (labels[index] == queries.labels[:, None]).all()
+
+
+def test_queries_that_have_seen_all_rows_are_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msf_core.search.general.load_backend", lambda name: pytest.fail("searched again"))
+
+    class Alone:
+        def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+            return float32_search(Queries(queries), Rows(rows), k)
+
+    rows = unit_rows(rows_of(40, 4, 0))
+    rows[5:] = torch.nan
+    labels = torch.arange(40) % 2
+    found = search_by(Alone(), Queries(rows[:3], torch.tensor([0, 1, 7])), Rows(rows, None, labels), 4)
+    assert (found[1] >= 0).sum(1).tolist() == [3, 2, 0]
+    search_by(Alone(), Queries(rows[:3], torch.tensor([0, 1, 7])), Rows(rows[:6], None, labels[:6]), 4)
+
+
+def test_auto_leaves_limited_queries_and_int8_rows_to_torch() -> None:
+    queries = torch.zeros(256, 512)
+    labels = torch.zeros(256, dtype=torch.int64)
+    values, scale = packed(torch.eye(512), torch.int8)
+    torch_backend = load_backend("torch")
+    rows = Rows(torch.eye(512), None, torch.zeros(512, dtype=torch.int64))
+    assert AutoSearch().choose(Queries(queries, labels), rows, 5) is torch_backend
+    assert AutoSearch().choose(Queries(queries), Rows(values, scale), 5) is torch_backend

@@ -193,3 +193,41 @@ def test_packing_does_not_depend_on_what_else_is_in_the_batch() -> None:
     assert scale is not None
     assert its is not None
     torch.testing.assert_close(scale[3:4], its, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.int8])
+def test_rows_of_another_dtype_are_brought_to_unit_length(saved: torch.dtype, wanted: torch.dtype) -> None:
+    one, other = MemoryBank(6, 50, dtype=saved), MemoryBank(6, 50, dtype=wanted)
+    one.push(rows_of(6, 50, 0))
+    other.load_state_dict(one.state_dict())
+    length = floats(other).norm(dim=1)
+    torch.testing.assert_close(length, torch.ones(6), rtol=0, atol=1e-6)
+
+
+def test_a_cleared_bank_is_saved_as_a_new_one() -> None:
+    bank = MemoryBank(4, 3, dtype=torch.int8)
+    bank.push(rows_of(4, 3, 0))
+    bank.clear()
+    for name, value in MemoryBank(4, 3, dtype=torch.int8).state_dict().items():
+        assert torch.equal(bank.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": torch.zeros(3, dtype=torch.int64)}, "have ids of shape"),
+        ({"ids": [1] * 6}, "must be tensors"),
+        ({"scale": "x"}, "must be tensors"),
+        ({"int8_rows": torch.zeros(6, 5, dtype=torch.int64), "scale": None}, "floating or int8, got torch.int64"),
+        ({"int8_rows": torch.zeros(6, 5, dtype=torch.bool), "scale": None}, "floating or int8, got torch.bool"),
+    ],
+)
+def test_more_corrupt_states(change: dict[str, Any], message: str) -> None:
+    bank = MemoryBank(6, 5, dtype=torch.int8)
+    bank.push(rows_of(6, 5, 0), ids=torch.arange(6))
+    before = {n: v.clone() for n, v in bank.state_dict().items()}
+    state = {n: v for n, v in (before | change).items() if v is not None}
+    with pytest.raises(RuntimeError, match=message):
+        bank.load_state_dict(state)
+    assert all(torch.equal(v, before[n]) for n, v in bank.state_dict().items())

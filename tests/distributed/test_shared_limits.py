@@ -1,0 +1,75 @@
+"""Labels and ids of banks that ranks share: their dtypes, searches that differ, states that mix."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from msf_core import MemoryBank
+
+DIM = 4
+
+
+def rows(seed: int) -> Tensor:
+    return torch.randn(3, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def of_many_integers(rank: int, layout: str) -> None:
+    bank = MemoryBank(8, DIM, layout=layout)
+    kind = (torch.int32, torch.int64)[rank % 2]
+    numbers = torch.arange(3, dtype=kind) + 3 * rank
+    bank.push(rows(rank), numbers, numbers + 10)
+    parts = (bank.state_dict()[name] for name in ("labels", "ids"))
+    whole = [part.full_tensor() if hasattr(part, "full_tensor") else part for part in parts]
+    assert whole[0][:6].tolist() == list(range(6)), whole
+    assert whole[1][:6].tolist() == list(range(10, 16)), whole
+    assert bank.search(rows(rank), 1, labels=numbers).label[:, 0].tolist() == numbers.tolist()
+    found = bank.search(rows(rank), 6, exclude_ids=numbers + 10)
+    assert (found.index[:, -1] == -1).all()
+    assert (found.index[:, :-1] >= 0).all()
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_ranks_may_number_in_different_dtypes(two_ranks: Any, layout: str) -> None:
+    two_ranks.run(of_many_integers, layout)
+
+
+def different_limits(rank: int) -> None:
+    bank = MemoryBank(8, DIM, layout="sharded")
+    ids = torch.arange(3)
+    bank.push(rows(rank), ids, ids)
+    with pytest.raises(ValueError, match="what limits the search must be the same on all ranks"):
+        bank.search(rows(rank), 1, **({"labels": ids} if rank else {"exclude_ids": ids}))
+
+
+def test_labels_here_and_ids_there_is_an_error(two_ranks: Any) -> None:
+    two_ranks.run(different_limits)
+
+
+def smaller_into_full(rank: int) -> None:
+    saved, bank = MemoryBank(40, DIM, layout="sharded"), MemoryBank(40, DIM, layout="sharded")
+    saved.push(rows(rank), torch.arange(3), torch.arange(3))
+    for _ in range(20):
+        bank.push(rows(rank), torch.arange(3), torch.arange(3))
+    bank.load_state_dict(saved.state_dict())
+    for name, value in bank.state_dict().items():
+        other = saved.state_dict()[name]
+        assert torch.equal(*(x.to_local() if hasattr(x, "to_local") else x for x in (value, other))), name
+
+
+def test_a_shard_that_a_state_does_not_reach_is_emptied(ranks: Any) -> None:
+    ranks.run(smaller_into_full)
+
+
+def mixed(rank: int, name: str) -> None:
+    bank = MemoryBank(8, DIM, layout="sharded", dtype=torch.int8)
+    bank.push(rows(rank), ids=torch.arange(3))
+    state = bank.state_dict()
+    with pytest.raises(RuntimeError, match=f"{name} must both be DTensors"):
+        bank.load_state_dict(state | {name: state[name].full_tensor()})
+
+
+@pytest.mark.parametrize("name", ["scale", "ids"])
+def test_a_plain_companion_of_sharded_rows_is_named(two_ranks: Any, name: str) -> None:
+    two_ranks.run(mixed, name)
