@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, f
 from benchmarks.arguments import positive, settle_device_and_folder
 from benchmarks.cases import FILL_CHUNK_ROWS
 from benchmarks.measure import Record, describe_environment, in_words, quantiles, time_interleaved, write_jsonl
+from benchmarks.tables import format_spread
 from msf_core import MemoryBank, Neighbors, available_backends
 
 ROWS = (131_072, 1_024_000)
@@ -131,9 +132,8 @@ def table(records: list[Record]) -> str:
         p = record.parameters
         base = next(r for r in records if r.parameters == p | plain)
         lines.append(
-            f"| {p['rows']:,} | {p['dtype']} | {p['backend']} | {p['limit']} | {1e3 * record.median:.3g} ms "
-            f"({1e3 * record.q20:.3g} ms–{1e3 * record.q80:.3g} ms) | {record.median / base.median:.2f} | "
-            f"{record.derived['bytes'] / 1e6:,.0f} MB |"
+            f"| {p['rows']:,} | {p['dtype']} | {p['backend']} | {p['limit']} | {format_spread(record)} | "
+            f"{record.median / base.median:.2f} | {record.derived['bytes'] / 1e6:,.0f} MB |"
         )
     return "\n".join(lines) + "\n"
 

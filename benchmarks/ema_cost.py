@@ -41,8 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, f
 
 from benchmarks import memory
 from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.measure import Record, describe_environment, quantiles, time_interleaved, write_jsonl
-from benchmarks.tables import format_bytes, format_seconds
+from benchmarks.measure import Record, describe_environment, in_words, quantiles, time_interleaved, write_jsonl
+from benchmarks.tables import format_bytes, format_seconds, format_spread
 from msf_core import EMATarget
 
 CPU_REPEATS, CUDA_REPEATS = 50, 300
@@ -378,12 +378,11 @@ def compare_with_ours(records: list[Record]) -> None:
 def write_report(records: list[Record], unmeasured: dict[str, str]) -> str:
     """Return the whole report in Markdown."""
     first = records[0]
-    p, environment = first.parameters, first.environment
-    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in environment["versions"].items())
+    p = first.parameters
     verdict = "as it should be" if first.derived["agrees"] else "WRONG, more than rounding explains"
     parts = [
         "# Cost of the EMA update",
-        f"{environment['device']}, {environment['threads']} threads; {environment['date']}; {versions}.",
+        in_words(first.environment),
         f"{p['model']} of torchvision with the paper's projection head (linear {p['head'][0]}, BatchNorm, ReLU, linear "
         f"{p['head'][1]}) in place of its classifier's last layer: {p['parameters']:,} float32 parameters in "
         f"{p['tensors']} tensors ({format_bytes(first.derived['bytes_at_least'] / 3)}), {p['buffers']} buffers. "
@@ -431,7 +430,7 @@ def _row(record: Record, cuda: bool) -> list[str]:
     return [
         p["method"],
         f"{p['package']} {p['version']}",
-        f"{format_seconds(record.median)} ({format_seconds(record.q20)}–{format_seconds(record.q80)})",
+        format_spread(record),
         f"{derived['times_ours']:.2f}",
         "—" if same is None else f"{same:.2f}",
         format_bytes(derived["bytes_at_least"]),

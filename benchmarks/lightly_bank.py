@@ -35,8 +35,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks import memory
 from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.measure import Record, describe_environment, quantiles, time_interleaved, write_jsonl
-from benchmarks.tables import format_bytes, format_seconds
+from benchmarks.measure import Record, describe_environment, in_words, quantiles, time_interleaved, write_jsonl
+from benchmarks.tables import format_bytes, format_spread
 from msf_core import __version__, available_backends
 
 CPU_REPEATS, CUDA_REPEATS = 51, 301
@@ -232,14 +232,13 @@ def measure_extra(call: Callable[[int], object], device: torch.device) -> dict[s
 
 def write_report(records: list[Record]) -> str:
     """Return the whole report in Markdown."""
-    p, environment = records[0].parameters, records[0].environment
-    versions = ", ".join(f"{name} {number or 'absent'}" for name, number in environment["versions"].items())
+    p = records[0].parameters
     derived = records[0].derived
     header = ("module", "version", "update", "time a forward (20–80 %)", "times ours", "extra memory", "recall")
     lines = [[*header, "rows missing"], ["---"] * (len(header) + 1), *(_row(record) for record in records)]
     parts = [
         "# The drop-in for lightly's NNMemoryBankModule",
-        f"{environment['device']}, {environment['threads']} threads; {environment['date']}; {versions}.",
+        in_words(records[0].environment),
         f"{p['rows']:,} rows of {p['dim']} dimensions, batches of {p['batch']}, one neighbor, random unit rows; "
         f"{records[0].repeats} forwards of each in turns, ratios of medians.",
         "\n".join("| " + " | ".join(line) + " |" for line in lines),
@@ -257,7 +256,7 @@ def _row(record: Record) -> list[str]:
         p["method"],
         p["package"],
         str(p["update"]),
-        f"{format_seconds(record.median)} ({format_seconds(record.q20)}–{format_seconds(record.q80)})",
+        format_spread(record),
         f"{derived['times_ours']:.2f}",
         "unmeasured" if extra is None else format_bytes(extra),
         f"{record.recall:.3f}",

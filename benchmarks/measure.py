@@ -175,9 +175,9 @@ def in_words(environment: Mapping[str, Any]) -> str:
 
     >>> versions = {"torch": "2.15.0", "faiss": None}
     >>> in_words({"device": "a CPU", "threads": 2, "versions": versions, "date": "2026-11-24"})
-    'a CPU, 2 threads; 2026-11-24; torch 2.15.0.'
+    'a CPU, 2 threads; 2026-11-24; torch 2.15.0, faiss absent.'
     """
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in environment["versions"].items())
     return f"{environment['device']}, {environment['threads']} threads; {environment['date']}; {versions}."
 
 

@@ -26,22 +26,23 @@ part() {
     "$@" || failed+=("$title")
 }
 
+# Keep what a benchmark wrote into a folder of $work, under names that begin with the third word, not the second.
+keep() {
+    for file in "$work/$1"/*; do
+        [ -e "$file" ] && cp "$file" "$out/$(basename "$file" | sed "s/^$2/$3/")"
+    done
+}
+
 {
     part "GPU tests" "$python" -m pytest tests/gpu -q -p no:cacheprovider
     for dtype in bfloat16 float32; do
         part "knn_cost $dtype" "$python" benchmarks/knn_cost.py --device cuda --dtype "$dtype" --out "$work/$dtype"
-        for file in "$work/$dtype"/*; do
-            [ -e "$file" ] && cp "$file" "$out/$(basename "$file" | sed "s/^knn_cost/knn_cost_${name}_$dtype/")"
-        done
+        keep "$dtype" knn_cost "knn_cost_${name}_$dtype"
     done
     part "ema_cost" "$python" benchmarks/ema_cost.py --device cuda --out "$work/ema"
-    for file in "$work/ema"/*; do
-        [ -e "$file" ] && cp "$file" "$out/$(basename "$file" | sed "s/^ema_cost/ema_cost_$name/")"
-    done
+    keep "ema" ema_cost "ema_cost_${name}"
     part "bank_options" "$python" benchmarks/bank_options.py --device cuda --repeats 30 --out "$work/options"
-    for file in "$work/options"/*; do
-        [ -e "$file" ] && cp "$file" "$out/$(basename "$file" | sed "s/^bank_options/bank_options_$name/")"
-    done
+    keep "options" bank_options "bank_options_${name}"
     part "tiles" "$python" benchmarks/tune_triton.py --out "$out/tune_triton_$name.jsonl"
     if [ ${#failed[@]} -gt 0 ]; then
         echo "failed: ${failed[*]}"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from benchmarks.measure import Record
+from benchmarks.measure import Record, in_words
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,9 @@ HEADER = (
 
 def write_report(records: list[Record], unmeasured: dict[str, str]) -> str:
     """Return the whole report in Markdown. Every cell is measured here, from the paper, or says why it is not."""
-    environment = records[0].environment
-    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in environment["versions"].items())
     parts = [
         "# Cost of the nearest neighbors",
-        f"{environment['device']}, {environment['threads']} threads; {environment['date']}; {versions}.",
+        in_words(records[0].environment),
         _machine_lines(records, unmeasured),
         "## Searches at a glance",
         _glance(records),
@@ -66,6 +64,11 @@ def format_seconds(seconds: float) -> str:
     """
     unit, size = ("s", 1.0) if seconds >= 1 else ("ms", 1e-3) if seconds >= 1e-3 else ("µs", 1e-6)
     return f"{_three_digits(seconds / size)} {unit}"
+
+
+def format_spread(record: Record) -> str:
+    """Return the median of a record in seconds, with its 20 % and 80 % quantiles."""
+    return f"{format_seconds(record.median)} ({format_seconds(record.q20)}–{format_seconds(record.q80)})"
 
 
 def format_bytes(count: float) -> str:
@@ -145,8 +148,8 @@ def _machine_lines(records: list[Record], unmeasured: dict[str, str]) -> str:
             scaled_text = "" if images == batch else f", scaled to {format_seconds(scaled)} for {batch}"
             lines.append(
                 f"- ResNet50 training step (online forward and backward, target forward; 224 x 224, "
-                f"{record.parameters['arithmetic']}): {format_seconds(record.median)} "
-                f"({_spread(record)}) measured with {images} images{scaled_text}."
+                f"{record.parameters['arithmetic']}): {format_spread(record)} measured with {images} "
+                f"images{scaled_text}."
             )
     if "resnet50_step" in unmeasured:
         lines.append(f"- ResNet50 training step: unmeasured, {unmeasured['resnet50_step']}.")
@@ -196,7 +199,7 @@ def _search_row(record: Record, records: list[Record], unmeasured: dict[str, str
     return [
         *_size_cells(sizes_of(record)),
         label(record),
-        f"{format_seconds(record.median)} ({_spread(record)})",
+        format_spread(record),
         f"{derived['gflop_a_query_formula']:.3g}",
         f"{counted:.3g}" if is_ours(record) or is_authors(record) else "—",
         _three_digits(derived["gflop_a_second"]),
@@ -235,7 +238,7 @@ def _step_table(records: list[Record], unmeasured: dict[str, str]) -> str:
         rows.append(
             [
                 name,
-                f"{format_seconds(record.median)} ({_spread(record)})",
+                format_spread(record),
                 f"{theirs.median / record.median:.1f} x",
                 f"{record.median / auto.median:.2f} x",
                 _memory_cell(record, records) if whole else "—",
@@ -287,10 +290,6 @@ def _share_cell(derived: dict[str, float], unmeasured: dict[str, str]) -> str:
     if "share_of_resnet50_step" in derived:
         return f"{100 * derived['share_of_resnet50_step']:.2f} %"
     return f"unmeasured: {_cell(unmeasured.get('resnet50_step', 'no step'))}"
-
-
-def _spread(record: Record) -> str:
-    return f"{format_seconds(record.q20)}–{format_seconds(record.q80)}"
 
 
 def _cell(text: str) -> str:

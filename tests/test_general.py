@@ -144,16 +144,12 @@ def test_a_backend_is_not_asked_for_more_neighbors_than_it_finds() -> None:
 def test_queries_that_have_seen_all_rows_are_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("msf_core.search.general.load_backend", lambda name: pytest.fail("searched again"))
 
-    class Alone:
-        def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-            return float32_search(Queries(queries), Rows(rows), k)
-
     rows = unit_rows(rows_of(40, 4, 0))
     rows[5:] = torch.nan
     labels = torch.arange(40) % 2
-    found = search_by(Alone(), Queries(rows[:3], torch.tensor([0, 1, 7])), Rows(rows, None, labels), 4)
+    found = search_by(Plain(), Queries(rows[:3], torch.tensor([0, 1, 7])), Rows(rows, None, labels), 4)
     assert (found[1] >= 0).sum(1).tolist() == [3, 2, 0]
-    search_by(Alone(), Queries(rows[:3], torch.tensor([0, 1, 7])), Rows(rows[:6], None, labels[:6]), 4)
+    search_by(Plain(), Queries(rows[:3], torch.tensor([0, 1, 7])), Rows(rows[:6], None, labels[:6]), 4)
 
 
 def test_auto_leaves_limited_queries_and_int8_rows_to_torch() -> None:

@@ -243,11 +243,8 @@ def filled() -> MemoryBank:
     return bank
 
 
-class OfAnotherKind:
+class OfAnotherKind(Plain):
     """A user's backend in a class whose ``search`` means something else, as that of a FAISS index does."""
-
-    def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return TorchSearch().topk(queries, rows, k)
 
     def search(self, queries: Tensor, k: int) -> None:
         raise AssertionError("it is not asked for")

@@ -49,7 +49,7 @@ def test_the_screen_of_limited_queries_leaves_out_no_neighbor(
     assert all(left_out), "no group was left out: the test tests nothing"
 
 
-@pytest.mark.parametrize("dim", [16, 64, 512])
+@pytest.mark.parametrize("dim", [16, 33, 64, 512])
 def test_the_error_bound_of_int8_queries_holds_for_the_worst_row(dim: int) -> None:
     queries = unit_rows(rows_of(20, dim, dim))
     whole, step, error = rounded_to_int8(queries)
