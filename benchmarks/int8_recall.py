@@ -80,7 +80,10 @@ def others_of(embeddings: Tensor, dtype: torch.dtype, k: int) -> tuple[Neighbors
     """Return each embedding's k nearest others in a bank of that dtype, and the bank."""
     bank = MemoryBank(*embeddings.shape, dtype=dtype)
     slots = bank.push(embeddings)
-    return bank.find(embeddings, k + 1, leave_out=slots), bank
+    found = bank.search(embeddings, k + 1)
+    others = found.similarity.masked_fill(found.index == slots[:, None], -torch.inf).topk(k, dim=1).indices  # [N, k]
+    query = torch.arange(len(embeddings))[:, None]
+    return Neighbors(*(part[query, others] for part in found)), bank
 
 
 def table(records: list[Record]) -> str:

@@ -1,7 +1,9 @@
-"""The collectives of a bank that several ranks share: the hosts agree first, then tensors of known sizes travel.
+"""The collectives of a bank that several ranks share: the hosts agree, and tensors of known sizes travel.
 
-Every shared call begins with `Ranks.agree`, a message of 72 bytes between the hosts. It says how many rows each rank
-brings, so that none has to be asked of a GPU, and whether a rank has failed: then all of them raise, and nobody waits.
+In every shared call the hosts exchange a header of 88 bytes. It says how many rows each rank brings, so that none has
+to be asked of a GPU, and whether a rank has failed: then all of them raise, and nobody waits. Between CPUs the rows
+travel with the header, so that a call takes one exchange. Room for them is made by what the last calls brought; a call
+that brings more takes a second exchange.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, OSError, RuntimeError)
-_NUMBERS, _TEXT_BYTES = 9, 1024
+_NUMBERS, _TEXT_BYTES = 11, 1024
+_HEADER_BYTES = 8 * _NUMBERS
+MOST_FRAME_BYTES = 4 << 20  # that travel with a header; above, the bandwidth counts and not the latency
 # The group in which the hosts of a group that has GPUs alone (NCCL) talk.
 _host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
+# Bytes that travel behind every header in a group of hosts. All ranks know the same number, since they have learned it
+# from the same calls, and one that fails, or makes another call, sends as many.
+_frames: "WeakKeyDictionary[dist.ProcessGroup, int]" = WeakKeyDictionary()
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -68,7 +75,7 @@ class Ranks:
 
         Args:
             call: what this rank is doing.
-            same: numbers, or words of 8 ASCII letters at most, that must not differ between ranks; at most six.
+            same: numbers, or words of 8 ASCII letters at most, that must not differ between ranks; at most eight.
             count: a number that may.
             problem: why this rank cannot go on.
 
@@ -76,18 +83,33 @@ class Ranks:
             Exception: ``problem``, on this rank; on the others an error of its kind (`ERRORS`) that names the rank.
                 ValueError where ``same`` differs, RuntimeError where the calls do.
         """
-        kind = 0 if problem is None else 1 + next(i for i, kind in enumerate(ERRORS) if isinstance(problem, kind))
-        own = torch.tensor([_coded(call), kind, count, *map(_coded, same.values()), *[0] * (_NUMBERS - 3 - len(same))])
-        table = self._gather_from_hosts(own).tolist()
-        failed = {rank: ERRORS[row[1] - 1] for rank, row in enumerate(table) if row[1]}
-        if failed:
-            self._raise_everywhere(problem, failed)
-        if len({row[0] for row in table}) > 1:
-            raise RuntimeError(f"all ranks must make the same calls in the same order, got {_listed(table, 0, call)}")
-        for column, (name, value) in enumerate(same.items(), start=3):
-            if len({row[column] for row in table}) > 1:
-                raise ValueError(f"{name} must be the same on all ranks, got {_listed(table, column, value)}")
-        return [row[2] for row in table]
+        return self._agree(call, same, count, problem)[0]
+
+    @untraced
+    def bring(self, call: str, rows: Tensor, *, same: dict[str, int | str]) -> tuple[Tensor, list[int]]:
+        """Agree as `agree` does, and gather all ranks' rows: in one exchange where they are on the CPU.
+
+        Args:
+            call: as there.
+            rows: [B, …], B may differ.
+            same: as there; what follows of ``rows.shape`` and ``rows.dtype`` must be the same on all ranks.
+
+        Returns:
+            [Σ B, …] in rank order, bit by bit, and each rank's B.
+        """
+        if rows.device.type != "cpu":
+            counts = self.agree(call, same=same, count=len(rows))
+            return self.gather(rows, counts), counts
+        payload = _packed(rows).view(-1).view(torch.uint8)
+        counts, frames = self._agree(call, same, len(rows), None, payload)  # frames [W, room]
+        row_bytes = rows.element_size() * rows.shape[1:].numel()
+        most = max(counts) * row_bytes
+        if most > frames.shape[1]:
+            if most <= MOST_FRAME_BYTES:
+                _frames[self._host_group()] = most
+            return self.gather(rows, counts), counts
+        parts = [frame[: count * row_bytes] for frame, count in zip(frames, counts, strict=True)]
+        return torch.cat(parts).view(rows.dtype).view(-1, *rows.shape[1:]), counts
 
     @contextmanager
     def sharing_errors(self, call: str) -> Iterator[None]:
@@ -113,27 +135,74 @@ class Ranks:
         return torch.cat(parts).view(-1, *tensor.shape[1:])
 
     @untraced
-    def exchange(self, parts: Sequence[Tensor], counts: list[int]) -> list[Tensor]:
-        """Send every rank the answers to its rows, and return the answers to one's own.
+    def exchange(
+        self, call: str, parts: Sequence[Tensor], counts: list[int], problem: Exception | None = None
+    ) -> list[Tensor]:
+        """Send every rank the answers to its rows, and return the answers to one's own; all raise where one failed.
 
         Args:
-            parts: each [Σ counts, …], in rank order.
+            call: as for `agree`.
+            parts: each [Σ counts, …], in rank order; of the right shape, with anything in it, from one that failed.
             counts: rows of every rank.
+            problem: why this rank has no answers.
 
         Returns:
             Each part as [W, counts[own rank], …]: what each of the W ranks has to say.
+
+        Raises:
+            Exception: as `agree`.
         """
         own = counts[self.rank]
-        as_bytes = [_packed(part.flatten(1)).view(torch.uint8) for part in parts]  # [Σ counts, bytes]
-        packed = torch.cat(as_bytes, dim=1)
-        received = packed.new_empty(self.size * own, packed.shape[1])
-        if sum(counts):
-            dist.all_to_all_single(received, packed, [own] * self.size, counts, group=self.group)
-        unpacked = received.split([part.shape[1] for part in as_bytes], dim=1)
-        return [
-            _packed(piece).view(part.dtype).view(self.size, own, *part.shape[1:])
-            for piece, part in zip(unpacked, parts, strict=True)
-        ]
+        packed = joined_bytes(parts)  # [Σ counts, bytes]
+        width = packed.shape[1]
+        if packed.device.type == "cpu":  # the header goes with the answers
+            header = _header(call, {}, 0, problem)
+            blocks = [torch.cat([header, block.flatten()]) for block in packed.split(counts)]
+            sizes = [len(block) for block in blocks]
+            received = packed.new_empty(self.size, _HEADER_BYTES + own * width)
+            dist.all_to_all_single(
+                received.view(-1), torch.cat(blocks), [received.shape[1]] * self.size, sizes, group=self._host_group()
+            )
+            self._check_headers(received[:, :_HEADER_BYTES], call, {}, problem)
+            answers = received[:, _HEADER_BYTES:].reshape(self.size * own, width)
+        else:
+            self._agree(call, {}, 0, problem)
+            answers = packed.new_empty(self.size * own, width)
+            if sum(counts):
+                dist.all_to_all_single(answers, packed, [own] * self.size, counts, group=self.group)
+        return [part.view(self.size, own, *part.shape[1:]) for part in split_bytes(answers, parts)]
+
+    def _agree(
+        self,
+        call: str,
+        same: dict[str, int | str],
+        count: int,
+        problem: Exception | None,
+        payload: Tensor | None = None,
+    ) -> tuple[list[int], Tensor]:
+        """Agree, and return the counts and what travelled behind the headers, [W, room] bytes."""
+        message = torch.zeros(_HEADER_BYTES + _frames.get(self._host_group(), 0), dtype=torch.uint8, device="cpu")
+        message[:_HEADER_BYTES] = _header(call, same, count, problem)
+        if payload is not None and _HEADER_BYTES + len(payload) <= len(message):
+            message[_HEADER_BYTES : _HEADER_BYTES + len(payload)] = payload
+        everything = self._gather_from_hosts(message)
+        counts = self._check_headers(everything[:, :_HEADER_BYTES], call, same, problem)
+        return counts, everything[:, _HEADER_BYTES:]
+
+    def _check_headers(
+        self, headers: Tensor, call: str, same: dict[str, int | str], problem: Exception | None
+    ) -> list[int]:
+        """Return every rank's count from the headers [W, bytes], or raise what `agree` raises."""
+        table = headers.contiguous().view(torch.int64).tolist()
+        failed = {rank: ERRORS[row[1] - 1] for rank, row in enumerate(table) if row[1]}
+        if failed:
+            self._raise_everywhere(problem, failed)
+        if len({row[0] for row in table}) > 1:
+            raise RuntimeError(f"all ranks must make the same calls in the same order, got {_listed(table, 0, call)}")
+        for column, (name, value) in enumerate(same.items(), start=3):
+            if len({row[column] for row in table}) > 1:
+                raise ValueError(f"{name} must be the same on all ranks, got {_listed(table, column, value)}")
+        return [row[2] for row in table]
 
     def _gather_from_hosts(self, own: Tensor) -> Tensor:
         """Return [W, n] of the hosts' [n]."""
@@ -168,6 +237,21 @@ def problem_of(check: Callable[..., object], *arguments: Any) -> Exception | Non
     except ERRORS as error:
         return error
     return None
+
+
+def joined_bytes(parts: Sequence[Tensor]) -> Tensor:
+    """Return the bytes of some tensors [B, …] beside one another, [B, bytes] uint8."""
+    lines = (part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts)
+    return torch.cat([_packed(line).view(torch.uint8) for line in lines], dim=1)
+
+
+def split_bytes(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Take apart what `joined_bytes` has joined, [B', bytes], into [B', …] each, of the dtypes and shapes of ``like``."""
+    widths = [part.element_size() * part.shape[1:].numel() for part in like]
+    return [
+        _packed(piece).view(part.dtype).view(len(together), *part.shape[1:])
+        for piece, part in zip(together.split(widths, dim=1), like, strict=True)
+    ]
 
 
 def shard_bounds(size: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -220,6 +304,14 @@ def placement(tensor: Tensor) -> tuple[Any, Any]:
 def _packed(tensor: Tensor) -> Tensor:
     """Return a copy with the strides and the alignment that a view of another dtype needs."""
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _header(call: str, same: dict[str, int | str], count: int, problem: Exception | None) -> Tensor:
+    """Return what a rank tells the others, [bytes]."""
+    kind = 0 if problem is None else 1 + next(i for i, kind in enumerate(ERRORS) if isinstance(problem, kind))
+    numbers = [_coded(call), kind, count, *map(_coded, same.values())]
+    numbers += [0] * (_NUMBERS - len(numbers))
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").view(torch.uint8)
 
 
 def _coded(value: int | str) -> int:

@@ -1,6 +1,7 @@
 """The loss of MSF (paper section 2): pull v towards the k nearest neighbours of u."""
 
-from typing import Literal, overload
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,11 @@ from torch import Tensor, nn
 
 from msf_core.checks import check_labels, check_tensor
 from msf_core.memory_bank import MemoryBank
-from msf_core.rows import UNKNOWN, Neighbors, unit_rows
+from msf_core.ring import Found
+from msf_core.rows import SHORTEST, UNKNOWN, Neighbors, unit_rows
 from msf_core.schedules import Schedule
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
@@ -45,12 +49,51 @@ def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
     if neighbors.device != prediction.device:
         raise ValueError(f"neighbors must be on the prediction's device, {prediction.device}, got {neighbors.device}")
 
-    with torch.autocast(prediction.device.type, enabled=False):
-        v = F.normalize(prediction.float(), dim=1)  # [B, D]
-        z = neighbors.detach().float()  # [B, k, D]
-        z_mean = z.mean(dim=1)  # [B, D]; for k = 1 exactly u, and the next line exactly 0
-        z_spread = (z - z_mean[:, None]).square_().sum(dim=2).mean(dim=1)  # [B]
-        return ((v - z_mean).pow(2).sum(dim=1) + z_spread).mean()
+    return _mean_shift(prediction, neighbors.detach().float())
+
+
+def _mean_shift(prediction: Tensor, z: Tensor) -> Tensor:
+    prediction = prediction.float()
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _formula(prediction, z)
+    loss: Tensor = _MeanShift.apply(prediction, z)
+    return loss
+
+
+def _formula(prediction: Tensor, z: Tensor) -> Tensor:
+    return (F.normalize(prediction, dim=1)[:, None] - z).square().sum(dim=2).mean()
+
+
+class _MeanShift(torch.autograd.Function):
+    """`_formula` with its gradient in closed form.
+
+    For v = p / ‖p‖ and d = v − z̄ the gradient with respect to v is 2 d / B, and with respect to p
+
+        2/B · (d − v (v·d)) / ‖p‖
+
+    computed in the order in which autograd does it, so that with k = 1 it is that of BYOL to the last bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, z: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(prediction, dim=1, keepdim=True)  # [B, 1]
+        length = norm.clamp_min(SHORTEST)
+        v = prediction / length  # [B, D]
+        d = v - z.mean(dim=1)  # [B, D]; for k = 1 the mean is exactly z
+        ctx.save_for_backward(prediction, v, d, norm, length)
+        loss: Tensor = (v[:, None] - z).square_().sum(dim=2).mean()
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        prediction, v, d, norm, length = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient is to be differentiated
+            loss = _formula(prediction, (v - d)[:, None])
+            return torch.autograd.grad(loss, prediction, gradient, create_graph=True)[0], None
+        by_v = d * (gradient / (len(d) / 2))  # [B, D]
+        # A vector shorter than that was not divided by its norm, and the loss depends on how long it is.
+        radial = (by_v * (v / F.threshold(norm, SHORTEST, torch.inf))).sum(dim=1, keepdim=True)  # [B, 1]
+        return by_v.div_(length).sub_(v * radial), None
 
 
 class MeanShiftLoss(nn.Module):
@@ -110,7 +153,7 @@ class MeanShiftLoss(nn.Module):
         self.k = k
         self.exclude_same_id = exclude_same_id
         self.same_label = same_label
-        self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # no int, as `MemoryBank._pushed`
+        self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # no int, as `Ring.pushed_on_host`
 
     @property
     def steps(self) -> int:
@@ -167,54 +210,50 @@ class MeanShiftLoss(nn.Module):
             TypeError: tensors that are not floating, labels or ids that are not integers.
             ImportError: the bank's backend does not work on its device.
         """
-        if self._waits_for_others():
-            with self.bank.sharing_errors(pushing=self.training):  # type: ignore[union-attr]
-                k = self._check(prediction, target, labels, ids)
-        else:
+        with self._checking():
             k = self._check(prediction, target, labels, ids)
-        with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
-            u = unit_rows(target)  # [B, D]
-            neighbors = self._find_neighbors(u, labels, ids, k)
+        u = unit_rows(target)  # [B, D]
+        slots, found = None, None
+        if self.bank is not None and self.training:
+            limits = {"same_label": self.same_label, "exclude_same_id": self.exclude_same_id}
+            slots, found = self.bank.step(u, labels, ids, k, **limits)
+        elif self.bank is not None:
+            same, other = labels if self.same_label else None, ids if self.exclude_same_id else None
+            found = self.bank.others(u, k, labels=same, exclude_ids=other)
         if self.training:
             self._steps.add_(1)
-        loss = mean_shift_loss(prediction, neighbors.embedding)
-        return (loss, neighbors) if return_neighbors else loss
+        z = u[:, None]
+        if found is not None:
+            others = torch.where((found.index < 0)[..., None], z, found.embedding)  # u stands in
+            z = torch.cat([z, others], dim=1)  # [B, k, D]
+        loss = _mean_shift(prediction, z)
+        return (loss, self._neighbors(z, slots, labels, found)) if return_neighbors else loss
 
-    def _waits_for_others(self) -> bool:
-        """Tell whether other ranks wait for this one in the forward: also with an error, but only where they do."""
-        if self.bank is None or not self.bank.waits_for_others(pushing=self.training):
-            return False
-        return self.training or (len(self.bank) > 0 and self._k_of_step() > 1)
+    def _checking(self) -> AbstractContextManager[None]:
+        """Return the context for `_check`: where other processes share the bank, they are told of an error."""
+        if self.bank is None or not (self.training or self._k_of_step() > 1):
+            return _NOTHING
+        return self.bank.checking(pushing=self.training)
 
     def _k_of_step(self) -> int:
         return self.k if isinstance(self.k, int) else _rounded(self.k(self.steps))
 
-    def _find_neighbors(self, u: Tensor, labels: Tensor | None, ids: Tensor | None, k: int) -> Neighbors:
-        slots = torch.full((u.shape[0],), -1, device=u.device)
-        if self.bank is not None and self.training:
-            slots = self.bank.push(u, labels, ids)
+    def _neighbors(self, z: Tensor, slots: Tensor | None, labels: Tensor | None, found: Found | None) -> Neighbors:
+        """Return the neighbors that served, z [B, k, D], u first."""
+        unknown = torch.full(z.shape[:1], UNKNOWN, device=z.device)
         own = Neighbors(
-            similarity=u.new_ones(u.shape[0], 1),
-            index=slots[:, None],
-            embedding=u[:, None],
-            label=torch.full_like(slots, UNKNOWN)[:, None] if labels is None else labels[:, None].long(),
+            similarity=z.new_ones(z.shape[0], 1),
+            index=(torch.full_like(unknown, -1) if slots is None else slots)[:, None],
+            embedding=z[:, :1],
+            label=(unknown if labels is None else labels.long())[:, None],
         )
-        limits = {"labels": labels if self.same_label else None, "exclude_ids": ids if self.exclude_same_id else None}
-        if self.training and self.bank is not None and k > 1:
-            # A batch of k fills k rows at least; only a smaller one has to ask.
-            there = k if u.shape[0] >= k else min(k, len(self.bank))
-            others = self.bank.find(u, there, leave_out=slots, **limits)  # [B, k − 1]
-        elif self.bank is not None and min(k - 1, len(self.bank)) > 0:
-            others = self.bank.find(u, min(k - 1, len(self.bank)), **limits)
-        else:
+        if found is None or self.bank is None:
             return own
-        absent = (others.index < 0)[..., None]
-        embedding = torch.cat([own.embedding, others.embedding], dim=1)  # [B, k, D]
-        embedding[:, 1:] = torch.where(absent, u[:, None], embedding[:, 1:])
+        others = self.bank.neighbors(found)
         return Neighbors(
             similarity=torch.cat([own.similarity, others.similarity], dim=1),
             index=torch.cat([own.index, others.index], dim=1),
-            embedding=embedding,
+            embedding=z,
             label=torch.cat([own.label, others.label], dim=1),
         )
 

@@ -1,22 +1,26 @@
 """The memory bank of MSF (paper section 2): a first-in-first-out ring of target embeddings, searched exactly."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msf_core.checks import check_labels, check_tensor
-from msf_core.distributed import ERRORS, Ranks, problem_of, untraced
-from msf_core.ring import Ring
-from msf_core.rows import UNKNOWN, Neighbors, unit_rows, unpacked
+from msf_core.distributed import Ranks
+from msf_core.layouts import LAYOUTS
+from msf_core.ring import ALWAYS, BESIDE, COUNTS, Found
+from msf_core.rows import UNKNOWN, Neighbors, unit_rows
 from msf_core.search import Queries, SearchBackend, check_backend, find_backend
 from msf_core.search.base import ROW_DTYPES
 
-LAYOUTS = ("replicated", "sharded", "local")
+# In a state int8 rows have a name of their own: torch.distributed.checkpoint fills the tensors of a state by name and
+# casts, which would make floats of them without their scale.
+INT8_ROWS = "int8_rows"
 
 
-class MemoryBank(Ring):
+class MemoryBank(nn.Module):
     """The newest ``size`` embeddings as unit rows, each with a label and an id, and exact search among them.
 
     Contents always equal a ``collections.deque(maxlen=size)`` of everything pushed. All of it is in the
@@ -71,33 +75,65 @@ class MemoryBank(Ring):
         find_backend(backend, torch.device("cpu"))  # says now if it does not work here
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-        super().__init__(size, dim, dtype, layout, Ranks(group), persistent)
+        super().__init__()
+        self.size, self.dim, self.layout, self.persistent = size, dim, layout, persistent
         self.backend = backend
+        self._layout = LAYOUTS[layout](size, dim, dtype, Ranks(group))
+        self._ring = self._layout.ring
+
+    def __len__(self) -> int:
+        """Rows filled so far, n, on all ranks that share the bank; at most ``size``."""
+        return len(self._ring)
+
+    @property
+    def rows(self) -> Tensor:
+        """[N, D], of a shard [⌈N/W⌉, D] or less; unit vectors in the bank's dtype."""
+        return self._ring.rows
+
+    @property
+    def scale(self) -> Tensor | None:
+        """[N] float32 for int8 rows: row i is ``rows[i] * scale[i]``. Of other dtypes None."""
+        return self._ring.scale
+
+    @property
+    def labels(self) -> Tensor:
+        """[N] int64 beside the rows, −1 where unknown."""
+        return self._ring.labels
+
+    @property
+    def ids(self) -> Tensor | None:
+        """[N] int64 likewise; None while no id was pushed."""
+        return self._ring.ids
+
+    @property
+    def pushed(self) -> Tensor:
+        """Rows pushed so far, an int64 scalar; the next goes to slot pushed % size. Slots 0 … len − 1 are filled."""
+        return self._ring.pushed
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """How many of them had no finite norm, an int64 scalar."""
+        return self._ring.nonfinite
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the stored rows."""
+        return self._ring.rows.dtype
+
+    @property
+    def group(self) -> Any:
+        """Process group of the ranks that share the bank; None is the default one."""
+        return self._layout.ranks.group
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept in this process, a row each."""
+        return sum(tensor.nbytes for tensor in self._ring.kept() if tensor is not None)
 
     @property
     def full(self) -> bool:
         """Whether every slot is filled."""
         return len(self) == self.size
-
-    def waits_for_others(self, *, pushing: bool) -> bool:
-        """Tell whether a push, or else a search, is one that all ranks have to make together.
-
-        Raises:
-            RuntimeError: a sharded bank was made for another number of ranks.
-        """
-        if self.layout == "local":
-            return False
-        ranks = self._ranks.size
-        if self.layout == "sharded" and ranks != self._shards:
-            raise RuntimeError(
-                f"the bank was sharded for {self._shards} ranks, now there are {ranks}: "
-                "make it after torch.distributed.init_process_group"
-            )
-        return ranks > 1 and (pushing or self.layout == "sharded")
-
-    def sharing_errors(self, *, pushing: bool) -> AbstractContextManager[None]:
-        """Tell the ranks that wait for this one in a push, or a search, of an error in the block, and raise it."""
-        return self._ranks.sharing_errors("push" if pushing else "search")
 
     @torch.no_grad()
     def push(self, embeddings: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
@@ -122,10 +158,9 @@ class MemoryBank(Ring):
             TypeError: embeddings that are not floating, labels or ids that are not integers.
             RuntimeError: other ranks are not in a push.
         """
-        if self.waits_for_others(pushing=True):
-            return self._push_together(embeddings, labels, ids)
-        self._check_batch(embeddings, labels, ids)
-        return self._store(embeddings, labels, ids)
+        with self._layout.checking("push"):
+            self._check_batch(embeddings, labels, ids)
+        return self._layout.push(unit_rows(embeddings), _whole(labels), _whole(ids))
 
     @torch.no_grad()
     def search(
@@ -149,42 +184,50 @@ class MemoryBank(Ring):
             TypeError: queries that are not floating, labels or ids that are not integers, or a k that is no int.
             RuntimeError: other ranks of a sharded bank are not in a search.
         """
-        if self.waits_for_others(pushing=False):
-            with self.sharing_errors(pushing=False):
-                self._check_search(queries, k, labels, exclude_ids)
-        else:
+        with self._layout.checking("search"):
             self._check_search(queries, k, labels, exclude_ids)
-        return self.find(queries, k, labels=labels, exclude_ids=exclude_ids)
+        asked = Queries(unit_rows(queries).to(self._ring.query_dtype), _whole(labels), _whole(exclude_ids))
+        return self.neighbors(self._layout.search(asked, k, self.backend))
 
-    @torch.no_grad()
-    def find(
-        self,
-        queries: Tensor,
-        k: int,
-        leave_out: Tensor | None = None,
-        *,
-        labels: Tensor | None = None,
-        exclude_ids: Tensor | None = None,
-    ) -> Neighbors:
-        """Do the search of `search` for arguments known to be right.
+    def checking(self, *, pushing: bool) -> AbstractContextManager[None]:
+        """Return the context in which `MeanShiftLoss` checks its arguments before `step`, or else before `others`.
 
-        Args:
-            queries: [Q, D].
-            k: as there.
-            leave_out: [Q] slots; one that is among a query's k neighbors is left out, else the last neighbor is.
-            labels: as there.
-            exclude_ids: as there.
+        What is raised in it is raised by all processes that share the bank, so that none waits for another in vain.
+        """
+        return self._layout.checking("step" if pushing else "search")
+
+    def step(
+        self, u: Tensor, labels: Tensor | None, ids: Tensor | None, k: int, *, same_label: bool, exclude_same_id: bool
+    ) -> tuple[Tensor, Found | None]:
+        """Push unit rows u [B, D] as `push` does, and find k − 1 nearest other rows of each; the loss has checked them.
 
         Returns:
-            `Neighbors`, with ``leave_out`` one fewer.
+            The slots of u [B], and what was found: fewer where the bank holds fewer, None where there is nothing.
         """
-        whole = (None if part is None else part.to(torch.int64) for part in (labels, exclude_ids))
-        asked = Queries(unit_rows(queries).to(self._query_dtype), *whole)
-        if self.waits_for_others(pushing=False):
-            found = self._search_together(asked, k)
-        else:
-            found = self._take(*self._nearest(asked, k))
-        return found if leave_out is None else found.without(leave_out)
+        return self._layout.step(
+            u, _whole(labels), _whole(ids), k, self.backend, same_label=same_label, exclude_same_id=exclude_same_id
+        )
+
+    def others(self, u: Tensor, k: int, *, labels: Tensor | None, exclude_ids: Tensor | None) -> Found | None:
+        """Find k − 1 nearest rows of unit rows u [B, D] that were not pushed, as `step` does."""
+        k = min(k - 1, len(self._ring))
+        if k < 1:
+            return None
+        asked = Queries(u.to(self._ring.query_dtype), _whole(labels), _whole(exclude_ids))
+        return self._layout.search(asked, k, self.backend)
+
+    def neighbors(self, found: Found) -> Neighbors:
+        """Make of what was found what `search` returns."""
+        similarity, index, embedding, label = found
+        missing = index < 0
+        if label is None:
+            label = self._ring.labels[index]
+        return Neighbors(
+            similarity=similarity.clamp(max=1.0),
+            index=index,
+            embedding=embedding.masked_fill(missing[..., None], 0.0),
+            label=label.masked_fill(missing, UNKNOWN),
+        )
 
     def age(self, slots: Tensor) -> Tensor:
         """Return how many rows were pushed after those in these slots, [...] int64; −1 for −1. Does not wait."""
@@ -193,58 +236,11 @@ class MemoryBank(Ring):
     @torch.no_grad()
     def clear(self) -> None:
         """Forget every row, as if newly made; ids that are kept are kept on."""
-        self._forget()
-        for count in (self.pushed, self.nonfinite, self._pushed):
-            count.zero_()
+        self._ring.clear()
 
-    @untraced
-    def _push_together(self, embeddings: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
-        problem = problem_of(self._check_batch, embeddings, labels, ids)
-        dtype, count = (_name(embeddings.dtype), len(embeddings)) if problem is None else ("", 0)
-        same = {"dtype of embeddings": dtype, "presence of ids": "without" if ids is None else "with"}
-        counts = self._agree("push", count, problem, **same)
-        if labels is None:
-            labels = self.labels.new_full((len(embeddings),), UNKNOWN)
-        first = sum(counts[: self._ranks.rank])
-        # As they came, not normalized: so the bank of one process that pushes the whole batch has the same bits.
-        rows = self._ranks.gather(embeddings.detach(), counts)
-        labels, ids = (
-            None if part is None else self._ranks.gather(part.to(torch.int64), counts) for part in (labels, ids)
-        )
-        slots = self._store(rows, labels, ids)
-        return slots[first : first + len(embeddings)]
-
-    @untraced
-    def _search_together(self, queries: Queries, k: int) -> Neighbors:
-        """Ask every shard for the neighbors of all ranks' queries, and keep the best of the answers to one's own."""
-        limits = {(True, True): "nothing", (False, True): "labels", (True, False): "ids", (False, False): "both"}
-        limit = limits[queries.labels is None, queries.ids is None]
-        counts = self._agree("search", len(queries.values), None, k=k, **{"what limits the search": limit})
-        problem: Exception | None = None
-        answers: tuple[Tensor, ...] = ()
-        given = (None if part is None else self._ranks.gather(part, counts) for part in queries)
-        asked = Queries(*given)  # type: ignore[arg-type]  # values are never None
-        try:
-            answers = self._answer(asked, k)
-        except Exception as error:
-            problem = error if isinstance(error, ERRORS) else RuntimeError(f"{type(error).__name__}: {error}")
-        self._ranks.agree("answer", same={}, problem=problem)
-        candidates = self._ranks.exchange(answers, counts)  # [W, Q, k, …] each
-        similarity, *others = (part.transpose(0, 1).flatten(1, 2) for part in candidates)  # [Q, W·k, …]
-        similarity, best = similarity.topk(k, dim=1)
-        query = torch.arange(len(best), device=best.device)[:, None]
-        index, label, rows, *scale = (part[query, best] for part in others)
-        return Neighbors(similarity, index, unpacked(rows, scale[0] if scale else None), label)
-
-    def _agree(self, call: str, count: int, problem: Exception | None, **same: int | str) -> list[int]:
-        """Return how many rows each rank brings."""
-        ours: dict[str, int | str] = {
-            "size": self.size,
-            "dim": self.dim,
-            "dtype of the bank": _name(self.dtype),
-            "number of rows pushed so far": int(self._pushed),
-        }
-        return self._ranks.agree(call, same={**ours, **same}, count=count, problem=problem)
+    def keep_ids(self) -> None:
+        """Keep an id beside each row from now on, 8 bytes; those of rows that are there already are unknown."""
+        self._ring.keep_ids()
 
     def check_backend(self, k: int = 1) -> None:
         """Raise unless the search backend finds k neighbors on the bank's present device.
@@ -253,7 +249,7 @@ class MemoryBank(Ring):
             ImportError: one asked for by name does not work on that device.
             ValueError: it does not find that many.
         """
-        check_backend(self.backend, self.rows.device, k)
+        check_backend(self.backend, self._ring.rows.device, k)
 
     def check(self, name: str, embeddings: Tensor) -> None:
         """Raise ValueError or TypeError, naming ``name``, unless these are [any, D] floats on the bank's device."""
@@ -264,9 +260,9 @@ class MemoryBank(Ring):
             )
         if not embeddings.is_floating_point():
             raise TypeError(f"{name} must be floating, got {embeddings.dtype}")
-        if embeddings.device != self.rows.device:
+        if embeddings.device != self._ring.rows.device:
             raise ValueError(
-                f"{name} must be on the bank's device, {self.rows.device}, got {embeddings.device}; "
+                f"{name} must be on the bank's device, {self._ring.rows.device}, got {embeddings.device}; "
                 f"move the bank with .to({str(embeddings.device)!r})"
             )
 
@@ -283,9 +279,52 @@ class MemoryBank(Ring):
             raise ValueError(f"k must be between 1 and the {len(self)} rows in the bank, got {k}")
         check_labels(labels, queries)
         check_labels(exclude_ids, queries, "exclude_ids")
-        if exclude_ids is not None and self.ids is None:
+        if exclude_ids is not None and self._ring.ids is None:
             raise ValueError("exclude_ids needs rows that have ids, and no ids were pushed")
         self.check_backend(k)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MemoryBank":
+        """Follow the module to another device; the dtype stays what was asked for."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._ring.apply(fn)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.persistent:
+            for name, tensor in self._ring.state().items():
+                key = prefix + (INT8_ROWS if tensor.dtype == torch.int8 else name)
+                destination[key] = self._layout.saved(name, tensor.detach())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        key_of = {name: prefix + name for name in (*BESIDE, *COUNTS)}
+        if prefix + INT8_ROWS in state_dict:
+            key_of["rows"] = prefix + INT8_ROWS
+        needed, ours = set(), set()
+        if self.persistent:
+            needed, ours = {key_of[name] for name in ALWAYS}, set(key_of.values())
+        missing_keys += sorted(needed - state_dict.keys())
+        if strict:
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in ours]
+        if not needed or not needed <= state_dict.keys():
+            return
+        saved = {name: state_dict[key] for name, key in key_of.items() if key in state_dict}
+        problem = self._ring.why_not_loadable(saved)
+        if problem:
+            error_msgs.append(f"{prefix}rows and its companions were not loaded: {problem}")
+        else:
+            self._ring.load(saved)
 
     def extra_repr(self) -> str:
         """Describe size, fill and cost; bytes are those of this process."""
@@ -295,6 +334,11 @@ class MemoryBank(Ring):
             f"size={self.size}, dim={self.dim}, dtype={_name(self.dtype)}, "
             f"filled={len(self)}, backend={backend!r},{layout} bytes={self.nbytes}"
         )
+
+
+def _whole(numbers: Tensor | None) -> Tensor | None:
+    """Return labels or ids as they are kept, int64."""
+    return None if numbers is None else numbers.to(torch.int64)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 UNKNOWN = -1
 """The label, or id, of a row of which it is not known."""
+SHORTEST = 1e-12
+"""A row shorter than this is divided by it instead of by its norm, as torch.nn.functional.normalize does."""
 
 
 class Neighbors(NamedTuple):
@@ -26,21 +28,12 @@ class Neighbors(NamedTuple):
     label: Tensor
     """[Q, k] int64, −1 where unknown."""
 
-    def without(self, slots: Tensor) -> "Neighbors":
-        """Leave slots [Q] out, and the last neighbor of queries that have not found theirs: k − 1 remain."""
-        k = self.index.shape[1]
-        own = (self.index == slots[:, None]) & (slots[:, None] >= 0)  # [Q, k], at most one a row
-        # Places before the own slot stay, later ones move up by one.
-        place = torch.arange(k - 1, device=slots.device) + own.cumsum(dim=1)[:, : k - 1]  # [Q, k − 1]
-        query = torch.arange(len(slots), device=slots.device)[:, None]
-        return Neighbors(*(part[query, place] for part in self))
-
 
 def unit_rows(x: Tensor) -> Tensor:
     """Return the rows of x [B, D] as float32 unit vectors; all NaN where the norm of a row is not finite."""
     x = x.detach().float()
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [B, 1]
-    return F.normalize(x, dim=1).masked_fill_(~norm.isfinite(), torch.nan)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [B, 1]
+    return x / norm.nan_to_num_(nan=torch.nan, posinf=torch.nan).clamp_min_(SHORTEST)
 
 
 def packed(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -618,8 +618,8 @@ def test_zero_vectors_give_a_finite_loss_and_gradient() -> None:
 
 
 @pytest.mark.parametrize("row_dtype", ROW_DTYPES)
-def test_forward_and_backward_read_no_value_back(row_dtype: torch.dtype) -> None:
-    with FakeTensorMode():
+def test_forward_and_backward_read_no_value_back(row_dtype: torch.dtype, mute_device: FakeTensorMode) -> None:
+    with mute_device:
         criterion = MeanShiftLoss(MemoryBank(13, 33, dtype=row_dtype, backend="torch"), k=5)
         for batch in (7, 20):  # 20 wraps, and is above the bank's size
             v = torch.randn(batch, 33, requires_grad=True)

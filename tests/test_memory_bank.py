@@ -259,12 +259,6 @@ def test_a_row_that_rounding_made_long_is_no_more_similar_than_one(dtype: torch.
     assert similarity.min() > 0.99
 
 
-def test_a_search_is_a_find_of_right_arguments() -> None:
-    bank, queries = filled_bank(), torch.randn(4, 3)
-    for value, expected in zip(bank.find(queries, 6), bank.search(queries, 6), strict=True):
-        assert_bits_equal(value, expected)
-
-
 def test_unfilled_slots_are_never_found(backend_name: str) -> None:
     bank = MemoryBank(size=10, dim=2, backend=backend_name)
     bank.push(torch.tensor([[-1.0, 0.0], [-1.0, -1.0]]))  # an unfilled slot, all zeros, would be nearer

@@ -1,7 +1,7 @@
 """What a search backend is, and what all of them share."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -42,6 +42,9 @@ class Queries(NamedTuple):
     """[Q] int64: only rows with that label are found, for a negative one any."""
     ids: Tensor | None = None
     """[Q] int64: rows with that id are not found, for a negative one all are."""
+    own: Tensor | None = None
+    """[Q] int64: the row with that index, between 0 and n − 1, is not found. A backend says by the attribute
+    ``leaves_out_own`` that it does this; others are asked for one neighbor more."""
 
     def at(self, which: Tensor | slice) -> "Queries":
         """Return some of them."""
@@ -149,29 +152,45 @@ class RunningTopk:
         return self.similarity, self.index.masked_fill(self.similarity == -torch.inf, -1)
 
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+def exact_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context without autocast, TF32 and bfloat16 arithmetic: float32 products are float32 products."""
+    if torch.is_autocast_enabled(device.type) or not _is_exact(device):
+        return _made_exact(device)
+    return _NOTHING
+
+
+def _is_exact(device: torch.device) -> bool:
+    if hasattr(torch.backends, "fp32_precision"):  # PyTorch 2.9
+        return _matmul_of(device).fp32_precision in ("ieee", "none")
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def _matmul_of(device: torch.device) -> Any:
+    backends: Any = torch.backends
+    return backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
+
+
 @contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Switch autocast, TF32 and bfloat16 arithmetic off: float32 products are float32 products."""
-    if not hasattr(torch.backends, "fp32_precision"):  # before PyTorch 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with torch.autocast(device.type, enabled=False):
-                yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    reduced = {}
-    matmuls: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    for backend in matmuls:
-        if backend.fp32_precision not in ("ieee", "none"):
-            # A value that is inherited is given back as inherited.
-            inherited = backend.fp32_precision == torch.backends.fp32_precision
-            reduced[backend] = "none" if inherited else backend.fp32_precision
-            backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
+def _made_exact(device: torch.device) -> Iterator[None]:
+    with torch.autocast(device.type, enabled=False):
+        if _is_exact(device):
             yield
-    finally:
-        for backend, precision in reduced.items():
-            backend.fp32_precision = precision
+        elif hasattr(torch.backends, "fp32_precision"):
+            matmul = _matmul_of(device)
+            # A value that is inherited is given back as inherited.
+            inherited = matmul.fp32_precision == torch.backends.fp32_precision
+            before, matmul.fp32_precision = "none" if inherited else matmul.fp32_precision, "ieee"
+            try:
+                yield
+            finally:
+                matmul.fp32_precision = before
+        else:
+            precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(precision)

@@ -1,5 +1,8 @@
 """Any search by a backend that has `SearchBackend.topk` alone: int8 rows, and queries that may not find all rows."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,7 @@ from msf_core.search.base import GeneralSearch, Queries, Rows, RunningTopk, Sear
 from msf_core.search.registry import load_backend, most_neighbors
 
 CHUNK_ROWS = 4096  # int8 rows that are brought to float32 at once
+Search = Callable[[Queries, Rows, int], tuple[Tensor, Tensor]]
 SPARE = 2  # times as many neighbors as asked for, of which some may be forbidden
 
 
@@ -16,7 +20,9 @@ def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> t
     One that has ``topk`` alone is asked for more neighbors than k. Queries that are left with fewer than k are
     searched again by the torch backend; on a GPU that makes the host wait.
     """
-    if rows.scale is None and not queries.constrained:
+    if queries.own is not None and not getattr(backend, "leaves_out_own", False):
+        return leaving_out_own(partial(search_by, backend), queries, rows, k)
+    if rows.scale is None and not queries.constrained and queries.own is None:
         return backend.topk(queries.values, rows.values, k)
     if isinstance(backend, GeneralSearch):
         return backend.general_topk(queries, rows, k)
@@ -38,6 +44,20 @@ def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> t
     if len(again):
         similarity[again], index[again] = search_by(load_backend("torch"), queries.at(again), rows, k)
     return similarity, index
+
+
+def leaving_out_own(search: Search, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+    """Search by one more neighbor, for a ``search`` that knows nothing of ``queries.own``, and leave that row out.
+
+    Here ``own`` may also be no row at all.
+    """
+    asked = Queries(queries.values, queries.labels, queries.ids)
+    if queries.own is None:
+        return search(asked, rows, k)
+    similarity, index = search(asked, rows, min(k + 1, rows.values.shape[0]))
+    own = index == queries.own[:, None]  # at most one a query; where there is none the last one is left out
+    similarity, best = similarity.masked_fill(own, -torch.inf).topk(k, dim=1)
+    return similarity, index.masked_fill(own, -1).gather(1, best)
 
 
 def _topk(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ _LIBRARY = torch.library.Library("msf_core", "DEF")
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # PyTorch 2.9
 _LIBRARY.define(
     "search(Tensor queries, Tensor rows, Tensor filled, int k, str backend, Tensor? scale, "
-    "Tensor? row_labels, Tensor? labels, Tensor? row_ids, Tensor? ids) -> (Tensor, Tensor)",
+    "Tensor? row_labels, Tensor? labels, Tensor? row_ids, Tensor? ids, Tensor? own=None) -> (Tensor, Tensor)",
     tags=() if _UNSAFE is None else (_UNSAFE,),
 )
 
@@ -34,10 +34,12 @@ def search_bank(queries: Queries, rows: Rows, filled: Tensor, k: int, backend: s
     Raises:
         ValueError, TypeError, ImportError: as `load_backend` and `SearchBackend.topk`.
     """
-    q, labels, ids = queries
+    if type(queries.values) is Tensor and not torch.compiler.is_compiling():  # nothing is traced
+        return search_by(load_backend(backend), queries, rows.part(0, int(filled)), k)
+    q, labels, ids, own = queries
     values, scale, row_labels, row_ids = rows
     similarity, index = torch.ops.msf_core.search(
-        q, values, filled, k, backend, scale, row_labels, labels, row_ids, ids
+        q, values, filled, k, backend, scale, row_labels, labels, row_ids, ids, own
     )
     return similarity, index
 
@@ -53,9 +55,10 @@ def _search(
     labels: Tensor | None,
     row_ids: Tensor | None,
     ids: Tensor | None,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     there = Rows(rows, scale, row_labels, row_ids).part(0, int(filled))
-    return search_by(load_backend(backend), Queries(queries, labels, ids), there, k)
+    return search_by(load_backend(backend), Queries(queries, labels, ids, own), there, k)
 
 
 def _fake_search(queries: Tensor, rows: Tensor, filled: Tensor, k: int, *beside: object) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,12 @@
 """Exact search by PyTorch's matrix product and top-k, a chunk of rows at a time; large ones on a CPU by `screen`."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from msf_core.search.base import Queries, Rows, RunningTopk, check_search_arguments, exact_float32
+from msf_core.search.general import leaving_out_own
 from msf_core.search.screen import screen_pays, screened_search
 
 # Bytes of one chunk of rows and of its products, as float32: they should stay in a CPU's cache, and keep a GPU busy.
@@ -14,40 +17,58 @@ CUDA_CHUNK_BYTES = 32 << 20
 class TorchSearch:
     """`SearchBackend` on plain PyTorch: any device, extra memory bounded by one chunk."""
 
+    leaves_out_own = True
+
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
-        return self.general_topk(Queries(queries), Rows(rows), k)
+        return self.general_topk(Queries(queries.detach()), Rows(rows.detach()), k)
 
     def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
         """See `GeneralSearch.general_topk`."""
         check_search_arguments(queries, rows, k)
         if screen_pays(queries.values, rows.values, k):
-            return screened_search(queries, rows, k, otherwise=float32_search)
+            return leaving_out_own(partial(screened_search, otherwise=float32_search), queries, rows, k)
         return float32_search(queries, rows, k)
 
 
-@torch.no_grad()
 def float32_search(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     """Search as `GeneralSearch.general_topk` does, by products in float32 alone."""
     n = rows.values.shape[0]
     chunk_bytes = CUDA_CHUNK_BYTES if rows.values.is_cuda else CPU_CHUNK_BYTES
     chunk = max(1024, chunk_bytes // (4 * max(queries.values.shape)))
-    best = RunningTopk(queries.values, k)
     with exact_float32(rows.values.device):
-        for start in range(0, n, chunk):
-            part = rows.part(start, start + chunk)
-            products = _products(queries.values, part)  # [Q, chunk]
-            forbidden = queries.forbidden(part.labels, part.ids)
-            if forbidden is not None:
-                products.masked_fill_(forbidden, -torch.inf)
-            products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # top-k ranks NaN first
-            similarity, index = products.topk(min(k, products.shape[1]), dim=1)
-            del products  # before the next chunk's come
-            best.merge(similarity, index + start)
+        if n <= chunk:
+            return _one_chunk(queries, rows, k)
+        return leaving_out_own(partial(_chunks, chunk=chunk), queries, rows, k)
+
+
+def _chunks(queries: Queries, rows: Rows, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+    best = RunningTopk(queries.values, k)
+    for start in range(0, rows.values.shape[0], chunk):
+        part = rows.part(start, start + chunk)
+        similarity, index = _products(queries, part).topk(min(k, part.values.shape[0]), dim=1)
+        best.merge(similarity, index + start)
     return best.result()
 
 
-def _products(queries: Tensor, rows: Rows) -> Tensor:
+def _one_chunk(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+    products = _products(queries, rows)
+    if queries.own is not None:
+        products.scatter_(1, queries.own[:, None], -torch.inf)
+    similarity, index = products.topk(k, dim=1)
+    return similarity, index.masked_fill_(similarity == -torch.inf, -1)
+
+
+def _products(queries: Queries, rows: Rows) -> Tensor:
+    """Return the products [Q, c] in float32; −inf for NaN and for rows that may not be found."""
+    products = _all_products(queries.values, rows)
+    forbidden = queries.forbidden(rows.labels, rows.ids)
+    if forbidden is not None:
+        products.masked_fill_(forbidden, -torch.inf)
+    return products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # top-k ranks NaN first
+
+
+def _all_products(queries: Tensor, rows: Rows) -> Tensor:
     """Return queries · rowsᵀ [Q, c] in float32; half-precision values are accumulated in float32."""
     if queries.dtype == torch.float32:
         return queries @ rows.floats().T

@@ -1,0 +1,257 @@
+"""Who keeps what where several processes train together: the layouts of a `MemoryBank`. Only they know of ranks.
+
+All layouts have the same methods. What they are handed has been checked, within `Local.checking`, and normalized.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from msf_core.distributed import ERRORS, Ranks, as_shard, joined_bytes, shard_bounds, split_bytes, untraced
+from msf_core.ring import BESIDE, Found, Ring
+from msf_core.rows import UNKNOWN, unpacked
+from msf_core.search import Queries, SearchBackend
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+class Local:
+    """Each process keeps the rows that it pushes itself, and searches them."""
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.ring = Ring(size, dim, dtype, *self._share(size))
+
+    def _share(self, size: int) -> tuple[int, int]:
+        """Return the slots [begin, end) that this process keeps."""
+        return 0, size
+
+    def checking(self, call: str) -> AbstractContextManager[None]:
+        """Return the context in which the arguments of a call are checked: "push", "search", or "step" for both.
+
+        All ranks that this one has to meet in that call raise what is raised in the context.
+        """
+        return _NOTHING
+
+    def push(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
+        """Store unit rows [B, D] float32, labels and ids [B] int64; return their slots [B] int64."""
+        return self.ring.push(unit, labels, ids)
+
+    def search(self, queries: Queries, k: int, backend: str | SearchBackend) -> Found:
+        """Find the k nearest rows of unit queries in `Ring.query_dtype`."""
+        similarity, index = self.ring.find(queries, k, backend)
+        return Found(similarity, index, self.ring.embeddings(index))
+
+    def step(
+        self,
+        unit: Tensor,
+        labels: Tensor | None,
+        ids: Tensor | None,
+        k: int,
+        backend: str | SearchBackend,
+        *,
+        same_label: bool,
+        exclude_same_id: bool,
+    ) -> tuple[Tensor, Found | None]:
+        """Push a batch, and find the k − 1 nearest other rows of each of its rows, fewer while the bank holds fewer.
+
+        Args and the slots that are returned are those of `push`. Where a row has no others, None comes with them.
+        """
+        slots = self.push(unit, labels, ids)
+        others = self._others(unit, k)
+        if others == 0:
+            return slots, None
+        limits = (labels if same_label else None, ids if exclude_same_id else None)
+        return slots, self.search(Queries(unit.to(self.ring.query_dtype), *limits, own=slots), others, backend)
+
+    def _others(self, pushed: Tensor, k: int) -> int:
+        # A batch of k fills k rows at least; only a smaller one has to ask.
+        return (k if pushed.shape[0] >= k else min(k, len(self.ring))) - 1
+
+    def saved(self, name: str, tensor: Tensor) -> Tensor:
+        """Return an entry of `Ring.state` as a ``state_dict`` has it."""
+        return tensor
+
+
+class Replicated(Local):
+    """Every rank keeps the rows of all ranks, and searches them by itself."""
+
+    def checking(self, call: str) -> AbstractContextManager[None]:
+        """See `Local.checking`."""
+        return _NOTHING if call == "search" or self.ranks.size == 1 else self.ranks.sharing_errors(call)
+
+    def push(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
+        """See `Local.push`; the rows of rank 0 come first."""
+        if self.ranks.size == 1:
+            return super().push(unit, labels, ids)
+        return self._push_together(unit, labels, ids)
+
+    @untraced
+    def _push_together(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
+        everyones, counts = self._gather("push", unit, labels, ids)
+        return self._own(self.ring.push(*everyones), counts)
+
+    def _gather(
+        self, call: str, unit: Tensor, labels: Tensor | None, ids: Tensor | None, **same: int | str
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], list[int]]:
+        """Return the rows, labels and ids of all ranks, in rank order, and how many come from each."""
+        rows = unit.to(self.ring.query_dtype)
+        if labels is None:
+            labels = torch.full_like(rows[:, 0], UNKNOWN, dtype=torch.int64)
+        parts = [rows, labels] if ids is None else [rows, labels, ids]
+        same["presence of ids"] = "without" if ids is None else "with"
+        together, counts = self.ranks.bring(call, joined_bytes(parts), same=self._same(**same))
+        rows, labels, *more = split_bytes(together, parts)
+        return (rows, labels, more[0] if more else None), counts
+
+    def _same(self, **more: int | str) -> dict[str, int | str]:
+        """Return what must not differ between the banks of all ranks."""
+        return {
+            "size": self.ring.size,
+            "dim": self.ring.dim,
+            "dtype of the bank": str(self.ring.rows.dtype).removeprefix("torch."),
+            "number of rows pushed so far": int(self.ring.pushed_on_host),
+            **more,
+        }
+
+    def _own(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Return this rank's part of everyone's rows."""
+        first = sum(counts[: self.ranks.rank])
+        return rows[first : first + counts[self.ranks.rank]]
+
+
+class Sharded(Replicated):
+    """Each rank keeps one of W parts of the rows, and answers for it."""
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype, ranks: Ranks) -> None:
+        self.shards = ranks.size
+        super().__init__(size, dim, dtype, ranks)
+
+    def _share(self, size: int) -> tuple[int, int]:
+        return shard_bounds(size, self.shards, self.ranks.rank)
+
+    def checking(self, call: str) -> AbstractContextManager[None]:
+        """See `Local.checking`.
+
+        Raises:
+            RuntimeError: the bank was made for another number of ranks.
+        """
+        ranks = self.ranks.size
+        if ranks != self.shards:
+            raise RuntimeError(
+                f"the bank was sharded for {self.shards} ranks, now there are {ranks}: "
+                "make it after torch.distributed.init_process_group"
+            )
+        # In an empty bank there is nothing to search: no rank comes to that.
+        return _NOTHING if ranks == 1 or (call == "search" and not len(self.ring)) else self.ranks.sharing_errors(call)
+
+    def search(self, queries: Queries, k: int, backend: str | SearchBackend) -> Found:
+        """See `Local.search`; all ranks search together, each for queries of its own."""
+        if self.shards == 1:
+            return super().search(queries, k, backend)
+        return self._search_together(queries, k, backend)
+
+    @untraced
+    def _search_together(self, queries: Queries, k: int, backend: str | SearchBackend) -> Found:
+        limits = [limit for limit in (queries.labels, queries.ids) if limit is not None]
+        parts = [queries.values, *limits]
+        limited = _named(queries.labels is not None, queries.ids is not None)
+        same = self._same(k=k, **{"what limits the search": limited})
+        together, counts = self.ranks.bring("search", joined_bytes(parts), same=same)
+        values, *given = split_bytes(together, parts)
+        labels = None if queries.labels is None else given.pop(0)
+        return self._ask_all(Queries(values, labels, given[0] if given else None), k, backend, counts)
+
+    def step(
+        self,
+        unit: Tensor,
+        labels: Tensor | None,
+        ids: Tensor | None,
+        k: int,
+        backend: str | SearchBackend,
+        *,
+        same_label: bool,
+        exclude_same_id: bool,
+    ) -> tuple[Tensor, Found | None]:
+        """See `Local.step`. What all ranks push is what they search for: it travels once."""
+        step = super().step if self.shards == 1 else self._step_together
+        return step(unit, labels, ids, k, backend, same_label=same_label, exclude_same_id=exclude_same_id)
+
+    @untraced
+    def _step_together(
+        self,
+        unit: Tensor,
+        labels: Tensor | None,
+        ids: Tensor | None,
+        k: int,
+        backend: str | SearchBackend,
+        *,
+        same_label: bool,
+        exclude_same_id: bool,
+    ) -> tuple[Tensor, Found | None]:
+        same: dict[str, int | str] = {"k": k, "what limits the search": _named(same_label, exclude_same_id)}
+        (rows, labels, ids), counts = self._gather("step", unit, labels, ids, **same)
+        slots = self.ring.push(rows, labels, ids)
+        others, mine = self._others(rows, k), self._own(slots, counts)
+        if others == 0:
+            return mine, None
+        asked = Queries(rows, labels if same_label else None, ids if exclude_same_id else None, own=slots)
+        return mine, self._ask_all(asked, others, backend, counts)
+
+    def _ask_all(self, queries: Queries, k: int, backend: str | SearchBackend, counts: list[int]) -> Found:
+        """Ask every shard for the neighbors of all ranks' queries, and keep the best of the answers to one's own."""
+        problem: Exception | None = None
+        try:
+            answers = self._answer(queries, k, backend)
+        except Exception as error:
+            problem = error if isinstance(error, ERRORS) else RuntimeError(f"{type(error).__name__}: {error}")
+            answers = self._no_answer(len(queries.values), k)
+        candidates = self.ranks.exchange("answer", answers, counts, problem)  # [W, Q, k, …] each
+        similarity, *others = (part.transpose(0, 1).flatten(1, 2) for part in candidates)  # [Q, W·k, …]
+        similarity, best = similarity.topk(k, dim=1)
+        query = torch.arange(len(best), device=best.device)[:, None]
+        index, label, rows, *scale = (part[query, best] for part in others)
+        return Found(similarity, index, unpacked(rows, scale[0] if scale else None), label)
+
+    def _answer(self, queries: Queries, k: int, backend: str | SearchBackend) -> tuple[Tensor, ...]:
+        """Return similarity, slot, label, stored row and its scale of the k nearest in this shard, [Q, k, …] each."""
+        ring, count = self.ring, len(queries.values)
+        similarity, slot, label, rows, *scale = self._no_answer(count, k)
+        there = min(k, max(0, min(len(ring), ring.end) - ring.begin))
+        if there and count:
+            own = None if queries.own is None else queries.own - ring.begin
+            asked = Queries(queries.values, queries.labels, queries.ids, own)
+            similarity[:, :there], place = ring.find(asked, there, backend)
+            slot[:, :there] = (place + ring.begin).masked_fill(place < 0, -1)
+            label[:, :there] = ring.labels[place]
+            rows[:, :there] = ring.rows[place]
+            if ring.scale is not None:
+                scale[0][:, :there] = ring.scale[place]
+        return (similarity, slot, label, rows, *scale)
+
+    def _no_answer(self, count: int, k: int) -> tuple[Tensor, ...]:
+        """Return an answer to ``count`` queries without a neighbor."""
+        kept = self.ring.rows
+        answer = (
+            kept.new_full((count, k), -torch.inf, dtype=torch.float32),
+            kept.new_full((count, k), -1, dtype=torch.int64),
+            kept.new_full((count, k), UNKNOWN, dtype=torch.int64),
+            kept.new_zeros((count, k, self.ring.dim)),
+        )
+        return answer if self.ring.scale is None else (*answer, self.ring.scale.new_zeros((count, k)))
+
+    def saved(self, name: str, tensor: Tensor) -> Tensor:
+        """See `Local.saved`: what is kept by slot is this rank's part of a DTensor."""
+        if self.shards == 1 or name not in BESIDE:
+            return tensor
+        return as_shard(tensor, self.ring.size, self.ranks.group)
+
+
+LAYOUTS: dict[str, type[Local]] = {"replicated": Replicated, "sharded": Sharded, "local": Local}
+
+
+def _named(by_label: bool, by_id: bool) -> str:
+    return {(False, False): "nothing", (True, False): "labels", (False, True): "ids", (True, True): "both"}[
+        by_label, by_id
+    ]
