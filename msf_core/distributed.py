@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, OSError, RuntimeError)
+_AVAILABLE = dist.is_available()
 _NUMBERS, _TEXT_BYTES = 11, 1024
 _HEADER_BYTES = 8 * _NUMBERS
 MOST_FRAME_BYTES = 4 << 20  # that travel with a header; above, the bandwidth counts and not the latency
@@ -60,7 +61,7 @@ class Ranks:
     @property
     def size(self) -> int:
         """How many there are; 1 while torch.distributed is not initialized."""
-        return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+        return dist.get_world_size(self.group) if _AVAILABLE and dist.is_initialized() else 1
 
     @property
     def rank(self) -> int:
@@ -246,7 +247,7 @@ def joined_bytes(parts: Sequence[Tensor]) -> Tensor:
 
 
 def split_bytes(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Take apart what `joined_bytes` has joined, [B', bytes], into [B', …] each, of the dtypes and shapes of ``like``."""
+    """Take apart what `joined_bytes` joined, [B', bytes], into [B', …] each, of the dtypes and shapes of ``like``."""
     widths = [part.element_size() * part.shape[1:].numel() for part in like]
     return [
         _packed(piece).view(part.dtype).view(len(together), *part.shape[1:])

@@ -67,9 +67,9 @@ def _formula(prediction: Tensor, z: Tensor) -> Tensor:
 class _MeanShift(torch.autograd.Function):
     """`_formula` with its gradient in closed form.
 
-    For v = p / ‖p‖ and d = v − z̄ the gradient with respect to v is 2 d / B, and with respect to p
+    For v = p / ‖p‖ and d = Σⱼ (v − zⱼ) the gradient with respect to v is 2 d / (B k), and with respect to p
 
-        2/B · (d − v (v·d)) / ‖p‖
+        2/(B k) · (d − v (v·d)) / ‖p‖
 
     computed in the order in which autograd does it, so that with k = 1 it is that of BYOL to the last bit.
     """
@@ -79,20 +79,21 @@ class _MeanShift(torch.autograd.Function):
         norm = torch.linalg.vector_norm(prediction, dim=1, keepdim=True)  # [B, 1]
         length = norm.clamp_min(SHORTEST)
         v = prediction / length  # [B, D]
-        d = v - z.mean(dim=1)  # [B, D]; for k = 1 the mean is exactly z
-        ctx.save_for_backward(prediction, v, d, norm, length)
-        loss: Tensor = (v[:, None] - z).square_().sum(dim=2).mean()
+        differences = v[:, None] - z  # [B, k, D]
+        ctx.k = z.shape[1]
+        ctx.save_for_backward(prediction, v, differences.sum(dim=1), norm, length)
+        loss: Tensor = differences.square_().sum(dim=2).mean()
         return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        prediction, v, d, norm, length = ctx.saved_tensors
+        prediction, v, difference, norm, length = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient is to be differentiated
-            loss = _formula(prediction, (v - d)[:, None])
+            loss = _formula(prediction, (v - difference / ctx.k)[:, None])
             return torch.autograd.grad(loss, prediction, gradient, create_graph=True)[0], None
-        by_v = d * (gradient / (len(d) / 2))  # [B, D]
+        by_v = difference * (gradient / (v.shape[0] * ctx.k / 2))  # [B, D]
         # A vector shorter than that was not divided by its norm, and the loss depends on how long it is.
-        radial = (by_v * (v / F.threshold(norm, SHORTEST, torch.inf))).sum(dim=1, keepdim=True)  # [B, 1]
+        radial = (by_v * (v / torch.threshold(norm, SHORTEST, torch.inf))).sum(dim=1, keepdim=True)  # [B, 1]
         return by_v.div_(length).sub_(v * radial), None
 
 
@@ -210,17 +211,19 @@ class MeanShiftLoss(nn.Module):
             TypeError: tensors that are not floating, labels or ids that are not integers.
             ImportError: the bank's backend does not work on its device.
         """
-        with self._checking():
-            k = self._check(prediction, target, labels, ids)
+        bank, pushing = self.bank, self.training
+        with self._checking(bank):
+            k = self._check(bank, prediction, target, labels, ids)
         u = unit_rows(target)  # [B, D]
         slots, found = None, None
-        if self.bank is not None and self.training:
-            limits = {"same_label": self.same_label, "exclude_same_id": self.exclude_same_id}
-            slots, found = self.bank.step(u, labels, ids, k, **limits)
-        elif self.bank is not None:
+        if bank is not None and pushing:
+            slots, found = bank.step(
+                u, labels, ids, k, same_label=self.same_label, exclude_same_id=self.exclude_same_id
+            )
+        elif bank is not None:
             same, other = labels if self.same_label else None, ids if self.exclude_same_id else None
-            found = self.bank.others(u, k, labels=same, exclude_ids=other)
-        if self.training:
+            found = bank.others(u, k, labels=same, exclude_ids=other)
+        if pushing:
             self._steps.add_(1)
         z = u[:, None]
         if found is not None:
@@ -229,11 +232,11 @@ class MeanShiftLoss(nn.Module):
         loss = _mean_shift(prediction, z)
         return (loss, self._neighbors(z, slots, labels, found)) if return_neighbors else loss
 
-    def _checking(self) -> AbstractContextManager[None]:
+    def _checking(self, bank: MemoryBank | None) -> AbstractContextManager[None]:
         """Return the context for `_check`: where other processes share the bank, they are told of an error."""
-        if self.bank is None or not (self.training or self._k_of_step() > 1):
+        if bank is None or not (self.training or self._k_of_step() > 1):
             return _NOTHING
-        return self.bank.checking(pushing=self.training)
+        return bank.checking(pushing=self.training)
 
     def _k_of_step(self) -> int:
         return self.k if isinstance(self.k, int) else _rounded(self.k(self.steps))
@@ -257,11 +260,18 @@ class MeanShiftLoss(nn.Module):
             label=torch.cat([own.label, others.label], dim=1),
         )
 
-    def _check(self, prediction: Tensor, target: Tensor, labels: Tensor | None, ids: Tensor | None) -> int:
+    def _check(
+        self,
+        bank: MemoryBank | None,
+        prediction: Tensor,
+        target: Tensor,
+        labels: Tensor | None,
+        ids: Tensor | None,
+    ) -> int:
         """Return this step's k, or raise before anything changes."""
         k = self._k_of_step()
         _check_prediction(prediction)
-        _check_k(k, self.bank)
+        _check_k(k, bank)
         check_tensor("target", target)
         if target.shape != prediction.shape:
             raise ValueError(f"target must be {list(prediction.shape)} as the prediction, got {list(target.shape)}")
@@ -269,15 +279,17 @@ class MeanShiftLoss(nn.Module):
             raise TypeError(f"target must be floating, got {target.dtype}")
         if target.device != prediction.device:
             raise ValueError(f"target must be on the prediction's device, {prediction.device}, got {target.device}")
-        check_labels(labels, target)
-        check_labels(ids, target, "ids")
+        if labels is not None:
+            check_labels(labels, target)
+        if ids is not None:
+            check_labels(ids, target, "ids")
         if self.exclude_same_id and ids is None:
             raise ValueError("exclude_same_id needs the ids of the batch, got none")
         if self.same_label and labels is None:
             raise ValueError("same_label needs the labels of the batch, −1 where unknown, got none")
-        if self.bank is not None:
-            self.bank.check("target", target)
-            self.bank.check_backend(k)
+        if bank is not None:
+            bank.check("target", target)
+            bank.check_backend(k)
         return k
 
     def get_extra_state(self) -> Tensor:

@@ -98,17 +98,22 @@ class Ring:
             self.keep_ids()
         gone = max(0, count - self.size)
         slots = self._next_slots(count)
-        new = (*packed(unit, self.rows.dtype), labels, ids)
-        for kept, part in zip(self.kept(), new, strict=True):
-            if kept is None:
-                continue
-            if self.end - self.begin < self.size:
-                for here, there in self._own_part(count, gone):
-                    kept[here] = UNKNOWN if part is None else part[there]
-            elif part is None:
-                kept.index_fill_(0, slots[gone:], UNKNOWN)
-            else:
-                kept.index_copy_(0, slots[gone:], part[gone:])
+        rows, scale = packed(unit, self.rows.dtype)
+        if self.end - self.begin < self.size:
+            for here, there in self._own_part(count, gone):
+                for kept, part in zip(self.kept(), (rows, scale, labels, ids), strict=True):
+                    if kept is not None:
+                        kept[here] = UNKNOWN if part is None else part[there]
+        else:
+            here = slots[gone:] if gone else slots
+            self.rows.index_copy_(0, here, rows[gone:] if gone else rows)
+            if self.scale is not None and scale is not None:
+                self.scale.index_copy_(0, here, scale[gone:])
+            for kept, part in ((self.labels, labels), (self.ids, ids)):
+                if part is not None:
+                    kept.index_copy_(0, here, part[gone:])
+                elif kept is not None:
+                    kept.index_fill_(0, here, UNKNOWN)
         self.pushed.add_(count)
         if self.pushed_on_host is not self.pushed:
             self.pushed_on_host.add_(count)

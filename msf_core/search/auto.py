@@ -5,7 +5,7 @@ from functools import partial
 from torch import Tensor
 
 from msf_core.search.base import Queries, Rows, SearchBackend, check_search_arguments
-from msf_core.search.general import search_by
+from msf_core.search.general import leaving_out_own, search_by
 from msf_core.search.registry import load_backend, most_neighbors, why_not
 from msf_core.search.screen import screen_pays, screened_search
 
@@ -21,19 +21,24 @@ SELECTION_MOST_DIM, SELECTION_MOST_ROWS, SELECTION_LEAST_NEIGHBORS = 256, 400, 5
 class AutoSearch:
     """`GeneralSearch` that hands each search to the fastest one measured for its size."""
 
+    leaves_out_own = True
+
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`."""
         return self.general_topk(Queries(queries), Rows(rows), k)
 
     def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
         """See `GeneralSearch.general_topk`."""
-        check_search_arguments(queries, rows, k)
         chosen = self.choose(queries, rows, k)
-        fast_faiss = chosen is not load_backend("torch") and rows.values.shape[0] < SCREEN_LEAST_ROWS * k
-        otherwise = partial(search_by, chosen)
-        if screen_pays(queries.values, rows.values, k) and not fast_faiss:
-            return screened_search(queries, rows, k, otherwise)
-        return otherwise(queries, rows, k)
+        if screen_pays(queries.values, rows.values, k):
+            fast_faiss = chosen is not load_backend("torch") and rows.values.shape[0] < SCREEN_LEAST_ROWS * k
+            if not fast_faiss:
+                check_search_arguments(queries, rows, k)
+                screened = partial(screened_search, otherwise=partial(search_by, chosen))
+                return leaving_out_own(screened, queries, rows, k)
+        if chosen is load_backend("torch"):
+            return chosen.general_topk(queries, rows, k)
+        return search_by(chosen, queries, rows, k)
 
     def choose(self, queries: Queries, rows: Rows, k: int) -> SearchBackend:
         """Return the backend for k neighbors of the queries among the rows, where the screen does not serve."""

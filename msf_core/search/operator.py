@@ -35,7 +35,7 @@ def search_bank(queries: Queries, rows: Rows, filled: Tensor, k: int, backend: s
         ValueError, TypeError, ImportError: as `load_backend` and `SearchBackend.topk`.
     """
     if type(queries.values) is Tensor and not torch.compiler.is_compiling():  # nothing is traced
-        return search_by(load_backend(backend), queries, rows.part(0, int(filled)), k)
+        return _search_rows(queries, rows, filled, k, backend)
     q, labels, ids, own = queries
     values, scale, row_labels, row_ids = rows
     similarity, index = torch.ops.msf_core.search(
@@ -57,8 +57,14 @@ def _search(
     ids: Tensor | None,
     own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    there = Rows(rows, scale, row_labels, row_ids).part(0, int(filled))
-    return search_by(load_backend(backend), Queries(queries, labels, ids, own), there, k)
+    kept = Rows(rows, scale, row_labels, row_ids)
+    return _search_rows(Queries(queries, labels, ids, own), kept, filled, k, backend)
+
+
+def _search_rows(queries: Queries, rows: Rows, filled: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+    n = int(filled)
+    there = rows if n >= rows.values.shape[0] else rows.part(0, n)
+    return search_by(load_backend(backend), queries, there, k)
 
 
 def _fake_search(queries: Tensor, rows: Tensor, filled: Tensor, k: int, *beside: object) -> tuple[Tensor, Tensor]:

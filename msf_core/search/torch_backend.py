@@ -46,7 +46,7 @@ def _chunks(queries: Queries, rows: Rows, k: int, chunk: int) -> tuple[Tensor, T
     best = RunningTopk(queries.values, k)
     for start in range(0, rows.values.shape[0], chunk):
         part = rows.part(start, start + chunk)
-        similarity, index = _products(queries, part).topk(min(k, part.values.shape[0]), dim=1)
+        similarity, index = _without_nan(_products(queries, part)).topk(min(k, part.values.shape[0]), dim=1)
         best.merge(similarity, index + start)
     return best.result()
 
@@ -55,17 +55,24 @@ def _one_chunk(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     products = _products(queries, rows)
     if queries.own is not None:
         products.scatter_(1, queries.own[:, None], -torch.inf)
-    similarity, index = products.topk(k, dim=1)
+    if products.device.type == "cpu":  # where a look at the result makes nobody wait: mostly there is no NaN, and every neighbor is there
+        similarity, index = products.topk(k, dim=1)
+        if not index.shape[0] or similarity.min().item() > -torch.inf:
+            return similarity, index
+    similarity, index = _without_nan(products).topk(k, dim=1)
     return similarity, index.masked_fill_(similarity == -torch.inf, -1)
 
 
+def _without_nan(products: Tensor) -> Tensor:
+    """Make NaN −inf, in place: top-k ranks NaN first."""
+    return products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
 def _products(queries: Queries, rows: Rows) -> Tensor:
-    """Return the products [Q, c] in float32; −inf for NaN and for rows that may not be found."""
+    """Return the products [Q, c] in float32; −inf for rows that may not be found, NaN for rows with NaN."""
     products = _all_products(queries.values, rows)
     forbidden = queries.forbidden(rows.labels, rows.ids)
-    if forbidden is not None:
-        products.masked_fill_(forbidden, -torch.inf)
-    return products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # top-k ranks NaN first
+    return products if forbidden is None else products.masked_fill_(forbidden, -torch.inf)
 
 
 def _all_products(queries: Tensor, rows: Rows) -> Tensor:
