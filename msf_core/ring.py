@@ -14,6 +14,7 @@ from torch import Tensor
 from msf_core.distributed import blocks_of, is_shard
 from msf_core.rows import UNKNOWN, packed, unpacked
 from msf_core.search import Queries, Rows, SearchBackend, load_backend, search_bank, search_by
+from msf_core.search.base import without_autocast
 from msf_core.search.general import leaving_out_own
 
 BESIDE = ("rows", "scale", "labels", "ids")  # one entry a slot, where they are kept at all
@@ -105,15 +106,13 @@ class Ring:
                     if kept is not None:
                         kept[here] = UNKNOWN if part is None else part[there]
         else:
-            here = slots[gone:] if gone else slots
-            self.rows.index_copy_(0, here, rows[gone:] if gone else rows)
-            if self.scale is not None and scale is not None:
-                self.scale.index_copy_(0, here, scale[gone:])
-            for kept, part in ((self.labels, labels), (self.ids, ids)):
-                if part is not None:
-                    kept.index_copy_(0, here, part[gone:])
+            new_slots = slots[gone:] if gone else slots
+            self.rows.index_copy_(0, new_slots, rows[gone:] if gone else rows)
+            for kept, part in ((self.scale, scale), (self.labels, labels), (self.ids, ids)):
+                if kept is not None and part is not None:
+                    kept.index_copy_(0, new_slots, part[gone:])
                 elif kept is not None:
-                    kept.index_fill_(0, here, UNKNOWN)
+                    kept.index_fill_(0, new_slots, UNKNOWN)
         self.pushed.add_(count)
         if self.pushed_on_host is not self.pushed:
             self.pushed_on_host.add_(count)
@@ -153,7 +152,7 @@ class Ring:
                 return search_bank(queries, self.kept(), self._filled(), k, backend)
             backend = load_backend(backend)  # some of ``own`` may be no places here
         rows = self.kept().part(0, int(self._filled()))
-        with torch.no_grad(), torch.autocast(self.rows.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(self.rows.device):
             return leaving_out_own(partial(search_by, backend), queries, rows, k)
 
     def _filled(self) -> Tensor:

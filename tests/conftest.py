@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # they share the cores: before anything imports PyTorch
     for _library in ("OMP", "MKL", "OPENBLAS"):
@@ -12,10 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from msf_core import available_backends, ring
-from msf_core.ring import Ring
+from msf_core import available_backends
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
@@ -52,36 +49,6 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 def assert_k_nearest() -> Callable[..., None]:
     """The judge of (similarity, index), a fixture so that no test file has to import another."""
     return _assert_k_nearest
-
-
-class HostCount:
-    """A counter of the host, in place of the CPU tensor that it is, which FakeTensorMode would take for a device's."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def __int__(self) -> int:
-        return self.value
-
-    def add_(self, count: int) -> None:
-        self.value += count
-
-
-@pytest.fixture
-def mute_device(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    """A context in which every tensor lies on a device that tells no value: reading one raises."""
-
-    def made(self: Ring, *arguments: Any) -> None:
-        make(self, *arguments)
-        self.pushed_on_host = HostCount()
-
-    def search(queries: Any, rows: Any, filled: HostCount, *arguments: Any) -> Any:
-        return search_bank(queries, rows, torch.tensor(int(filled)), *arguments)
-
-    make, search_bank = Ring.__init__, ring.search_bank
-    monkeypatch.setattr(Ring, "__init__", made)
-    monkeypatch.setattr(ring, "search_bank", search)
-    return FakeTensorMode()
 
 
 # Inner products of unit vectors, against float64 on the same rounded values. TF32 and bfloat16 are 100 times off.

@@ -36,8 +36,6 @@ class AutoSearch:
                 check_search_arguments(queries, rows, k)
                 screened = partial(screened_search, otherwise=partial(search_by, chosen))
                 return leaving_out_own(screened, queries, rows, k)
-        if chosen is load_backend("torch"):
-            return chosen.general_topk(queries, rows, k)
         return search_by(chosen, queries, rows, k)
 
     def choose(self, queries: Queries, rows: Rows, k: int) -> SearchBackend:

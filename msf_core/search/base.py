@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -155,11 +156,42 @@ class RunningTopk:
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-def exact_float32(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context without autocast, TF32 and bfloat16 arithmetic: float32 products are float32 products."""
-    if torch.is_autocast_enabled(device.type) or not _is_exact(device):
-        return _made_exact(device)
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast, at no cost where there is none."""
+    if _knows_autocast(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
     return _NOTHING
+
+
+@cache
+def _knows_autocast(device_type: str) -> bool:
+    known: bool = torch.amp.is_autocast_available(device_type)
+    return known
+
+
+@contextmanager
+def _made_exact(device: torch.device) -> Iterator[None]:
+    if hasattr(torch.backends, "fp32_precision"):
+        matmul = _matmul_of(device)
+        # A value that is inherited is given back as inherited.
+        inherited = matmul.fp32_precision == torch.backends.fp32_precision
+        before, matmul.fp32_precision = "none" if inherited else matmul.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+        return
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def exact_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context without TF32 and bfloat16 arithmetic: float32 products are float32 products."""
+    return _NOTHING if _is_exact(device) else _made_exact(device)
 
 
 def _is_exact(device: torch.device) -> bool:
@@ -171,26 +203,3 @@ def _is_exact(device: torch.device) -> bool:
 def _matmul_of(device: torch.device) -> Any:
     backends: Any = torch.backends
     return backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
-
-
-@contextmanager
-def _made_exact(device: torch.device) -> Iterator[None]:
-    with torch.autocast(device.type, enabled=False):
-        if _is_exact(device):
-            yield
-        elif hasattr(torch.backends, "fp32_precision"):
-            matmul = _matmul_of(device)
-            # A value that is inherited is given back as inherited.
-            inherited = matmul.fp32_precision == torch.backends.fp32_precision
-            before, matmul.fp32_precision = "none" if inherited else matmul.fp32_precision, "ieee"
-            try:
-                yield
-            finally:
-                matmul.fp32_precision = before
-        else:
-            precision = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(precision)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from msf_core.search.base import Queries, Rows, RunningTopk, SearchBackend
+from msf_core.search.base import GeneralSearch, Queries, Rows, RunningTopk, SearchBackend
 from msf_core.search.registry import load_backend, most_neighbors
 
 CHUNK_ROWS = 4096  # int8 rows that are brought to float32 at once
@@ -25,7 +25,8 @@ def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> t
     if rows.scale is None and not queries.constrained and queries.own is None:
         return backend.topk(queries.values, rows.values, k)
     if hasattr(backend, "general_topk"):  # a `GeneralSearch`; isinstance would take as long as a small search
-        return backend.general_topk(queries, rows, k)
+        general: GeneralSearch = backend  # type: ignore[assignment]
+        return general.general_topk(queries, rows, k)
     if not queries.constrained:
         return _topk(backend, queries, rows, k)
     n = rows.values.shape[0]

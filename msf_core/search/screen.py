@@ -22,7 +22,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from msf_core.search.base import Queries, Rows, RunningTopk, exact_float32, rounded_to_int8
+from msf_core.search.base import Queries, Rows, RunningTopk, exact_float32, rounded_to_int8, without_autocast
 
 GROUP = 16  # rows
 CHUNK_ROWS = 2048  # whose bfloat16 copies and products stay in the cache
@@ -56,7 +56,8 @@ def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
 def screened_search(queries: Queries, rows: Rows, k: int, otherwise: Search) -> tuple[Tensor, Tensor]:
     """Search as `GeneralSearch.general_topk` does, on the CPU; ``otherwise`` searches what the screen does not save."""
     parts = []
-    with exact_float32(rows.values.device):
+    device = rows.values.device
+    with without_autocast(device), exact_float32(device):
         for start in range(0, queries.values.shape[0], MOST_QUERIES):
             parts.append(_search(queries.at(slice(start, start + MOST_QUERIES)), rows, k, otherwise))
     return torch.cat([similarity for similarity, _ in parts]), torch.cat([index for _, index in parts])

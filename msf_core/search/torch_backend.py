@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from msf_core.search.base import Queries, Rows, RunningTopk, check_search_arguments, exact_float32
+from msf_core.search.base import Queries, Rows, RunningTopk, check_search_arguments, exact_float32, without_autocast
 from msf_core.search.general import leaving_out_own
 from msf_core.search.screen import screen_pays, screened_search
 
@@ -36,7 +36,8 @@ def float32_search(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor
     n = rows.values.shape[0]
     chunk_bytes = CUDA_CHUNK_BYTES if rows.values.is_cuda else CPU_CHUNK_BYTES
     chunk = max(1024, chunk_bytes // (4 * max(queries.values.shape)))
-    with exact_float32(rows.values.device):
+    device = rows.values.device
+    with without_autocast(device), exact_float32(device):
         if n <= chunk:
             return _one_chunk(queries, rows, k)
         return leaving_out_own(partial(_chunks, chunk=chunk), queries, rows, k)
@@ -55,7 +56,7 @@ def _one_chunk(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     products = _products(queries, rows)
     if queries.own is not None:
         products.scatter_(1, queries.own[:, None], -torch.inf)
-    if products.device.type == "cpu":  # where a look at the result makes nobody wait: mostly there is no NaN, and every neighbor is there
+    if products.device.type == "cpu":  # a look at the result makes nobody wait: mostly every neighbor is there
         similarity, index = products.topk(k, dim=1)
         if not index.shape[0] or similarity.min().item() > -torch.inf:
             return similarity, index
