@@ -243,6 +243,8 @@ class Ring:
         for begin, block in blocks_of(saved["rows"], device):
             here, wanted = place(self.rows, begin, block)
             rows, beside = block[wanted], None
+            if rows.dtype == torch.float64:
+                rows = rows.float()
             if scale is not None:
                 beside = scale[begin : begin + len(block)][wanted.to(scale.device)]
             if rows.dtype != self.rows.dtype:

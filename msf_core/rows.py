@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 UNKNOWN = -1
@@ -44,7 +43,7 @@ def packed(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """
     if dtype != torch.int8:
         return rows.to(dtype), None
-    largest = rows.abs().amax(dim=1, keepdim=True)  # [B, 1]
+    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)  # [B, 1]
     whole = (rows * (127 / largest)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).round_()
     length = torch.linalg.vector_norm(rows, dim=1)
     return whole.to(torch.int8), length / torch.linalg.vector_norm(whole, dim=1).clamp(min=1.0)
@@ -53,5 +52,8 @@ def packed(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 def unpacked(values: Tensor, scale: Tensor | None) -> Tensor:
     """Return rows [..., D] of a bank as float32 unit vectors; scale [...] goes with int8 ones."""
     if scale is not None:
-        return values.float() * scale[..., None]
-    return values.float() if values.dtype == torch.float32 else F.normalize(values.float(), dim=-1)
+        return values * scale[..., None]
+    if values.dtype == torch.float32:
+        return values
+    norm: Tensor = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float32)
+    return values / norm.clamp_min_(SHORTEST)
