@@ -231,15 +231,6 @@ class Ranks:
         raise kind(f"rank {rank}: {bytes(texts[rank].tolist()).decode(errors='replace').strip()}")
 
 
-def problem_of(check: Callable[..., object], *arguments: Any) -> Exception | None:
-    """Return what a check raises, to be shared with `Ranks.agree`."""
-    try:
-        check(*arguments)
-    except ERRORS as error:
-        return error
-    return None
-
-
 def joined_bytes(parts: Sequence[Tensor]) -> Tensor:
     """Return the bytes of some tensors [B, …] beside one another, [B, bytes] uint8."""
     lines = (part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts)

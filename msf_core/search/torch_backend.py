@@ -57,7 +57,7 @@ def _one_chunk(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     if queries.own is not None:
         products.scatter_(1, queries.own[:, None], -torch.inf)
     if products.device.type == "cpu":  # a look at the result makes nobody wait: mostly every neighbor is there
-        similarity, index = products.topk(k, dim=1)
+        similarity, index = products.max(dim=1, keepdim=True) if k == 1 else products.topk(k, dim=1)
         if not index.shape[0] or similarity.min().item() > -torch.inf:
             return similarity, index
     similarity, index = _without_nan(products).topk(k, dim=1)
