@@ -1,0 +1,435 @@
+"""What the exchanges of a shared bank cost in a step where hosts are apart: round trips, for 2 and 4 gloo ranks.
+
+    python benchmarks/bank_latency.py        as root on Linux, with /dev/net/tun and `ip`; some minutes on two CPU cores
+
+Every rank lives in a network namespace of its own, whose one way out is a TUN device: a point-to-point IP link with an
+MTU of 9,000. A relay, a thread of the parent process, passes IP packets from one device to another when they are
+RTT/2 old. So TCP, and gloo above it, see hosts that are RTT apart. This is a delay in user space, not the kernel's
+netem, which many kernels lack: each packet also costs the relay's time, at an RTT of 0 too. The namespaces have no
+names and no other link, and end with their processes. Bandwidth is the relay's, not that of a network.
+
+For each layout of a bank, without labels, with labels that are kept, and with labels that limit the search, it times
+
+    step      MeanShiftLoss(bank, k) forward and backward, of which the exchanges are a push and a search
+    push      bank.push
+    search    bank.search, which in a replicated bank talks to nobody
+
+many times in a row on all ranks at once, at each RTT in turns. Of all ranks' times together:
+
+    round trips    (median time at RTT − median time at 0) / (echo at RTT − echo at 0)
+
+and the same of the 20 % quantiles: whatever else runs on these cores only ever adds to a time, most of all to those at
+an RTT of 0, which have no waits to hide it in; so on a machine that is not idle trust these, at the longest RTT.
+
+The echo is a message of 72 bytes from rank 0 to rank 1 and back: the RTT that is really there. Half a round trip
+is a message one way. "Alone" is one process with as many rows as a rank has, without a network; the ranks share the
+cores of this machine, so what they take above it at an RTT of 0 is not the network's alone. Sent bytes and packets are
+those of a rank's TUN device in a step, with the headers and acknowledgments of TCP. Needs the cores alone. Writes
+bank_latency.jsonl, one record a case and RTT, and bank_latency.md.
+"""
+
+import argparse
+import ctypes
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
+
+from benchmarks.arguments import positive
+from benchmarks.measure import Record, Summary, describe_environment, in_words, quantiles, time_once, write_jsonl
+from benchmarks.tables import format_spread
+from msf_core import MeanShiftLoss, MemoryBank
+
+RANKS = (2, 4)
+ROUND_TRIPS = (0.0, 0.2e-3, 1e-3, 10e-3)  # of the longest the figure is the surest: noise is the least part of it
+LAYOUTS = ("replicated", "sharded")
+LABELS = ("none", "kept", "limit")  # none; kept beside the rows; kept, and only rows with a query's label serve it
+NETWORK = "one network namespace a rank, a user-space relay between TUN devices"
+CLASSES, RELAY = 10, "relay of packets"
+# Linux: of unshare(2), prctl(2) and /dev/net/tun.
+CLONE_NEWNET, PR_SET_PDEATHSIG, TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x40000000, 1, 0x400454CA, 0x0001, 0x1000
+DEVICE, MTU, QUEUED_PACKETS, READ_AT_ONCE = "apart0", 9000, 10_000, 64
+HANG_SECONDS = 60  # after which gloo gives up
+
+
+class Sizes(NamedTuple):
+    """Of a problem: rows of the bank, dimensions, rows that a rank brings, neighbors."""
+
+    rows: int = 512
+    dim: int = 512
+    batch: int = 64
+    k: int = 5
+
+
+class Often(NamedTuple):
+    """How often each case is timed: turns, steps of a turn, and steps before those, which let TCP settle."""
+
+    turns: int = 6
+    steps: int = 10
+    warm: int = 4
+
+
+class Host(NamedTuple):
+    """One rank, in a network namespace of its own."""
+
+    rank: int
+    ranks: int
+    delay: Any  # seconds one way, in memory that the relay reads
+
+    def set_round_trip(self, seconds: float) -> None:
+        """Move all hosts that far apart; all ranks call it together."""
+        dist.barrier()
+        if self.rank == 0:
+            self.delay.value = seconds / 2
+        dist.barrier()
+
+    def sent(self) -> tuple[int, int]:
+        """Return the bytes and packets that this host has sent."""
+        lines = [line.split() for line in Path("/proc/net/dev").read_text().splitlines()]
+        return next((int(line[9]), int(line[10])) for line in lines if line[0] == f"{DEVICE}:")
+
+
+def why_not() -> str | None:
+    """Return why hosts cannot be set apart here, in a sentence, or None if they can."""
+    said = None
+
+    def attempt() -> None:
+        nonlocal said
+        try:
+            os.close(_enter_namespace(0))
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = f"namespaces with TUN devices cannot be made here, which takes root on Linux: {error}"
+
+    if shutil.which("ip") is None:
+        return "the command `ip` (iproute2) is not installed"
+    thread = threading.Thread(target=attempt)  # only this thread leaves the present namespace, and it ends
+    thread.start()
+    thread.join()
+    return said
+
+
+def run_apart(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Return what ``work(host, *arguments)`` gives on every rank, in rank order; raise what one of them raises.
+
+    Each rank is a process of its own, in a namespace of its own, and in the default process group, of gloo. At first
+    the hosts are as near as the relay can put them. What ``work`` gives has to be fit for JSON.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    delay = context.Value("d", 0.0, lock=False)
+    with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as listener:
+        folder = Path(name)
+        listener.bind(str(folder / "relay"))
+        listener.listen(ranks)
+        stopped, stop = socket.socketpair()
+        relay = threading.Thread(target=_relay, args=(listener, ranks, delay, stopped), name=RELAY)
+        relay.start()
+        processes = None
+        try:
+            settings = (ranks, folder, delay, work, arguments)
+            processes = torch.multiprocessing.spawn(_rank_main, args=settings, nprocs=ranks, join=False)
+            while not processes.join():
+                pass
+        finally:
+            for process in processes.processes if processes else ():
+                process.kill()
+                process.join()
+            stop.close()
+            relay.join()
+            stopped.close()
+        return [json.loads((folder / f"answer{rank}").read_text()) for rank in range(ranks)]
+
+
+def _rank_main(
+    rank: int, ranks: int, folder: Path, delay: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    _libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the parent, also while waiting for other ranks
+    device = _enter_namespace(rank)
+    with socket.socket(socket.AF_UNIX) as relay:
+        relay.connect(str(folder / "relay"))
+        socket.send_fds(relay, [bytes([rank])], [device])
+        relay.recv(1)  # until all are there
+    os.close(device)  # the relay has it
+    os.environ["GLOO_SOCKET_IFNAME"] = DEVICE
+    store, limit = f"file://{folder}/store", timedelta(seconds=HANG_SECONDS)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
+    (folder / f"answer{rank}").write_text(json.dumps(work(Host(rank, ranks, delay), *arguments)))
+    dist.barrier()  # nobody hangs up while another one works
+    dist.destroy_process_group()
+
+
+def _enter_namespace(rank: int) -> int:
+    """Put the calling thread, and what it starts, into a new namespace; return the other end of its one device."""
+    if not sys.platform.startswith("linux"):
+        raise OSError("this is not Linux")
+    libc = _libc()
+    if libc.unshare(CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), f"unshare: {os.strerror(ctypes.get_errno())}")
+    device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), IFF_TUN | IFF_NO_PI))
+        for command in (
+            "link set lo up",
+            f"addr add {_address(rank)}/24 dev {DEVICE}",
+            f"link set {DEVICE} mtu {MTU} txqueuelen {QUEUED_PACKETS} up",
+        ):
+            subprocess.run(["ip", *command.split()], check=True)
+    except BaseException:
+        os.close(device)
+        raise
+    return device
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _address(rank: int) -> str:
+    return f"10.0.0.{rank + 1}"
+
+
+def _relay(listener: socket.socket, ranks: int, delay: Any, stopped: socket.socket) -> None:
+    """Pass packets between the devices that ranks send, each ``delay.value`` seconds after its arrival."""
+    with suppress(OSError):  # before all others on these cores, if the system allows it
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    devices: dict[int, int] = {}  # last byte of the address -> file
+    callers: list[socket.socket] = []
+    try:
+        while len(devices) < ranks:
+            if stopped in select.select([listener, stopped], [], [])[0]:
+                return
+            caller = listener.accept()[0]
+            callers.append(caller)
+            rank, files, _, _ = socket.recv_fds(caller, 1, 1)
+            devices[rank[0] + 1] = files[0]
+        for caller in callers:
+            caller.close()  # all are there
+        _pass_packets(devices, delay, stopped)
+    finally:
+        for caller in callers:
+            caller.close()
+        for device in devices.values():
+            os.close(device)
+
+
+def _pass_packets(devices: dict[int, int], delay: Any, stopped: socket.socket) -> None:
+    waiting: deque[tuple[float, int, bytes]] = deque()  # due, device, packet
+    sources: list[Any] = [stopped, *devices.values()]
+    while True:
+        wait = max(0.0, waiting[0][0] - time.perf_counter()) if waiting else None
+        ready = select.select(sources, [], [], wait)[0]
+        if stopped in ready:
+            return
+        for source in ready:
+            try:
+                for _ in range(READ_AT_ONCE):
+                    packet = os.read(source, MTU)
+                    if packet[0] >> 4 == 4 and packet[19] in devices:  # IPv4, and the end of the receiver's address
+                        due = time.perf_counter() + delay.value
+                        due = max(due, waiting[-1][0] if waiting else due)  # in order, also when the delay shrinks
+                        waiting.append((due, devices[packet[19]], packet))
+            except BlockingIOError:
+                pass
+            except OSError:  # its namespace has ended
+                sources.remove(source)
+        while waiting and waiting[0][0] <= time.perf_counter():
+            _, device, packet = waiting.popleft()
+            with suppress(OSError):
+                os.write(device, packet)
+
+
+def echo(host: Host) -> None:
+    """Send 72 bytes from rank 0 to rank 1 and back; the others do nothing."""
+    message = torch.zeros(9, dtype=torch.int64)
+    if host.rank == 0:
+        dist.send(message, 1)
+        dist.recv(message, 1)
+    elif host.rank == 1:
+        dist.recv(message, 0)
+        dist.send(message, 0)
+
+
+def exchanges(host: Host, layout: str, labels: str, sizes: Sizes) -> dict[str, Callable[[], object]]:
+    """Return what is to be timed, by name, for a bank that is full."""
+    generator = torch.Generator().manual_seed(host.rank)
+    bank = MemoryBank(sizes.rows, sizes.dim, backend="torch", layout=layout)
+    target = torch.randn(sizes.batch, sizes.dim, generator=generator)
+    prediction = torch.randn(sizes.batch, sizes.dim, generator=generator).requires_grad_()
+    classes = torch.arange(sizes.batch) % CLASSES if labels != "none" else None
+    limit = classes if labels == "limit" else None
+    criterion = MeanShiftLoss(bank, sizes.k, same_label=labels == "limit")
+    while not bank.full:
+        bank.push(target, classes)
+
+    def step() -> Tensor:
+        loss: Tensor = criterion(prediction, target, classes)
+        loss.backward()
+        return loss
+
+    return {
+        "step": step,
+        "push": partial(bank.push, target, classes),
+        "search": partial(bank.search, target, sizes.k, labels=limit),
+    }
+
+
+def time_exchanges(
+    host: Host, cases: list[tuple[str, str]], round_trips: list[float], sizes: Sizes, often: Often
+) -> dict[str, Any]:
+    """Time everything as one of the ranks.
+
+    Returns:
+        "echo" -> seconds of each, by RTT; and "layout, labels, what" -> by RTT the seconds of each time, and the bytes
+        and packets sent in all of them.
+    """
+    cpu = torch.device("cpu")
+    echoes: list[list[float]] = [[] for _ in round_trips]
+    found: dict[str, Any] = {"echo": echoes}
+    for layout, labels in cases:
+        calls = exchanges(host, layout, labels, sizes)
+        for what in calls:
+            found[f"{layout}, {labels}, {what}"] = [{"seconds": [], "sent": [0, 0]} for _ in round_trips]
+        for turn in range(often.turns):
+            for place in np.random.default_rng(turn).permutation(len(round_trips)).tolist():
+                host.set_round_trip(round_trips[place])
+                if host.ranks > 1:
+                    times = [time_once(partial(echo, host), cpu) for _ in range(often.warm + often.steps)]
+                    echoes[place] += times[often.warm :]
+                for what, call in calls.items():
+                    into = found[f"{layout}, {labels}, {what}"][place]
+                    dist.barrier()
+                    for _ in range(often.warm):
+                        call()
+                    before = host.sent()
+                    into["seconds"] += [time_once(call, cpu) for _ in range(often.steps)]
+                    into["sent"] = [n + b - a for n, b, a in zip(into["sent"], host.sent(), before, strict=True)]
+    return found
+
+
+def to_records(
+    answers: list[dict[str, Any]], round_trips: list[float], sizes: Sizes, environment: dict[str, Any]
+) -> list[Record]:
+    """Return the records of what `time_exchanges` gave on each rank; the first round trip is 0."""
+    ranks = len(answers)
+    about = {"ranks": ranks, "network": NETWORK if ranks > 1 else None}
+    echoes = [quantiles(times) for times in answers[0]["echo"]] if ranks > 1 else []
+    records = [
+        Record("echo", about | {"round_trip": rtt}, *echoed, "s", len(answers[0]["echo"][place]), environment)
+        for place, (rtt, echoed) in enumerate(zip(round_trips, echoes, strict=False))
+    ]
+    for name in [name for name in answers[0] if name != "echo"]:
+        layout, labels, what = name.split(", ")
+        times: list[Summary] = []
+        for place, rtt in enumerate(round_trips):
+            own = [answer[name][place] for answer in answers]
+            seconds = [value for each in own for value in each["seconds"]]
+            times.append(quantiles(seconds))
+            sent_bytes, packets = (sum(each["sent"][i] for each in own) / len(seconds) for i in (0, 1))
+            derived: dict[str, Any] = {"sent_bytes": sent_bytes, "sent_packets": packets}
+            if place:
+                derived["round_trips"] = round_trips_of(times, echoes, place, "median")
+                derived["round_trips_of_q20"] = round_trips_of(times, echoes, place, "q20")
+            parameters = about | {"layout": layout, "labels": labels, "round_trip": rtt} | sizes._asdict()
+            records.append(Record(what, parameters, *times[place], "s", len(seconds), environment, derived=derived))
+    return records
+
+
+def round_trips_of(times: list[Summary], echoes: list[Summary], place: int, which: str) -> float:
+    """Return how many echoes longer a step takes at one of the RTTs than at the first, which is 0."""
+    longer, echo_longer = (getattr(each[place], which) - getattr(each[0], which) for each in (times, echoes))
+    return float(longer / echo_longer)
+
+
+def table(records: list[Record]) -> str:
+    """Return the records in Markdown."""
+    echoes = [record for record in records if record.name == "echo"]
+    timed = [record for record in records if record.name != "echo"]
+    p = timed[-1].parameters
+    rtts = list(dict.fromkeys(record.parameters["round_trip"] for record in echoes))
+    at = [f"at {1e3 * rtt:g} ms" for rtt in rtts]
+    heads = ["ranks", "layout", "labels", "what", "alone", *at, *(f"round trips {head}" for head in at[1:])]
+    heads += ["sent a rank", "packets"]
+    lines = [
+        "# Round trips of a shared bank",
+        "",
+        in_words(records[0].environment),
+        "",
+        f"{p['rows']:,} rows of {p['dim']} float32 values, {p['batch']} rows a rank, k = {p['k']}; medians (20–80 %) "
+        f"of all ranks' times, {timed[-1].repeats // p['ranks']} each (`python benchmarks/bank_latency.py`, which "
+        f"tells what is what). The network: {p['network']}, not netem. "
+        "Round trips: by the medians / by the 20 % quantiles.",
+        "",
+        *(
+            f"- {e.parameters['ranks']} ranks, {1e3 * e.parameters['round_trip']:g} ms apart: echo {format_spread(e)}."
+            for e in echoes
+        ),
+        "",
+        "| " + " | ".join(heads) + " |",
+        "| " + " | ".join(["---"] * len(heads)) + " |",
+    ]
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in timed:
+        p = record.parameters
+        groups.setdefault((p["ranks"], p["layout"], p["labels"], record.name), []).append(record)
+    for (ranks, layout, labels, what), group in groups.items():
+        if ranks > 1:
+            cells = [str(ranks), layout, labels, what, format_spread(groups[1, "replicated", labels, what][0])]
+            cells += map(format_spread, group)
+            both = [(record.derived["round_trips"], record.derived["round_trips_of_q20"]) for record in group[1:]]
+            cells += [f"{by_median:.1f} / {by_q20:.1f}" for by_median, by_q20 in both]
+            cells += [f"{group[-1].derived['sent_bytes'] / 1e3:.0f} kB", f"{group[-1].derived['sent_packets']:.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Measure; return 1 if that cannot be done here."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--turns", type=positive, default=6, help="of ten steps a case and RTT (6)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the records")
+    given = parser.parse_args()
+    if (reason := why_not()) is not None:
+        print(f"bank_latency.py cannot measure: {reason}", file=sys.stderr)
+        return 1
+    given.out.mkdir(parents=True, exist_ok=True)
+    environment = describe_environment(torch.device("cpu")) | {"threads": 1}  # of each rank
+    sizes, often = Sizes(), Often(given.turns)
+    records = []
+    for ranks in (1, *RANKS):
+        round_trips = list(ROUND_TRIPS) if ranks > 1 else [0.0]
+        cases = [(layout, labels) for layout in LAYOUTS[: None if ranks > 1 else 1] for labels in LABELS]
+        answers = run_apart(ranks, time_exchanges, cases, round_trips, sizes, often)
+        records += to_records(answers, round_trips, sizes, environment)
+    write_jsonl(records, given.out / "bank_latency.jsonl")
+    text = table(records)
+    (given.out / "bank_latency.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
