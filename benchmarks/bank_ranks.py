@@ -5,12 +5,12 @@
 A step pushes a batch that is divided over the ranks, and searches the k nearest of every row of it. W ranks, B rows in
 all, D dimensions, N rows of the bank, e bytes a stored value. Received by each rank:
 
-    push                 (W − 1)/W · B · (4 D + 8)                       everyone's float32 rows and int64 labels
+    push                 (W − 1)/W · B · (e D + 8)                       everyone's rows and int64 labels
     search, sharded      (W − 1)/W · B · e D                             everyone's queries
                        + (W − 1)/W · B · k · (e D + 20)                  k candidates of every other shard, with
                                                                          similarity (4), slot and label (8 each)
 
-and 64 bytes from each other rank for every agreement of the hosts: one a push, two a sharded search. Kept by each rank:
+and a header of 88 bytes from each other rank: one with a push, two with a sharded search. Kept by each rank:
 N rows of e D + 8 bytes, or ⌈N/W⌉ of them. Multiplied by each rank: 2 D · B · N/W values, sharded or not.
 
 "Measured" is what the loopback interface received (/proc/net/dev), with TCP's own headers, by W: let nothing else talk
@@ -44,10 +44,10 @@ E = {torch.float32: 4, torch.float16: 2}
 def wire_bytes(ranks: int, layout: str, batch: int, dim: int, k: int, e: int) -> float:
     """Bytes that each rank receives in a step, as worked out above."""
     others = (ranks - 1) / ranks * batch
-    push = others * (4 * dim + 8) + 64 * (ranks - 1)
+    push = others * (e * dim + 8) + 88 * (ranks - 1)
     if layout == "replicated" or ranks == 1:
         return push
-    return push + others * (e * dim + k * (e * dim + 20)) + 2 * 64 * (ranks - 1)
+    return push + others * (e * dim + k * (e * dim + 20)) + 2 * 88 * (ranks - 1)
 
 
 def received() -> int:

@@ -6,6 +6,7 @@ travel with the header, so that a call takes one exchange. Room for them is made
 that brings more takes a second exchange.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -22,9 +23,10 @@ _HEADER_BYTES = 8 * _NUMBERS
 MOST_FRAME_BYTES = 4 << 20  # that travel with a header; above, the bandwidth counts and not the latency
 # The group in which the hosts of a group that has GPUs alone (NCCL) talk.
 _host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
-# Bytes that travel behind every header in a group of hosts. All ranks know the same number, since they have learned it
-# from the same calls, and one that fails, or makes another call, sends as many.
-_frames: "WeakKeyDictionary[dist.ProcessGroup, int]" = WeakKeyDictionary()
+# Bytes that a rank brought at most in each of the last calls of a group of hosts; behind a header there is room for the
+# largest of them. All ranks learn the same numbers from the same calls, so that one that fails, or makes another call,
+# sends as many bytes as the others.
+_last_sizes: "WeakKeyDictionary[dist.ProcessGroup, deque[int]]" = WeakKeyDictionary()
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -105,9 +107,8 @@ class Ranks:
         counts, frames = self._agree(call, same, len(rows), None, payload)  # frames [W, room]
         row_bytes = rows.element_size() * rows.shape[1:].numel()
         most = max(counts) * row_bytes
+        _sizes_of(self._host_group())[-1] = most if most <= MOST_FRAME_BYTES else 0
         if most > frames.shape[1]:
-            if most <= MOST_FRAME_BYTES:
-                _frames[self._host_group()] = most
             return self.gather(rows, counts), counts
         parts = [frame[: count * row_bytes] for frame, count in zip(frames, counts, strict=True)]
         return torch.cat(parts).view(rows.dtype).view(-1, *rows.shape[1:]), counts
@@ -182,12 +183,14 @@ class Ranks:
         payload: Tensor | None = None,
     ) -> tuple[list[int], Tensor]:
         """Agree, and return the counts and what travelled behind the headers, [W, room] bytes."""
-        message = torch.zeros(_HEADER_BYTES + _frames.get(self._host_group(), 0), dtype=torch.uint8, device="cpu")
+        sizes = _sizes_of(self._host_group())
+        message = torch.zeros(_HEADER_BYTES + max(sizes), dtype=torch.uint8, device="cpu")
         message[:_HEADER_BYTES] = _header(call, same, count, problem)
         if payload is not None and _HEADER_BYTES + len(payload) <= len(message):
             message[_HEADER_BYTES : _HEADER_BYTES + len(payload)] = payload
         everything = self._gather_from_hosts(message)
         counts = self._check_headers(everything[:, :_HEADER_BYTES], call, same, problem)
+        sizes.append(0)
         return counts, everything[:, _HEADER_BYTES:]
 
     def _check_headers(
@@ -229,6 +232,10 @@ class Ranks:
             raise problem
         rank, kind = next(iter(failed.items()))
         raise kind(f"rank {rank}: {bytes(texts[rank].tolist()).decode(errors='replace').strip()}")
+
+
+def _sizes_of(group: Any) -> "deque[int]":
+    return _last_sizes.setdefault(group, deque([0], maxlen=8))
 
 
 def joined_bytes(parts: Sequence[Tensor]) -> Tensor:

@@ -7,10 +7,10 @@ from benchmarks import bank_ranks
 
 
 def test_the_bytes_on_the_wire_are_those_counted_by_hand() -> None:
-    # Two ranks, 3 rows each, D = 2, k = 1, float16: of the other rank 3 rows of 2 floats and a label, one agreement;
-    # then 3 queries of 2 halves, and 3 answers of a similarity, a slot, a label and 2 halves, two agreements.
-    push = 3 * (2 * 4 + 8) + 64
-    search = 3 * 2 * 2 + 3 * (4 + 8 + 8 + 2 * 2) + 2 * 64
+    # Two ranks, 3 rows each, D = 2, k = 1, float16: of the other rank 3 rows of 2 halves and a label, one header;
+    # then 3 queries of 2 halves, and 3 answers of a similarity, a slot, a label and 2 halves, two headers.
+    push = 3 * (2 * 2 + 8) + 88
+    search = 3 * 2 * 2 + 3 * (4 + 8 + 8 + 2 * 2) + 2 * 88
     assert bank_ranks.wire_bytes(2, "replicated", 6, 2, 1, 2) == push
     assert bank_ranks.wire_bytes(2, "sharded", 6, 2, 1, 2) == push + search
     assert bank_ranks.wire_bytes(1, "sharded", 6, 2, 1, 2) == 0
