@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msf_core import MeanShiftLoss, MemoryBank, Neighbors, available_backends, mean_shift_loss, reference
+from msf_core.loss import _MeanShift
 from msf_core.schedules import linear
 from msf_core.search.torch_backend import TorchSearch
 
@@ -532,7 +533,7 @@ def test_no_gradient_reaches_target_or_bank(k: int) -> None:
 
 
 def test_no_gradient_reaches_given_neighbors() -> None:
-    z = torch.nn.functional.normalize(torch.randn(7, 5, 33), dim=2).requires_grad_()
+    z = F.normalize(torch.randn(7, 5, 33), dim=2).requires_grad_()
     v = torch.randn(7, 33, requires_grad=True)
     mean_shift_loss(v, z).backward()
     assert z.grad is None
@@ -604,6 +605,27 @@ def test_u_that_are_out_of_the_bank_again_are_not_taken_for_missing_rows(backend
     assert found.index[:15, [0, 3, 4]].tolist() == [[-1] * 3] * 15
     assert found.label[:15, 1:3].sort(dim=1).values.tolist() == [[15, 16]] * 15
     assert torch.equal(found.embedding[:15, 3:], unit(u)[:15, None].expand(15, 2, 33))
+
+
+def test_the_gradient_in_closed_form_and_its_own_gradient_are_those_of_finite_differences() -> None:
+    for batch, k, dim in ((1, 1, 3), (4, 5, 7)):
+        v = (10 * torch.randn(batch, dim, dtype=torch.float64)).requires_grad_()
+        z = F.normalize(torch.randn(batch, k, dim, dtype=torch.float64), dim=2)
+        assert torch.autograd.gradcheck(_MeanShift.apply, (v, z))
+        assert torch.autograd.gradgradcheck(_MeanShift.apply, (v, z))
+        scaled = torch.autograd.grad(3 * _MeanShift.apply(v, z), v)[0]
+        torch.testing.assert_close(scaled, 3 * torch.autograd.grad(_MeanShift.apply(v, z), v)[0])
+        by_function = torch.func.grad(lambda v, z=z: mean_shift_loss(v, z))(v.detach())
+        torch.testing.assert_close(by_function, scaled / 3, check_dtype=False, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-13, 1e-11])
+def test_vectors_too_short_to_normalize_have_the_gradient_of_byol(length: float) -> None:
+    v, u = Case().batch_of()
+    v = (length * unit(v)).requires_grad_()
+    _, expected = byol(v, u)
+    loss = MeanShiftLoss(None, k=1)(v, u)
+    torch.testing.assert_close(torch.autograd.grad(loss, v)[0], expected, rtol=0, atol=0)
 
 
 def test_zero_vectors_give_a_finite_loss_and_gradient() -> None:

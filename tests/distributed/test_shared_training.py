@@ -144,6 +144,32 @@ def test_a_wrong_batch_on_one_rank_is_an_error_of_the_loss_on_all(two_ranks: Any
     assert [message[: len(start)] for start, message in zip(starts, its_own, strict=True)] == list(starts)
 
 
+def exchanges_of_steps(rank: int, layout: str) -> list[int]:
+    """How many collectives each step waits for, of batches that grow once."""
+    criterion = MeanShiftLoss(MemoryBank(64, DIM, layout=layout), 5)
+    counts = []
+    with pytest.MonkeyPatch.context() as patch:
+        made: list[str] = []
+        for name in ("all_gather_into_tensor", "all_to_all_single"):
+            collective = getattr(dist, name)
+            patch.setattr(dist, name, lambda *a, c=collective, n=name, **o: (made.append(n), c(*a, **o)))
+        for batch in (6, 6, 6, 7, 7, 6):
+            made.clear()
+            v, u = torch.randn(2, batch - rank, DIM)  # of another size on each rank
+            criterion(v.requires_grad_(), u).backward()
+            counts.append(len(made))
+    return counts
+
+
+@pytest.mark.parametrize(("layout", "exchanges"), [("replicated", 1), ("sharded", 2)])
+def test_a_step_waits_once_for_a_push_and_once_for_the_answers_of_shards(
+    ranks: Any, layout: str, exchanges: int
+) -> None:
+    for counts in ranks.run(exchanges_of_steps, layout):
+        for number, count in enumerate(counts):  # room for more rows is made by the first that bring them
+            assert exchanges <= count <= exchanges + (number in (0, 3))
+
+
 def compiled_and_not(rank: int, layout: str) -> None:
     torch._dynamo.reset()
     plain, traced = (MeanShiftLoss(MemoryBank(64, DIM, layout=layout), k=3) for _ in range(2))
