@@ -42,6 +42,8 @@ class Queries(NamedTuple):
     """[Q] int64: only rows with that label are found, for a negative one any."""
     ids: Tensor | None = None
     """[Q] int64: rows with that id are not found, for a negative one all are."""
+    own: Tensor | None = None
+    """[Q] int64: the row with that index is not found; negative: none."""
 
     def at(self, which: Tensor | slice) -> "Queries":
         """Return some of them."""

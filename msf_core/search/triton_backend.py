@@ -21,7 +21,7 @@ off a query. Rows that a query may not find take part in neither step.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -34,9 +34,16 @@ from msf_core.search.triton_kernels import INTERPRETED, group_maxima, select
 
 MOST_NEIGHBORS = 256
 MAXIMA_BYTES = 40 << 20  # of the maxima that are held at once
+EXACT_DTYPES = (torch.float16, torch.bfloat16)  # the first pass multiplies them exactly
 TF32_ERROR = 2**-9 + 2**-12
 LANES = 1024  # of `select`: groups are dealt out to so many lanes
 MEMBERS = 32  # groups of a lane that are looked at in one go
+BATCH_ROWS = 256  # rows that `select` looks at together, at most
+BATCH_BYTES = 32 << 10  # of them that it loads at once: more take so many registers that one program is left on an SM
+LEAST_GROUPS = 32  # beyond k that are looked at before the precise pass
+SELECT_WARPS = 8
+PROGRAMS = 2  # of the precise pass on each multiprocessor
+PRECISE_COST = 4  # of the precise pass, in passes over float32 rows; an estimate
 
 
 class Tiles(NamedTuple):
@@ -49,10 +56,34 @@ class Tiles(NamedTuple):
     stages: int
 
 
+class Plan(NamedTuple):
+    """How a search is launched; all of it follows from its sizes."""
+
+    at_once: int
+    """Queries of one launch."""
+    group: int
+    """Rows of a group."""
+    groups: int
+    tiles: Tiles
+    most: int
+    """Groups that are looked at for a query after the first pass."""
+    enough: int
+    """Groups that hold the k nearest rows for sure where the maxima have no error but the rounding of a sum."""
+    precise: Tiles | None
+    """Of the precise pass; None where the first one is as precise, or all groups are looked at after it."""
+    programs: int
+    """Of the precise pass."""
+    batch: int
+    """Groups that `select` looks at together."""
+    batch_dims: int
+
+
 class TritonSearch:
     """`SearchBackend` in Triton, on CUDA devices of compute capability 8.0 or newer."""
 
     most_neighbors = MappingProxyType({"cuda": MOST_NEIGHBORS, "cpu": MOST_NEIGHBORS})
+    leaves_out_own = True
+    """It serves `Queries.own`."""
 
     def why_not(self, device_type: str) -> str | None:
         """Return None if it searches that type of device here, else the reason."""
@@ -74,94 +105,138 @@ class TritonSearch:
     def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
         """See `GeneralSearch.general_topk`; k is at most 256. The same bits come at every call."""
         check_search_arguments(queries, rows, k)
-        values = rows.values.detach()
+        values, device = rows.values, rows.values.device
         if k > MOST_NEIGHBORS:
             raise ValueError(f"the triton backend finds at most {MOST_NEIGHBORS} neighbors, got k={k}")
-        if not (values.is_cuda or (INTERPRETED and values.device.type == "cpu")):
-            raise ValueError(f"the triton backend searches CUDA tensors, got {values.device}")
-        # The kernels read what lies beside one another; a column of a table of labels and ids does not.
-        queries = Queries(*(None if part is None else part.detach().contiguous() for part in queries))  # type: ignore[arg-type]
-        rows = Rows(values, *(None if part is None else part.contiguous() for part in rows[1:]))
+        if not (device.type == "cuda" or (INTERPRETED and device.type == "cpu")):
+            raise ValueError(f"the triton backend searches CUDA tensors, got {device}")
         (count, dim), n = queries.values.shape, values.shape[0]
-        similarity = queries.values.new_empty((count, k), dtype=torch.float32)
-        index = queries.values.new_empty((count, k), dtype=torch.int64)
+        similarity = torch.empty((count, k), dtype=torch.float32, device=device)
+        index = torch.empty((count, k), dtype=torch.int64, device=device)
         if count == 0:
             return similarity, index
-        group = choose_group(min(count, 256), n, dim, k, values.element_size())
-        groups = triton.cdiv(n, group)
-        at_once = min(count, max(1, MAXIMA_BYTES // (4 * groups)))
-        if 128 < at_once < count:
-            at_once -= at_once % 128  # whole tiles
-        tiles = choose_tiles(at_once, dim, values)
-        maxima = queries.values.new_empty((at_once, groups), dtype=torch.float32)
-        with _device_of(values):
-            for start in range(0, count, at_once):
-                part = queries.at(slice(start, start + at_once))
-                _launch(part, rows, maxima, similarity[start:], index[start:], k, group, tiles)
+        # The kernels read what lies beside one another; a column of a table of labels and ids does not.
+        queries, rows = Queries(*map(_laid_out, queries)), Rows(*map(_laid_out, rows))  # type: ignore[arg-type]
+        plan = plan_for(
+            count, n, dim, k, values.dtype, queries.own is not None, *_device_limits(device.type, device.index)
+        )
+        maxima = torch.empty((plan.at_once, -(-plan.groups // 16) * 16), dtype=torch.float32, device=device)
+        with _current(device):
+            if plan.at_once == count:
+                _launch(queries, rows, maxima, similarity, index, plan)
+                return similarity, index
+            for start in range(0, count, plan.at_once):
+                part = slice(start, start + plan.at_once)
+                _launch(queries.at(part), rows, maxima, similarity[part], index[part], plan)
         return similarity, index
 
 
-def _launch(
-    queries: Queries, rows: Rows, maxima: Tensor, similarity: Tensor, index: Tensor, k: int, group: int, tiles: Tiles
-) -> None:
+def _launch(queries: Queries, rows: Rows, maxima: Tensor, similarity: Tensor, index: Tensor, plan: Plan) -> None:
     """Search for at most as many queries as ``maxima`` has lines."""
-    (count, dim), (n, groups) = queries.values.shape, (rows.values.shape[0], maxima.shape[1])
-    unused = queries.values  # stands for tensors that are not there
-    scale, screened, q_scale, error = unused, queries.values, unused, unused
-    if rows.scale is not None:
-        scale = rows.scale
-        screened, q_scale, error = rounded_to_int8(queries.values)
-    by_label, by_id = (None not in pair for pair in ((queries.labels, rows.labels), (queries.ids, rows.ids)))
-    limits = (
-        *((queries.labels, rows.labels) if by_label else (unused, unused)),
-        *((queries.ids, rows.ids) if by_id else (unused, unused)),
+    q, labels, ids, own = queries
+    values, scale, row_labels, row_ids = rows
+    (count, dim), n, k, groups = q.shape, values.shape[0], similarity.shape[1], plan.groups
+    unused = q  # stands for tensors that are not there
+    screened, q_scale, error = q, unused, unused
+    if scale is not None:
+        screened, q_scale, error = rounded_to_int8(q)
+    by_label, by_id = labels is not None and row_labels is not None, ids is not None and row_ids is not None
+    beside = (
+        unused if scale is None else scale,
+        *((labels, row_labels) if by_label else (unused, unused)),
+        *((ids, row_ids) if by_id else (unused, unused)),
     )
-    flags = {"INT8": rows.scale is not None, "BY_LABEL": by_label, "BY_ID": by_id}
-    grid = (triton.cdiv(count, tiles.queries) * triton.cdiv(n, tiles.rows),)
-    group_maxima[grid](
-        screened,
-        rows.values,
-        q_scale,
-        scale,
-        *limits,
-        maxima,
-        count,
-        n,
-        groups,
-        DIM=dim,
-        GROUP=group,
-        BLOCK_Q=tiles.queries,
-        BLOCK_N=tiles.rows,
-        BLOCK_D=tiles.dims,
-        WIDEN=INTERPRETED,
-        **flags,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    exact = rows.values.dtype in (torch.float16, torch.bfloat16)
-    select[(count,)](
-        queries.values,
-        rows.values,
-        error,
-        scale,
-        *limits,
-        maxima,
-        similarity,
-        index,
-        n,
-        groups,
-        k if exact else groups,
-        DIM=dim,
-        K=k,
-        K_LANES=triton.next_power_of_2(k),
-        GROUP=group,
-        BLOCK_D=min(128, triton.next_power_of_2(dim)),
-        LANES=LANES,
-        MEMBERS=MEMBERS,
-        ERROR=0.0 if exact else TF32_ERROR,
-        **flags,
-        num_warps=4,
-    )
+    flags = {"DIM": dim, "GROUP": plan.group, "INT8": scale is not None, "BY_LABEL": by_label, "BY_ID": by_id}
+    exact = values.dtype in EXACT_DTYPES
+    unsettled = unused if exact else torch.empty(count, dtype=torch.int32, device=q.device)
+
+    def write_maxima(of: Tensor, tiles: Tiles, programs: int, precise: bool) -> None:
+        group_maxima[(programs,)](
+            of,
+            values,
+            q_scale,
+            *beside,
+            unsettled,
+            maxima,
+            count,
+            n,
+            groups,
+            BLOCK_Q=tiles.queries,
+            BLOCK_N=tiles.rows,
+            BLOCK_D=tiles.dims,
+            WIDEN=INTERPRETED,
+            PRECISE=precise,
+            **flags,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+
+    def write_nearest(most: int, precise: bool) -> None:
+        select[(count,)](
+            q,
+            values,
+            error,
+            *beside,
+            unused if own is None else own,
+            unsettled,
+            maxima,
+            similarity,
+            index,
+            n,
+            groups,
+            most,
+            K=k,
+            K_LANES=1 << (k - 1).bit_length(),
+            BATCH=plan.batch,
+            BLOCK_D=plan.batch_dims,
+            LANES=LANES,
+            MEMBERS=MEMBERS,
+            ERROR=TF32_ERROR,
+            EXACT=exact or precise,
+            BY_OWN=own is not None,
+            PRECISE=precise,
+            **flags,
+            num_warps=SELECT_WARPS,
+        )
+
+    tiles = plan.tiles
+    write_maxima(screened, tiles, -(-count // tiles.queries) * -(-n // tiles.rows), precise=False)
+    write_nearest(plan.most, precise=False)
+    if plan.precise is not None:
+        write_maxima(q, plan.precise, plan.programs, precise=True)
+        write_nearest(plan.enough, precise=True)
+
+
+@lru_cache(maxsize=4096)
+def plan_for(
+    count: int, n: int, dim: int, k: int, dtype: torch.dtype, own: bool, shared_memory: int, processors: int
+) -> Plan:
+    """Return the plan for those sizes on a device with so many multiprocessors, each with so many bytes of memory."""
+    value_bytes = dtype.itemsize
+    group = choose_group(min(count, 256), n, dim, k, value_bytes)
+    groups = -(-n // group)
+    at_once = min(count, max(1, MAXIMA_BYTES // (4 * groups)))
+    if 128 < at_once < count:
+        at_once -= at_once % 128  # whole tiles
+    enough = min(groups, k + own)
+    most, precise = enough, None
+    if dtype not in EXACT_DTYPES:
+        most = min(groups, most_groups(at_once, groups, k, value_bytes))
+        precise = precise_tiles_for(at_once, dim, shared_memory) if most < groups else None
+    batch = min(_power_of_two(k + own), BATCH_ROWS // group)
+    batch_dims = min(512, BATCH_BYTES // (batch * group * max(2, value_bytes)), _power_of_two(dim))
+    tiles = tiles_for(at_once, dim, value_bytes, shared_memory)
+    programs = PROGRAMS * processors
+    return Plan(at_once, group, groups, tiles, most, enough, precise, programs, batch, batch_dims)
+
+
+def most_groups(count: int, groups: int, k: int, value_bytes: int) -> int:
+    """Return how many groups are looked at by inexact maxima: about what the precise pass would cost, and k more.
+
+    A group costs every query G·D·(bytes of a value), and as much as for 64 queries where there are fewer, as a program
+    alone does not use the whole memory bandwidth; the precise pass costs `PRECISE_COST` readings of n·D·4 bytes.
+    """
+    return k + max(LEAST_GROUPS, 4 * PRECISE_COST * groups // (value_bytes * max(count, 64)))
 
 
 def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
@@ -178,33 +253,60 @@ def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
     return group
 
 
-def choose_tiles(count: int, dim: int, rows: Tensor) -> Tiles:
-    """Return the tiles for that many queries on the device of ``rows``."""
-    shared = 0
-    if rows.is_cuda:
-        properties = torch.cuda.get_device_properties(rows.device)
-        if hasattr(properties, "shared_memory_per_block_optin"):  # PyTorch 2.7
-            shared = properties.shared_memory_per_block_optin
-        else:
-            shared = triton.runtime.driver.active.utils.get_device_properties(rows.device.index)["max_shared_mem"]
-    return tiles_for(count, dim, rows.element_size(), shared)
-
-
 def tiles_for(count: int, dim: int, value_bytes: int, shared_memory: int) -> Tiles:
     """Return tiles whose stages fit the bytes of shared memory that a program may have.
 
-    A tile of 128 queries and 256 rows reads least for each product; it wants 144 KiB for three stages.
+    A tile of 128 queries and 256 rows reads least for each product; it wants 144 KiB for three stages. On sm_90 the
+    next int8 product begins when the last one has ended, so there they are twice as deep. Elsewhere int8 tiles keep
+    scales and sums beside the products, and need twice as many warps to have registers for all.
     """
-    queries = min(128, max(16, triton.next_power_of_2(count)))
-    dims = max(16, 32 // value_bytes, min(128 // value_bytes, triton.next_power_of_2(dim)))
+    queries = min(128, max(16, _power_of_two(count)))
+    int8 = value_bytes == 1
+    dims = max(16, 32 // value_bytes, min(128 // value_bytes, _power_of_two(dim)))
     large = shared_memory >= 150 << 10
-    if queries == 128 and large:
-        return Tiles(queries, 256, dims, warps=8, stages=3)
-    return Tiles(queries, 128, dims, warps=4, stages=4 if large else 2)
+    if queries < 128 or not large:
+        return Tiles(queries, 128, dims, warps=8 if int8 and queries == 128 else 4, stages=4 if large else 3)
+    if int8 and dims == 128 and shared_memory >= 200 << 10:
+        return Tiles(queries, 256, min(256, _power_of_two(dim)), warps=8, stages=2)
+    return Tiles(queries, 256, dims, warps=16 if int8 else 8, stages=3)
 
 
-def _device_of(rows: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
+def precise_tiles_for(count: int, dim: int, shared_memory: int) -> Tiles:
+    """Return the tiles of the precise pass, which splits every value into two of TF32."""
+    queries = min(64, max(16, _power_of_two(count)))
+    return Tiles(queries, 128, max(16, min(32, _power_of_two(dim))), warps=8, stages=2)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the least power of two that is not below the number."""
+    return 1 << (number - 1).bit_length()
+
+
+def _laid_out(part: Tensor | None) -> Tensor | None:
+    if part is None:
+        return None
+    if part.requires_grad:
+        part = part.detach()
+    return part if part.is_contiguous() else part.contiguous()
+
+
+@cache
+def _device_limits(device_type: str, device: int | None) -> tuple[int, int]:
+    """Return the bytes of shared memory that a program may have, and the multiprocessors."""
+    if device_type == "cpu":
+        return 0, 1
+    properties = torch.cuda.get_device_properties(device)
+    if hasattr(properties, "shared_memory_per_block_optin"):  # PyTorch 2.7
+        shared = properties.shared_memory_per_block_optin
+    else:
+        shared = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    return shared, properties.multi_processor_count
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @cache
