@@ -19,6 +19,8 @@ from msf_core.rows import packed
 from msf_core.search import Queries, Rows
 
 triton_backend = pytest.importorskip("msf_core.search.triton_backend", reason="Triton is not installed")
+from msf_core.search import triton_plan  # noqa: E402
+
 InterpreterBuilder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
 INPUT_PRECISION = pytest.importorskip("triton._C.libtriton").ir.INPUT_PRECISION
 reason = available_backends("cpu")["triton"]
@@ -29,7 +31,7 @@ pytestmark = [
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON = triton_backend.TritonSearch()
-PLAN_FOR = triton_backend.plan_for
+PLAN_FOR = triton_plan.plan_for
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +42,10 @@ def _no_plans() -> None:
 
 @contextmanager
 def constants(**values: object) -> Iterator[None]:
-    """Set constants of the backend."""
+    """Set constants of the backend and of its plans."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
-            patch.setattr(triton_backend, name, value)
+            patch.setattr(triton_backend if hasattr(triton_backend, name) else triton_plan, name, value)
         PLAN_FOR.cache_clear()
         yield
     PLAN_FOR.cache_clear()
@@ -184,7 +186,7 @@ def test_where_rows_are_all_alike_a_precise_pass_bounds_the_groups_that_are_look
 def test_one_group_may_hold_all_neighbors(
     assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch, group: int, place: int
 ) -> None:
-    monkeypatch.setattr(triton_backend, "choose_group", lambda *_: group)
+    monkeypatch.setattr(triton_plan, "choose_group", lambda *_: group)
     rows, queries = unit_rows(4 * group + 20, 32, torch.bfloat16, seed=0), unit_rows(1, 32, torch.bfloat16, seed=1)
     here = slice(place * group, place * group + 16)
     rows[here] = F.normalize(queries.float() + 0.05 * rows[here].float(), dim=1).to(torch.bfloat16)
@@ -214,8 +216,8 @@ def test_queries_are_searched_in_parts_where_their_maxima_would_take_too_much(
     PLAN_FOR.cache_clear()
     launches, launch = [], triton_backend._launch
     monkeypatch.setattr(triton_backend, "_launch", lambda *a: launches.append(a[0].values.shape[0]) or launch(*a))
-    monkeypatch.setattr(triton_backend, "MAXIMA_BYTES", 4 * 63 * 4)
-    monkeypatch.setattr(triton_backend, "choose_group", lambda *_: 16)
+    monkeypatch.setattr(triton_plan, "MAXIMA_BYTES", 4 * 63 * 4)
+    monkeypatch.setattr(triton_plan, "choose_group", lambda *_: 16)
     parts = TRITON.topk(queries, rows, 3)
     assert launches == [4, 4, 1]
     assert_k_nearest(*parts, queries, rows, 3)
@@ -231,11 +233,11 @@ def test_every_number_of_queries_is_searched(assert_k_nearest: Callable[..., Non
 def test_float32_rows_are_exact_although_the_first_pass_is_tf32(
     assert_k_nearest: Callable[..., None], tf32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_backend, "choose_group", lambda *_: 16)
+    monkeypatch.setattr(triton_plan, "choose_group", lambda *_: 16)
     rows = unit_rows(800, 64, torch.float32, seed=0, cone=0.05)
     queries = unit_rows(3, 64, torch.float32, seed=1, cone=0.05)
-    monkeypatch.setattr(triton_backend, "BATCH_ROWS", 16)
-    monkeypatch.setattr(triton_backend, "LEAST_GROUPS", 100)  # no precise pass
+    monkeypatch.setattr(triton_plan, "BATCH_ROWS", 16)
+    monkeypatch.setattr(triton_plan, "LEAST_GROUPS", 100)  # no precise pass
     assert_k_nearest(*TRITON.topk(queries, rows, 5), queries, rows, 5)
     monkeypatch.setattr(triton_backend, "TF32_ERROR", 1e-12)
     with pytest.raises(AssertionError):  # without the bound, groups are missed: the test is one
@@ -245,10 +247,10 @@ def test_float32_rows_are_exact_although_the_first_pass_is_tf32(
 def test_int8_rows_are_exact_although_the_first_pass_rounds_the_queries(
     assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_backend, "choose_group", lambda *_: 16)
+    monkeypatch.setattr(triton_plan, "choose_group", lambda *_: 16)
     values, scale = packed(unit_rows(800, 64, torch.float32, seed=0, cone=0.05), torch.int8)
-    monkeypatch.setattr(triton_backend, "BATCH_ROWS", 16)
-    monkeypatch.setattr(triton_backend, "LEAST_GROUPS", 100)  # no precise pass
+    monkeypatch.setattr(triton_plan, "BATCH_ROWS", 16)
+    monkeypatch.setattr(triton_plan, "LEAST_GROUPS", 100)  # no precise pass
     rows, queries = Rows(values, scale), Queries(unit_rows(8, 64, torch.float32, seed=1, cone=0.05))
     assert_k_nearest(*TRITON.general_topk(queries, rows, 5), queries.values, rows.floats(), 5)
     monkeypatch.setattr("msf_core.search.base.INT8_ERROR", 0.0)
@@ -262,8 +264,8 @@ def test_groups_are_taken_by_the_rows_that_may_be_found(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, by: str
 ) -> None:
     """Of half-precision rows only k groups are looked at: a forbidden row must not make its group one of them."""
-    monkeypatch.setattr(triton_backend, "choose_group", lambda *_: 16)
-    monkeypatch.setattr(triton_backend, "MAXIMA_BYTES", 4 * 10 * 3)  # three queries at once
+    monkeypatch.setattr(triton_plan, "choose_group", lambda *_: 16)
+    monkeypatch.setattr(triton_plan, "MAXIMA_BYTES", 4 * 10 * 3)  # three queries at once
     query = F.normalize(torch.ones(7, 4), dim=1)
     values = torch.zeros(160, 4)
     values[:, 0] = 1.0
@@ -314,14 +316,14 @@ def test_equal_similarities_come_by_index_and_the_same_bits_come_again() -> None
 
 
 def test_the_groups_of_a_size_cost_least_and_their_maxima_stay_in_bounds() -> None:
-    choose = triton_backend.choose_group
+    choose = triton_plan.choose_group
     assert choose(256, 1_024_000, 512, 5, 2) == 32  # √(8·N / (k·D·2)) = 40
     assert choose(256, 128_000, 512, 5, 2) == 16
     assert choose(256, 1_024_000, 512, 50, 2) == 32  # 16 would take 66 MB for the maxima
     assert choose(256, 10_000_000, 128, 1, 2) == 128
     for n in (1, 1000, 128_000, 1_024_000):
         for k in (1, 5, 50, 256):
-            assert 4 * 256 * n / choose(256, n, 512, k, 2) <= triton_backend.MAXIMA_BYTES
+            assert 4 * 256 * n / choose(256, n, 512, k, 2) <= triton_plan.MAXIMA_BYTES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

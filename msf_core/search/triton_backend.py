@@ -4,26 +4,44 @@ Rows that follow one another form groups of G.
 
 1. `group_maxima`: the products of a tile of queries with a tile of rows stay in registers; only the largest of each
    group is written, [Q, n / G] values.
-2. `select`, one program a query: takes groups in the order of their maxima, computes the products of their rows
-   again in float32, and keeps the k best.
+2. `select`, one program a query: takes groups in the order of their maxima, a batch at a time, computes the products
+   of their rows again in float32, and keeps the k best.
 
 After k groups the k best are known: any row of another group has k others, the maxima of the groups taken, that are
 at least as similar. It may stop before, when no maximum left is above the k-th best.
 
+A query that leaves out its own row needs k + 1 groups. The maximum of its row's group may be that row, so the groups
+taken hold k + 1 rows that are at least as similar as any row of another group, and at most one of those is its own.
+Rows left out by label or id are not in the maxima.
+
 Half-precision rows are multiplied exactly and summed in float32 in both steps, so only similarities that differ by
 the rounding of such a sum, about 1e-6, can change places. Float32 rows are multiplied in TF32 in the first step,
 which cuts 13 of the 23 bits of each factor off: each is off by less than 2⁻¹⁰ of its size, and the product of two
-vectors by less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the rounding of the sum). Groups are taken until no
-maximum left reaches the k-th best less that bound (rows are unit vectors), so the result is exact in float32.
+vectors by less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the rounding of the sum). For int8 rows the queries are
+rounded to int8 too, and the bound is the length of what that takes off a query. Groups are taken until no maximum
+left reaches the k-th best less that bound (rows are unit vectors), so the result is exact in float32.
 
-For int8 rows the queries are rounded to int8 too in the first step, and the bound is the length of what that takes
-off a query. Rows that a query may not find take part in neither step.
+Where rows are nearly all alike (a collapsed encoder), that bound leaves nearly every group. So `select` stops after
+`most_groups` of them and marks the query as unsettled. A precise pass follows:
+
+3. `group_maxima` again, for blocks with an unsettled query, with each factor split into two TF32 values (TF32x3).
+   What it leaves out is at most 3·2⁻²⁰·‖q‖·‖r‖, in practice less than the rounding of the sum.
+4. `select` again, for unsettled queries: k groups (k + 1 without the own row), as for half precision. Similarities
+   that differ by less than those 3·2⁻²⁰ can change places.
+
+Both are launched at every search that could need them, and end at once where no query does: the host never waits.
+The most bytes of rows that a search reads, b a value, with blocks of 128 and 64 queries:
+
+    ⌈Q/128⌉·n·D·b  +  Q·most_groups·G·D·b  +  ⌈Q/64⌉·n·D·b  +  Q·(k + 1)·G·D·b
+
+For Q = 256, n = 1,024,000, D = 512, k = 5 and float32 that is 4.2 + 8.5 + 8.4 + 0.1 GB, where looking at every group
+takes 537 GB. Blocks that read the same rows follow one another, so most of the first and third term come from the L2
+cache.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 import triton
@@ -31,51 +49,12 @@ from torch import Tensor
 
 from msf_core.search.base import Queries, Rows, check_search_arguments, rounded_to_int8
 from msf_core.search.triton_kernels import INTERPRETED, group_maxima, select
+from msf_core.search.triton_plan import EXACT_DTYPES, SELECT_WARPS, Plan, Tiles, plan_for
 
 MOST_NEIGHBORS = 256
-MAXIMA_BYTES = 40 << 20  # of the maxima that are held at once
-EXACT_DTYPES = (torch.float16, torch.bfloat16)  # the first pass multiplies them exactly
 TF32_ERROR = 2**-9 + 2**-12
 LANES = 1024  # of `select`: groups are dealt out to so many lanes
 MEMBERS = 32  # groups of a lane that are looked at in one go
-BATCH_ROWS = 256  # rows that `select` looks at together, at most
-BATCH_BYTES = 32 << 10  # of them that it loads at once: more take so many registers that one program is left on an SM
-LEAST_GROUPS = 32  # beyond k that are looked at before the precise pass
-SELECT_WARPS = 8
-PROGRAMS = 2  # of the precise pass on each multiprocessor
-PRECISE_COST = 4  # of the precise pass, in passes over float32 rows; an estimate
-
-
-class Tiles(NamedTuple):
-    """Sizes of one launch of `group_maxima`."""
-
-    queries: int
-    rows: int
-    dims: int
-    warps: int
-    stages: int
-
-
-class Plan(NamedTuple):
-    """How a search is launched; all of it follows from its sizes."""
-
-    at_once: int
-    """Queries of one launch."""
-    group: int
-    """Rows of a group."""
-    groups: int
-    tiles: Tiles
-    most: int
-    """Groups that are looked at for a query after the first pass."""
-    enough: int
-    """Groups that hold the k nearest rows for sure where the maxima have no error but the rounding of a sum."""
-    precise: Tiles | None
-    """Of the precise pass; None where the first one is as precise, or all groups are looked at after it."""
-    programs: int
-    """Of the precise pass."""
-    batch: int
-    """Groups that `select` looks at together."""
-    batch_dims: int
 
 
 class TritonSearch:
@@ -118,9 +97,9 @@ class TritonSearch:
         # The kernels read what lies beside one another; a column of a table of labels and ids does not.
         queries, rows = Queries(*map(_laid_out, queries)), Rows(*map(_laid_out, rows))  # type: ignore[arg-type]
         plan = plan_for(
-            count, n, dim, k, values.dtype, queries.own is not None, *_device_limits(device.type, device.index)
+            count, n, dim, k, values.dtype, queries.own is not None, *device_limits(device.type, device.index)
         )
-        maxima = torch.empty((plan.at_once, -(-plan.groups // 16) * 16), dtype=torch.float32, device=device)
+        maxima = torch.empty((plan.at_once, plan.stride), dtype=torch.float32, device=device)
         with _current(device):
             if plan.at_once == count:
                 _launch(queries, rows, maxima, similarity, index, plan)
@@ -207,81 +186,6 @@ def _launch(queries: Queries, rows: Rows, maxima: Tensor, similarity: Tensor, in
         write_nearest(plan.enough, precise=True)
 
 
-@lru_cache(maxsize=4096)
-def plan_for(
-    count: int, n: int, dim: int, k: int, dtype: torch.dtype, own: bool, shared_memory: int, processors: int
-) -> Plan:
-    """Return the plan for those sizes on a device with so many multiprocessors, each with so many bytes of memory."""
-    value_bytes = dtype.itemsize
-    group = choose_group(min(count, 256), n, dim, k, value_bytes)
-    groups = -(-n // group)
-    at_once = min(count, max(1, MAXIMA_BYTES // (4 * groups)))
-    if 128 < at_once < count:
-        at_once -= at_once % 128  # whole tiles
-    enough = min(groups, k + own)
-    most, precise = enough, None
-    if dtype not in EXACT_DTYPES:
-        most = min(groups, most_groups(at_once, groups, k, value_bytes))
-        precise = precise_tiles_for(at_once, dim, shared_memory) if most < groups else None
-    batch = min(_power_of_two(k + own), BATCH_ROWS // group)
-    batch_dims = min(512, BATCH_BYTES // (batch * group * max(2, value_bytes)), _power_of_two(dim))
-    tiles = tiles_for(at_once, dim, value_bytes, shared_memory)
-    programs = PROGRAMS * processors
-    return Plan(at_once, group, groups, tiles, most, enough, precise, programs, batch, batch_dims)
-
-
-def most_groups(count: int, groups: int, k: int, value_bytes: int) -> int:
-    """Return how many groups are looked at by inexact maxima: about what the precise pass would cost, and k more.
-
-    A group costs every query G·D·(bytes of a value), and as much as for 64 queries where there are fewer, as a program
-    alone does not use the whole memory bandwidth; the precise pass costs `PRECISE_COST` readings of n·D·4 bytes.
-    """
-    return k + max(LEAST_GROUPS, 4 * PRECISE_COST * groups // (value_bytes * max(count, 64)))
-
-
-def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
-    """Return the rows of a group, G: a power of two from 16 to 128.
-
-    The bytes that G decides on are 2·4·Q·n/G for writing and reading the maxima and Q·k·G·D·(bytes of a value) for
-    the rows that are looked at again; their sum is least at the root below. The maxima of ``count`` queries stay
-    under `MAXIMA_BYTES` where a G of 128 or less allows it.
-    """
-    best = (8 * n / (k * dim * value_bytes)) ** 0.5
-    group = 16
-    while group < 128 and (group * 2**0.5 < best or 4 * count * n / group > MAXIMA_BYTES):
-        group *= 2
-    return group
-
-
-def tiles_for(count: int, dim: int, value_bytes: int, shared_memory: int) -> Tiles:
-    """Return tiles whose stages fit the bytes of shared memory that a program may have.
-
-    A tile of 128 queries and 256 rows reads least for each product; it wants 144 KiB for three stages. On sm_90 the
-    next int8 product begins when the last one has ended, so there they are twice as deep. Elsewhere int8 tiles keep
-    scales and sums beside the products, and need twice as many warps to have registers for all.
-    """
-    queries = min(128, max(16, _power_of_two(count)))
-    int8 = value_bytes == 1
-    dims = max(16, 32 // value_bytes, min(128 // value_bytes, _power_of_two(dim)))
-    large = shared_memory >= 150 << 10
-    if queries < 128 or not large:
-        return Tiles(queries, 128, dims, warps=8 if int8 and queries == 128 else 4, stages=4 if large else 3)
-    if int8 and dims == 128 and shared_memory >= 200 << 10:
-        return Tiles(queries, 256, min(256, _power_of_two(dim)), warps=8, stages=2)
-    return Tiles(queries, 256, dims, warps=16 if int8 else 8, stages=3)
-
-
-def precise_tiles_for(count: int, dim: int, shared_memory: int) -> Tiles:
-    """Return the tiles of the precise pass, which splits every value into two of TF32."""
-    queries = min(64, max(16, _power_of_two(count)))
-    return Tiles(queries, 128, max(16, min(32, _power_of_two(dim))), warps=8, stages=2)
-
-
-def _power_of_two(number: int) -> int:
-    """Return the least power of two that is not below the number."""
-    return 1 << (number - 1).bit_length()
-
-
 def _laid_out(part: Tensor | None) -> Tensor | None:
     if part is None:
         return None
@@ -291,7 +195,7 @@ def _laid_out(part: Tensor | None) -> Tensor | None:
 
 
 @cache
-def _device_limits(device_type: str, device: int | None) -> tuple[int, int]:
+def device_limits(device_type: str, device: int | None) -> tuple[int, int]:
     """Return the bytes of shared memory that a program may have, and the multiprocessors."""
     if device_type == "cpu":
         return 0, 1

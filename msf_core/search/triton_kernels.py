@@ -37,7 +37,7 @@ def group_maxima(
     q_ids,  # [count] int64, read where BY_ID
     ids,  # [n] int64, likewise
     unsettled,  # [count] int32, read where PRECISE: 1 for a query that needs it
-    maxima,  # [count, stride_of(groups)] float32, written
+    maxima,  # [count, stride] float32, of which groups are used, written
     count,
     n,
     groups,
@@ -59,7 +59,11 @@ def group_maxima(
     """
     # Tiles that follow one another read the same rows, which the second finds in the L2 cache.
     blocks = tl.cdiv(count, BLOCK_Q)
-    for tile in range(tl.program_id(0), blocks * tl.cdiv(n, BLOCK_N), tl.num_programs(0)):
+    first = tl.program_id(0)
+    last, step = first + 1, 1
+    if PRECISE:
+        last, step = blocks * tl.cdiv(n, BLOCK_N), tl.num_programs(0)
+    for tile in range(first, last, step):
         block_q, block_n = tile % blocks, tile // blocks
         q = block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
         r = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -125,7 +129,7 @@ def select(
     ids,  # [n] int64, likewise
     own,  # [Q] int64, read where BY_OWN
     unsettled,  # [Q] int32: read where PRECISE, to leave queries with 0 as they are; else written where not EXACT
-    maxima,  # [Q, stride_of(groups)] float32
+    maxima,  # [Q, stride] float32, of which groups are used
     similarity,  # [Q, K] float32, written
     index,  # [Q, K] int64, written
     n,
@@ -212,13 +216,13 @@ def select(
             going = (group_key > LOWEST) & (taken < most) & (enough == 0)
 
         # All their rows; [BATCH · GROUP] from here on.
-        first = tl.where(b < place, _index_of(batch) * GROUP, n.to(tl.int64))
+        first = tl.where(b < place, _index_of(batch).to(tl.int32) * GROUP, n)
         r = tl.reshape(first[:, None] + m[None, :], (BATCH * GROUP,))
         products = tl.zeros((BATCH * GROUP,), dtype=tl.float32)
         for start in range(0, DIM, BLOCK_D):
             inside = d < DIM - start
             q_tile = tl.load(queries + start + d, mask=inside, other=0.0).to(tl.float32)
-            places = rows + r[:, None] * DIM + start + d[None, :]
+            places = rows + r[:, None].to(tl.int64) * DIM + start + d[None, :]
             r_tile = tl.load(places, mask=(r < n)[:, None] & inside[None, :], other=0)
             products += tl.sum(r_tile.to(tl.float32) * q_tile[None, :], axis=1)
         if INT8:
