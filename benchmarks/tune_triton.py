@@ -4,7 +4,7 @@
 
 Every combination of tile sizes, warps, stages and group size that fits the device is timed on the paper's sizes; one
 record each goes to OUT, and the three fastest of every size are printed beside the choice of
-`msf_core.search.triton_backend` (`tiles_for`, `choose_group`), which these figures are to keep up to date. Times are
+`msf_core.search.triton_plan` (`tiles_for`, `choose_group`), which these figures are to keep up to date. Times are
 medians of the whole search, in seconds.
 """
 
@@ -26,6 +26,7 @@ from benchmarks.measure import Record, describe_environment, quantiles, time_onc
 from benchmarks.peers import unit_queries
 from benchmarks.tables import format_seconds
 from msf_core.search import Queries, Rows
+from msf_core.search.triton_plan import Plan, Tiles, plan_for
 
 REPEATS = 15
 PROBLEMS = [
@@ -51,15 +52,11 @@ def main() -> None:
 
 def tune(problem: Problem) -> list[Record]:
     """Time every combination on one problem; print the fastest beside the choice."""
-    from msf_core.search import triton_backend as backend
-
     rows = fill_bank(problem).rows
     ((_, u),) = make_batches(problem, 1)
     queries = unit_queries(u, rows.dtype)
-    chosen = (
-        backend.choose_tiles(problem.batch, problem.dim, rows),
-        backend.choose_group(problem.batch, problem.rows, problem.dim, problem.k, rows.element_size()),
-    )
+    plan = plan_of(queries, rows, problem.k)
+    chosen = plan.tiles, plan.group
     records = []
     for tiles, group in dict.fromkeys([chosen, *combinations(problem, rows.element_size())]):
         try:
@@ -80,9 +77,7 @@ def tune(problem: Problem) -> list[Record]:
 
 
 def combinations(problem: Problem, value_bytes: int) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Yield tiles (as `triton_backend.Tiles`) and groups to try."""
-    from msf_core.search.triton_backend import Tiles
-
+    """Yield tiles (as `triton_plan.Tiles`) and groups to try."""
     queries = sorted({min(problem.batch, 64), min(problem.batch, 128), min(problem.batch, 256)})
     for block_q, block_n, dims, stages, group in product(
         queries, (128, 256), (64 // value_bytes, 128 // value_bytes), (3, 4), (16, 32)
@@ -91,16 +86,23 @@ def combinations(problem: Problem, value_bytes: int) -> Iterator[tuple[tuple[int
             yield Tiles(block_q, block_n, dims, 8 if block_q * block_n > 128 * 128 else 4, stages), group
 
 
+def plan_of(queries: Tensor, rows: Tensor, k: int, group: int | None = None) -> Plan:
+    """Return how msf_core launches that search."""
+    from msf_core.search.triton_backend import device_limits
+
+    (count, dim), n = queries.shape, rows.shape[0]
+    return plan_for(count, n, dim, k, rows.dtype, False, *device_limits(rows.device.type, rows.device.index), group)
+
+
 def time_search(queries: Tensor, rows: Tensor, k: int, tiles: tuple[int, ...], group: int) -> list[float]:
     """Return the seconds of each search with those tiles and groups."""
     from msf_core.search import triton_backend as backend
 
-    groups = -(-rows.shape[0] // group)
-    maxima = queries.new_empty((queries.shape[0], groups), dtype=torch.float32)
+    plan = plan_of(queries, rows, k, group)._replace(tiles=Tiles(*tiles))
+    maxima = queries.new_empty((queries.shape[0], plan.stride), dtype=torch.float32)
     similarity = queries.new_empty((queries.shape[0], k), dtype=torch.float32)
     index = queries.new_empty((queries.shape[0], k), dtype=torch.int64)
-    fixed = (maxima, similarity, index, k, group, backend.Tiles(*tiles))
-    search = partial(backend._launch, Queries(queries), Rows(rows), *fixed)
+    search = partial(backend._launch, Queries(queries), Rows(rows), maxima, similarity, index, plan)
     for _ in range(2):
         search()
     return [time_once(search, rows.device) for _ in range(REPEATS)]

@@ -38,6 +38,6 @@ def test_a_trial_is_a_search_with_those_tiles(monkeypatch: pytest.MonkeyPatch) -
     rows = torch.nn.functional.normalize(torch.randn(100, 16), dim=1)
     seconds = tune_triton.time_search(rows[:3].clone(), rows, 2, (16, 64, 16, 4, 2), 32)
     assert len(seconds) == 1
-    index, group, tiles = launched[-1][4], launched[-1][6], launched[-1][7]
+    index, plan = launched[-1][4:]
     assert index[:, 0].tolist() == [0, 1, 2]
-    assert (group, tiles.rows) == (32, 64)
+    assert (plan.group, plan.tiles.rows) == (32, 64)

@@ -4,26 +4,44 @@ Rows that follow one another form groups of G.
 
 1. `group_maxima`: the products of a tile of queries with a tile of rows stay in registers; only the largest of each
    group is written, [Q, n / G] values.
-2. `select`, one program a query: takes groups in the order of their maxima, computes the products of their rows
-   again in float32, and keeps the k best.
+2. `select`, one program a query: takes groups in the order of their maxima, a batch at a time, computes the products
+   of their rows again in float32, and keeps the k best.
 
 After k groups the k best are known: any row of another group has k others, the maxima of the groups taken, that are
 at least as similar. It may stop before, when no maximum left is above the k-th best.
 
+A query that leaves out its own row needs k + 1 groups. The maximum of its row's group may be that row, so the groups
+taken hold k + 1 rows that are at least as similar as any row of another group, and at most one of those is its own.
+Rows left out by label or id are not in the maxima.
+
 Half-precision rows are multiplied exactly and summed in float32 in both steps, so only similarities that differ by
 the rounding of such a sum, about 1e-6, can change places. Float32 rows are multiplied in TF32 in the first step,
 which cuts 13 of the 23 bits of each factor off: each is off by less than 2⁻¹⁰ of its size, and the product of two
-vectors by less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the rounding of the sum). Groups are taken until no
-maximum left reaches the k-th best less that bound (rows are unit vectors), so the result is exact in float32.
+vectors by less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the rounding of the sum). For int8 rows the queries are
+rounded to int8 too, and the bound is the length of what that takes off a query. Groups are taken until no maximum
+left reaches the k-th best less that bound (rows are unit vectors), so the result is exact in float32.
 
-For int8 rows the queries are rounded to int8 too in the first step, and the bound is the length of what that takes
-off a query. Rows that a query may not find take part in neither step.
+Where rows are nearly all alike (a collapsed encoder), that bound leaves nearly every group. So `select` stops after
+`most_groups` of them and marks the query as unsettled. A precise pass follows:
+
+3. `group_maxima` again, for blocks with an unsettled query, with each factor split into two TF32 values (TF32x3).
+   What it leaves out is at most 3·2⁻²⁰·‖q‖·‖r‖, in practice less than the rounding of the sum.
+4. `select` again, for unsettled queries: k groups (k + 1 without the own row), as for half precision. Similarities
+   that differ by less than those 3·2⁻²⁰ can change places.
+
+Both are launched at every search that could need them, and end at once where no query does: the host never waits.
+The most bytes of rows that a search reads, b a value, with blocks of 128 and 64 queries:
+
+    ⌈Q/128⌉·n·D·b  +  Q·most_groups·G·D·b  +  ⌈Q/64⌉·n·D·b  +  Q·(k + 1)·G·D·b
+
+For Q = 256, n = 1,024,000, D = 512, k = 5 and float32 that is 4.2 + 8.5 + 8.4 + 0.1 GB, where looking at every group
+takes 537 GB. Blocks that read the same rows follow one another, so most of the first and third term come from the L2
+cache.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 import triton
@@ -31,28 +49,20 @@ from torch import Tensor
 
 from msf_core.search.base import Queries, Rows, check_search_arguments, rounded_to_int8
 from msf_core.search.triton_kernels import INTERPRETED, group_maxima, select
+from msf_core.search.triton_plan import EXACT_DTYPES, SELECT_WARPS, Plan, Tiles, plan_for
 
 MOST_NEIGHBORS = 256
-MAXIMA_BYTES = 40 << 20  # of the maxima that are held at once
 TF32_ERROR = 2**-9 + 2**-12
 LANES = 1024  # of `select`: groups are dealt out to so many lanes
 MEMBERS = 32  # groups of a lane that are looked at in one go
-
-
-class Tiles(NamedTuple):
-    """Sizes of one launch of `group_maxima`."""
-
-    queries: int
-    rows: int
-    dims: int
-    warps: int
-    stages: int
 
 
 class TritonSearch:
     """`SearchBackend` in Triton, on CUDA devices of compute capability 8.0 or newer."""
 
     most_neighbors = MappingProxyType({"cuda": MOST_NEIGHBORS, "cpu": MOST_NEIGHBORS})
+    leaves_out_own = True
+    """It serves `Queries.own`."""
 
     def why_not(self, device_type: str) -> str | None:
         """Return None if it searches that type of device here, else the reason."""
@@ -74,137 +84,133 @@ class TritonSearch:
     def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
         """See `GeneralSearch.general_topk`; k is at most 256. The same bits come at every call."""
         check_search_arguments(queries, rows, k)
-        values = rows.values.detach()
+        values, device = rows.values, rows.values.device
         if k > MOST_NEIGHBORS:
             raise ValueError(f"the triton backend finds at most {MOST_NEIGHBORS} neighbors, got k={k}")
-        if not (values.is_cuda or (INTERPRETED and values.device.type == "cpu")):
-            raise ValueError(f"the triton backend searches CUDA tensors, got {values.device}")
-        # The kernels read what lies beside one another; a column of a table of labels and ids does not.
-        queries = Queries(*(None if part is None else part.detach().contiguous() for part in queries))  # type: ignore[arg-type]
-        rows = Rows(values, *(None if part is None else part.contiguous() for part in rows[1:]))
+        if not (device.type == "cuda" or (INTERPRETED and device.type == "cpu")):
+            raise ValueError(f"the triton backend searches CUDA tensors, got {device}")
         (count, dim), n = queries.values.shape, values.shape[0]
-        similarity = queries.values.new_empty((count, k), dtype=torch.float32)
-        index = queries.values.new_empty((count, k), dtype=torch.int64)
+        similarity = torch.empty((count, k), dtype=torch.float32, device=device)
+        index = torch.empty((count, k), dtype=torch.int64, device=device)
         if count == 0:
             return similarity, index
-        group = choose_group(min(count, 256), n, dim, k, values.element_size())
-        groups = triton.cdiv(n, group)
-        at_once = min(count, max(1, MAXIMA_BYTES // (4 * groups)))
-        if 128 < at_once < count:
-            at_once -= at_once % 128  # whole tiles
-        tiles = choose_tiles(at_once, dim, values)
-        maxima = queries.values.new_empty((at_once, groups), dtype=torch.float32)
-        with _device_of(values):
-            for start in range(0, count, at_once):
-                part = queries.at(slice(start, start + at_once))
-                _launch(part, rows, maxima, similarity[start:], index[start:], k, group, tiles)
+        # The kernels read what lies beside one another; a column of a table of labels and ids does not.
+        queries, rows = Queries(*map(_laid_out, queries)), Rows(*map(_laid_out, rows))  # type: ignore[arg-type]
+        plan = plan_for(
+            count, n, dim, k, values.dtype, queries.own is not None, *device_limits(device.type, device.index)
+        )
+        maxima = torch.empty((plan.at_once, plan.stride), dtype=torch.float32, device=device)
+        with _current(device):
+            if plan.at_once == count:
+                _launch(queries, rows, maxima, similarity, index, plan)
+                return similarity, index
+            for start in range(0, count, plan.at_once):
+                part = slice(start, start + plan.at_once)
+                _launch(queries.at(part), rows, maxima, similarity[part], index[part], plan)
         return similarity, index
 
 
-def _launch(
-    queries: Queries, rows: Rows, maxima: Tensor, similarity: Tensor, index: Tensor, k: int, group: int, tiles: Tiles
-) -> None:
+def _launch(queries: Queries, rows: Rows, maxima: Tensor, similarity: Tensor, index: Tensor, plan: Plan) -> None:
     """Search for at most as many queries as ``maxima`` has lines."""
-    (count, dim), (n, groups) = queries.values.shape, (rows.values.shape[0], maxima.shape[1])
-    unused = queries.values  # stands for tensors that are not there
-    scale, screened, q_scale, error = unused, queries.values, unused, unused
-    if rows.scale is not None:
-        scale = rows.scale
-        screened, q_scale, error = rounded_to_int8(queries.values)
-    by_label, by_id = (None not in pair for pair in ((queries.labels, rows.labels), (queries.ids, rows.ids)))
-    limits = (
-        *((queries.labels, rows.labels) if by_label else (unused, unused)),
-        *((queries.ids, rows.ids) if by_id else (unused, unused)),
+    q, labels, ids, own = queries
+    values, scale, row_labels, row_ids = rows
+    (count, dim), n, k, groups = q.shape, values.shape[0], similarity.shape[1], plan.groups
+    unused = q  # stands for tensors that are not there
+    screened, q_scale, error = q, unused, unused
+    if scale is not None:
+        screened, q_scale, error = rounded_to_int8(q)
+    by_label, by_id = labels is not None and row_labels is not None, ids is not None and row_ids is not None
+    beside = (
+        unused if scale is None else scale,
+        *((labels, row_labels) if by_label else (unused, unused)),
+        *((ids, row_ids) if by_id else (unused, unused)),
     )
-    flags = {"INT8": rows.scale is not None, "BY_LABEL": by_label, "BY_ID": by_id}
-    grid = (triton.cdiv(count, tiles.queries) * triton.cdiv(n, tiles.rows),)
-    group_maxima[grid](
-        screened,
-        rows.values,
-        q_scale,
-        scale,
-        *limits,
-        maxima,
-        count,
-        n,
-        groups,
-        DIM=dim,
-        GROUP=group,
-        BLOCK_Q=tiles.queries,
-        BLOCK_N=tiles.rows,
-        BLOCK_D=tiles.dims,
-        WIDEN=INTERPRETED,
-        **flags,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    exact = rows.values.dtype in (torch.float16, torch.bfloat16)
-    select[(count,)](
-        queries.values,
-        rows.values,
-        error,
-        scale,
-        *limits,
-        maxima,
-        similarity,
-        index,
-        n,
-        groups,
-        k if exact else groups,
-        DIM=dim,
-        K=k,
-        K_LANES=triton.next_power_of_2(k),
-        GROUP=group,
-        BLOCK_D=min(128, triton.next_power_of_2(dim)),
-        LANES=LANES,
-        MEMBERS=MEMBERS,
-        ERROR=0.0 if exact else TF32_ERROR,
-        **flags,
-        num_warps=4,
-    )
+    flags = {"DIM": dim, "GROUP": plan.group, "INT8": scale is not None, "BY_LABEL": by_label, "BY_ID": by_id}
+    exact = values.dtype in EXACT_DTYPES
+    unsettled = unused if exact else torch.empty(count, dtype=torch.int32, device=q.device)
+
+    def write_maxima(of: Tensor, tiles: Tiles, programs: int, precise: bool) -> None:
+        group_maxima[(programs,)](
+            of,
+            values,
+            q_scale,
+            *beside,
+            unsettled,
+            maxima,
+            count,
+            n,
+            groups,
+            BLOCK_Q=tiles.queries,
+            BLOCK_N=tiles.rows,
+            BLOCK_D=tiles.dims,
+            WIDEN=INTERPRETED,
+            PRECISE=precise,
+            **flags,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+
+    def write_nearest(most: int, precise: bool) -> None:
+        select[(count,)](
+            q,
+            values,
+            error,
+            *beside,
+            unused if own is None else own,
+            unsettled,
+            maxima,
+            similarity,
+            index,
+            n,
+            groups,
+            most,
+            K=k,
+            K_LANES=1 << (k - 1).bit_length(),
+            BATCH=plan.batch,
+            BLOCK_D=plan.batch_dims,
+            LANES=LANES,
+            MEMBERS=MEMBERS,
+            ERROR=TF32_ERROR,
+            EXACT=exact or precise,
+            BY_OWN=own is not None,
+            PRECISE=precise,
+            **flags,
+            num_warps=SELECT_WARPS,
+        )
+
+    tiles = plan.tiles
+    write_maxima(screened, tiles, -(-count // tiles.queries) * -(-n // tiles.rows), precise=False)
+    write_nearest(plan.most, precise=False)
+    if plan.precise is not None:
+        write_maxima(q, plan.precise, plan.programs, precise=True)
+        write_nearest(plan.enough, precise=True)
 
 
-def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
-    """Return the rows of a group, G: a power of two from 16 to 128.
-
-    The bytes that G decides on are 2·4·Q·n/G for writing and reading the maxima and Q·k·G·D·(bytes of a value) for
-    the rows that are looked at again; their sum is least at the root below. The maxima of ``count`` queries stay
-    under `MAXIMA_BYTES` where a G of 128 or less allows it.
-    """
-    best = (8 * n / (k * dim * value_bytes)) ** 0.5
-    group = 16
-    while group < 128 and (group * 2**0.5 < best or 4 * count * n / group > MAXIMA_BYTES):
-        group *= 2
-    return group
+def _laid_out(part: Tensor | None) -> Tensor | None:
+    if part is None:
+        return None
+    if part.requires_grad:
+        part = part.detach()
+    return part if part.is_contiguous() else part.contiguous()
 
 
-def choose_tiles(count: int, dim: int, rows: Tensor) -> Tiles:
-    """Return the tiles for that many queries on the device of ``rows``."""
-    shared = 0
-    if rows.is_cuda:
-        properties = torch.cuda.get_device_properties(rows.device)
-        if hasattr(properties, "shared_memory_per_block_optin"):  # PyTorch 2.7
-            shared = properties.shared_memory_per_block_optin
-        else:
-            shared = triton.runtime.driver.active.utils.get_device_properties(rows.device.index)["max_shared_mem"]
-    return tiles_for(count, dim, rows.element_size(), shared)
+@cache
+def device_limits(device_type: str, device: int | None) -> tuple[int, int]:
+    """Return the bytes of shared memory that a program may have, and the multiprocessors."""
+    if device_type == "cpu":
+        return 0, 1
+    properties = torch.cuda.get_device_properties(device)
+    if hasattr(properties, "shared_memory_per_block_optin"):  # PyTorch 2.7
+        shared = properties.shared_memory_per_block_optin
+    else:
+        shared = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    return shared, properties.multi_processor_count
 
 
-def tiles_for(count: int, dim: int, value_bytes: int, shared_memory: int) -> Tiles:
-    """Return tiles whose stages fit the bytes of shared memory that a program may have.
-
-    A tile of 128 queries and 256 rows reads least for each product; it wants 144 KiB for three stages.
-    """
-    queries = min(128, max(16, triton.next_power_of_2(count)))
-    dims = max(16, 32 // value_bytes, min(128 // value_bytes, triton.next_power_of_2(dim)))
-    large = shared_memory >= 150 << 10
-    if queries == 128 and large:
-        return Tiles(queries, 256, dims, warps=8, stages=3)
-    return Tiles(queries, 128, dims, warps=4, stages=4 if large else 2)
-
-
-def _device_of(rows: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @cache

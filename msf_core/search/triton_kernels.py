@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-(2**63))
+UNKNOWN = tl.constexpr(-(2**63) + 1)  # below every key too
 
 
 @triton.jit
@@ -27,15 +28,16 @@ def _index_of(key):
 
 @triton.jit(do_not_specialize=["count", "n", "groups"])
 def group_maxima(
-    queries,  # [count, DIM]; int8 as the rows, or of the dtype of the rows
+    queries,  # [count, DIM]; int8 as the rows, or of the dtype of the rows; float32 for int8 rows where PRECISE
     rows,  # [n, DIM]
-    q_scale,  # [count] float32, read where INT8
-    scale,  # [n] float32, likewise
+    q_scale,  # [count] float32, not negative; read where INT8 and not PRECISE
+    scale,  # [n] float32, read where INT8
     q_labels,  # [count] int64, read where BY_LABEL
     labels,  # [n] int64, likewise
     q_ids,  # [count] int64, read where BY_ID
     ids,  # [n] int64, likewise
-    maxima,  # [count, groups] float32, written
+    unsettled,  # [count] int32, read where PRECISE: 1 for a query that needs it
+    maxima,  # [count, stride] float32, of which groups are used, written
     count,
     n,
     groups,
@@ -48,61 +50,86 @@ def group_maxima(
     INT8: tl.constexpr,
     BY_LABEL: tl.constexpr,
     BY_ID: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
-    """Write the largest product of each query with the rows of each group; NaN where it may find none of them."""
-    # Programs that follow one another read the same rows, which the second finds in the L2 cache.
+    """Write the largest product of each query with the rows of each group; NaN where it may find none of them.
+
+    Where PRECISE, the products are those of float32 but for the rounding of a sum, and only blocks of queries with an
+    unsettled one are written. Any number of programs does the work.
+    """
+    # Tiles that follow one another read the same rows, which the second finds in the L2 cache.
     blocks = tl.cdiv(count, BLOCK_Q)
-    block_q, block_n = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    q = block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    r = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    # Beyond the end the last row stands in: within its own group that changes no maximum.
-    q_inside, r_inside = tl.minimum(q, count - 1).to(tl.int64), tl.minimum(r, n - 1).to(tl.int64)
-    q_values = queries + q_inside[:, None] * DIM + d[None, :]
-    r_values = rows + r_inside[None, :] * DIM + d[:, None]
-    products = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.int32 if INT8 else tl.float32)
-    for start in range(0, DIM, BLOCK_D):
-        if DIM % BLOCK_D == 0:
-            q_tile = tl.load(q_values + start)
-            r_tile = tl.load(r_values + start)
-        else:
-            q_tile = tl.load(q_values + start, mask=d[None, :] < DIM - start, other=0)
-            r_tile = tl.load(r_values + start, mask=d[:, None] < DIM - start, other=0)
-        if INT8:
-            products = tl.dot(q_tile, r_tile, products, out_dtype=tl.int32)
-        else:
-            if WIDEN:
-                q_tile = q_tile.to(tl.float32)
-                r_tile = r_tile.to(tl.float32)
-            products = tl.dot(q_tile, r_tile, products, input_precision="tf32")
-    if INT8:
-        products = products.to(tl.float32) * tl.load(q_scale + q_inside)[:, None] * tl.load(scale + r_inside)[None, :]
-    if BY_LABEL:
-        q_label = tl.load(q_labels + q_inside)[:, None]
-        wrong = (q_label >= 0) & (q_label != tl.load(labels + r_inside)[None, :])
-        products = tl.where(wrong, float("nan"), products)
-    if BY_ID:
-        q_id = tl.load(q_ids + q_inside)[:, None]
-        same = (q_id >= 0) & (q_id == tl.load(ids + r_inside)[None, :])
-        products = tl.where(same, float("nan"), products)
-    # A NaN counts only in a group that has nothing else.
-    largest = tl.max(tl.reshape(products, (BLOCK_Q, BLOCK_N // GROUP, GROUP)), axis=2)
-    g = block_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
-    places = maxima + q.to(tl.int64)[:, None] * groups + g[None, :]
-    tl.store(places, largest, mask=(q[:, None] < count) & (g[None, :] < groups))
+    first = tl.program_id(0)
+    last, step = first + 1, 1
+    if PRECISE:
+        last, step = blocks * tl.cdiv(n, BLOCK_N), tl.num_programs(0)
+    for tile in range(first, last, step):
+        block_q, block_n = tile % blocks, tile // blocks
+        q = block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        r = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        d = tl.arange(0, BLOCK_D)
+        # Beyond the end the last row stands in: within its own group that changes no maximum.
+        q_inside, r_inside = tl.minimum(q, count - 1).to(tl.int64), tl.minimum(r, n - 1).to(tl.int64)
+        wanted = True
+        if PRECISE:
+            wanted = tl.max(tl.load(unsettled + q_inside)) > 0
+        if wanted:
+            q_values = queries + q_inside[:, None] * DIM + d[None, :]
+            r_values = rows + r_inside[None, :] * DIM + d[:, None]
+            whole: tl.constexpr = INT8 and not PRECISE
+            products = tl.zeros((BLOCK_Q, BLOCK_N), dtype=tl.int32 if whole else tl.float32)
+            for start in range(0, DIM, BLOCK_D):
+                if DIM % BLOCK_D == 0:
+                    q_tile = tl.load(q_values + start)
+                    r_tile = tl.load(r_values + start)
+                else:
+                    q_tile = tl.load(q_values + start, mask=d[None, :] < DIM - start, other=0)
+                    r_tile = tl.load(r_values + start, mask=d[:, None] < DIM - start, other=0)
+                if whole:
+                    products = tl.dot(q_tile, r_tile, products, out_dtype=tl.int32)
+                else:
+                    if WIDEN or PRECISE:
+                        q_tile = q_tile.to(tl.float32)
+                        r_tile = r_tile.to(tl.float32)
+                    products = tl.dot(q_tile, r_tile, products, input_precision="tf32x3" if PRECISE else "tf32")
+            if INT8:
+                products = products.to(tl.float32) * tl.load(scale + r_inside)[None, :]
+            if BY_LABEL:
+                q_label = tl.load(q_labels + q_inside)[:, None]
+                wrong = (q_label >= 0) & (q_label != tl.load(labels + r_inside)[None, :])
+                products = tl.where(wrong, float("nan"), products)
+            if BY_ID:
+                q_id = tl.load(q_ids + q_inside)[:, None]
+                same = (q_id >= 0) & (q_id == tl.load(ids + r_inside)[None, :])
+                products = tl.where(same, float("nan"), products)
+            # A NaN counts only in a group that has nothing else.
+            largest = tl.max(tl.reshape(products, (BLOCK_Q, BLOCK_N // GROUP, GROUP)), axis=2)
+            if whole:
+                largest *= tl.load(q_scale + q_inside)[:, None]
+            g = block_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
+            places = maxima + q.to(tl.int64)[:, None] * _stride_of(groups) + g[None, :]
+            tl.store(places, largest, mask=(q[:, None] < count) & (g[None, :] < groups))
+
+
+@triton.jit
+def _stride_of(groups):
+    """Return the distance between lines of the maxima: lines begin at multiples of 64 bytes."""
+    return tl.cdiv(groups, 16) * 16
 
 
 @triton.jit(do_not_specialize=["n", "groups", "most"])
 def select(
     queries,  # [Q, DIM]
     rows,  # [n, DIM]
-    errors,  # [Q] float32, read where INT8
-    scale,  # [n] float32, likewise
+    errors,  # [Q] float32, read where INT8 and not PRECISE
+    scale,  # [n] float32, read where INT8
     q_labels,  # [Q] int64, read where BY_LABEL
     labels,  # [n] int64, likewise
     q_ids,  # [Q] int64, read where BY_ID
     ids,  # [n] int64, likewise
-    maxima,  # [Q, groups] float32
+    own,  # [Q] int64, read where BY_OWN
+    unsettled,  # [Q] int32: read where PRECISE, to leave queries with 0 as they are; else written where not EXACT
+    maxima,  # [Q, stride] float32, of which groups are used
     similarity,  # [Q, K] float32, written
     index,  # [Q, K] int64, written
     n,
@@ -112,93 +139,121 @@ def select(
     K: tl.constexpr,
     K_LANES: tl.constexpr,
     GROUP: tl.constexpr,
+    BATCH: tl.constexpr,  # groups that are looked at together
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
     MEMBERS: tl.constexpr,
-    ERROR: tl.constexpr,
+    ERROR: tl.constexpr,  # of the maxima, for a query of length 1
+    EXACT: tl.constexpr,  # whether the maxima have no error but the rounding of a sum
     INT8: tl.constexpr,
     BY_LABEL: tl.constexpr,
     BY_ID: tl.constexpr,
+    BY_OWN: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):
     """Write the k nearest rows of one query, by the maxima of their groups."""
     query = tl.program_id(0).to(tl.int64)
+    if PRECISE and tl.load(unsettled + query) == 0:
+        return
     queries += query * DIM
-    maxima += query * groups
+    maxima += query * _stride_of(groups)
 
-    # The best group of each lane; lane i has the groups i, i + LANES, i + 2·LANES, …
+    # The best two groups of each lane; lane i has the groups i, i + LANES, i + 2·LANES, …
     lanes = tl.arange(0, LANES)
     lane_best = tl.full((LANES,), LOWEST, dtype=tl.int64)
+    lane_next = tl.full((LANES,), LOWEST, dtype=tl.int64)
     for start in range(0, groups, LANES):
         g = start + lanes
         values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
-        lane_best = tl.maximum(lane_best, tl.where(values == values, _key(values, g), LOWEST))
+        keys = tl.where(values == values, _key(values, g), LOWEST)
+        lane_next = tl.maximum(lane_next, tl.minimum(lane_best, keys))
+        lane_best = tl.maximum(lane_best, keys)
 
     d = tl.arange(0, BLOCK_D)
-    length = 0.0
-    if ERROR > 0 and not INT8:
-        for start in range(0, DIM, BLOCK_D):
-            q_tile = tl.load(queries + start + d, mask=d < DIM - start, other=0.0).to(tl.float32)
-            length += tl.sum(q_tile * q_tile)
-        length = tl.sqrt(length)
-    error = tl.load(errors + query) if INT8 else ERROR * length
+    error = 0.0
+    if not EXACT:
+        if INT8:
+            error = tl.load(errors + query)
+        else:
+            for start in range(0, DIM, BLOCK_D):
+                q_tile = tl.load(queries + start + d, mask=d < DIM - start, other=0.0)
+                error += tl.sum(q_tile * q_tile)
+            error = ERROR * tl.sqrt(error)
+    own_row = -1
+    if BY_OWN:
+        own_row = tl.load(own + query)
 
     # The k best rows so far, first placeholders that differ, below every row's key; lanes beyond k stay out of it.
     k_lanes = tl.arange(0, K_LANES)
     best = tl.where(k_lanes < K, LOWEST + 1 + k_lanes.to(tl.int64), 0x7FFFFFFFFFFFFFFF)
     worst = tl.min(best)
+    b, m = tl.arange(0, BATCH), tl.arange(0, GROUP)
     group_key = tl.max(lane_best)
     taken = 0
     going = group_key > LOWEST
     while going:
-        group = _index_of(group_key)
-        r = group * GROUP + tl.arange(0, GROUP)
-        products = tl.zeros((GROUP,), dtype=tl.float32)
+        # The best groups, from the maxima alone.
+        batch = tl.full((BATCH,), LOWEST, dtype=tl.int64)
+        place = 0
+        while going & (place < BATCH):
+            batch = tl.where(b == place, group_key, batch)
+            lane = (_index_of(group_key) % LANES).to(tl.int32)
+            refill = tl.max(tl.where(lanes == lane, lane_next, LOWEST))
+            if refill == UNKNOWN:
+                members = tl.full((MEMBERS,), LOWEST, dtype=tl.int64)
+                for start in range(0, groups, LANES * MEMBERS):
+                    g = start + lane + tl.arange(0, MEMBERS) * LANES
+                    values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
+                    keys = tl.where(values == values, _key(values, g), LOWEST)
+                    members = tl.maximum(members, tl.where(keys < group_key, keys, LOWEST))
+                refill = tl.max(members)
+            lane_best = tl.where(lanes == lane, refill, lane_best)
+            lane_next = tl.where(lanes == lane, UNKNOWN, lane_next)
+            group_key = tl.max(lane_best)
+            place += 1
+            taken += 1
+            enough = (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
+            going = (group_key > LOWEST) & (taken < most) & (enough == 0)
+
+        # All their rows; [BATCH · GROUP] from here on.
+        first = tl.where(b < place, _index_of(batch).to(tl.int32) * GROUP, n)
+        r = tl.reshape(first[:, None] + m[None, :], (BATCH * GROUP,))
+        products = tl.zeros((BATCH * GROUP,), dtype=tl.float32)
         for start in range(0, DIM, BLOCK_D):
             inside = d < DIM - start
             q_tile = tl.load(queries + start + d, mask=inside, other=0.0).to(tl.float32)
-            r_tile = tl.load(
-                rows + r[:, None] * DIM + start + d[None, :], mask=(r < n)[:, None] & inside[None, :], other=0
-            )
+            places = rows + r[:, None].to(tl.int64) * DIM + start + d[None, :]
+            r_tile = tl.load(places, mask=(r < n)[:, None] & inside[None, :], other=0)
             products += tl.sum(r_tile.to(tl.float32) * q_tile[None, :], axis=1)
         if INT8:
             products *= tl.load(scale + r, mask=r < n, other=0.0)
+        found = (r < n) & (products == products)
         if BY_LABEL:
             q_label = tl.load(q_labels + query)
-            wrong = (q_label >= 0) & (q_label != tl.load(labels + r, mask=r < n, other=0))
-            products = tl.where(wrong, float("nan"), products)
+            found &= (q_label < 0) | (q_label == tl.load(labels + r, mask=r < n, other=0))
         if BY_ID:
             q_id = tl.load(q_ids + query)
-            same = (q_id >= 0) & (q_id == tl.load(ids + r, mask=r < n, other=0))
-            products = tl.where(same, float("nan"), products)
-        keys = tl.where((r < n) & (products == products), _key(products, r), LOWEST)
+            found &= (q_id < 0) | (q_id != tl.load(ids + r, mask=r < n, other=0))
+        if BY_OWN:
+            found &= r != own_row
+        keys = tl.where(found, _key(products, r), LOWEST)
         key = tl.max(keys)
         while key > worst:
             best = tl.where(best == worst, key, best)
             keys = tl.where(keys == key, LOWEST, keys)
             key = tl.max(keys)
             worst = tl.min(best)
-
-        # The next best group of that lane, then of all.
-        lane = (group % LANES).to(tl.int32)
-        next_best = tl.full((MEMBERS,), LOWEST, dtype=tl.int64)
-        for start in range(0, groups, LANES * MEMBERS):
-            g = start + lane + tl.arange(0, MEMBERS) * LANES
-            values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
-            member_keys = tl.where(values == values, _key(values, g), LOWEST)
-            next_best = tl.maximum(next_best, tl.where(member_keys < group_key, member_keys, LOWEST))
-        lane_best = tl.where(lanes == lane, tl.max(next_best), lane_best)
-        group_key = tl.max(lane_best)
-        taken += 1
         enough = (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
         going = (group_key > LOWEST) & (taken < most) & (enough == 0)
 
-    best = tl.where(k_lanes < K, best, LOWEST)
-    for place in range(K):
-        key = tl.max(best)
-        found = key > LOWEST + K
-        tl.store(similarity + query * K + place, tl.where(found, _similarity_of(key), float("-inf")))
-        tl.store(index + query * K + place, tl.where(found, _index_of(key), -1))
-        best = tl.where(best == key, LOWEST, best)
+    if not EXACT:
+        enough = (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
+        tl.store(unsettled + query, ((group_key > LOWEST) & (enough == 0)).to(tl.int32))
+    best = tl.sort(tl.where(k_lanes < K, best, LOWEST), descending=True)
+    found = best > LOWEST + K
+    places = query * K + k_lanes
+    tl.store(similarity + places, tl.where(found, _similarity_of(best), float("-inf")), mask=k_lanes < K)
+    tl.store(index + places, tl.where(found, _index_of(best), -1), mask=k_lanes < K)
 
 
 # With TRITON_INTERPRET=1 in the environment before Triton is imported, the kernels run on CPU tensors.

@@ -113,16 +113,49 @@ def test_float32_stays_exact_where_tf32_cannot_tell_rows_apart(
     assert_k_nearest(*triton.topk(queries, rows, 5), queries, rows, 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_a_collapsed_encoder_is_searched_by_the_precise_pass(
+    triton, assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Twice: with the bound on groups as it is, and after k groups at most."""
+    from msf_core.search import triton_plan
+
+    values = unit_rows(20_000, 512, torch.float32, seed=0, cone=0.01)
+    rows = Rows(*(packed(values, dtype) if dtype == torch.int8 else (values, None)))
+    queries = unit_rows(70, 512, torch.float32, seed=1, cone=0.01)
+    for bound in ("as it is", "k"):
+        if bound == "k":
+            monkeypatch.setattr(triton_plan, "LEAST_GROUPS", 0)
+            monkeypatch.setattr(triton_plan, "PRECISE_COST", 0)
+            triton_plan.plan_for.cache_clear()
+        assert_k_nearest(*triton.general_topk(Queries(queries), rows, 5), queries, rows.floats(), 5)
+    monkeypatch.undo()
+    triton_plan.plan_for.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_does_not_find_its_own_row(triton, dtype: torch.dtype) -> None:
+    rows = unit_rows(20_000, 512, dtype, seed=0)
+    own = torch.arange(0, 20_000, 200, device="cuda")
+    similarity, index = triton.general_topk(Queries(rows[own], own=own), Rows(rows), 5)
+    with_own = triton.topk(rows[own], rows, 6)
+    assert torch.equal(with_own[1][:, 0], own)
+    assert not (index == own[:, None]).any()
+    torch.testing.assert_close(similarity, with_own[0][:, 1:], rtol=0, atol=2e-6)
+
+
 def test_the_error_of_tf32_stays_within_its_bound(triton) -> None:
     """The first pass alone, its products told by groups of one... as near as maxima come: the largest of each group."""
     from msf_core.search import triton_backend
+    from msf_core.search.triton_plan import plan_for
 
     rows, queries = unit_rows(4096, 512, torch.float32, seed=0), unit_rows(128, 512, torch.float32, seed=1)
     rows[:100] = queries[:100]  # similarities near 1 as well
     maxima = torch.empty(128, 256, device="cuda")
     out = torch.empty(128, 5, device="cuda"), torch.empty(128, 5, dtype=torch.int64, device="cuda")
-    tiles = triton_backend.choose_tiles(128, 512, rows)
-    triton_backend._launch(Queries(queries), Rows(rows), maxima, *out, 5, 16, tiles)
+    limits = triton_backend.device_limits("cuda", rows.device.index)
+    plan = plan_for(128, 4096, 512, 5, rows.dtype, False, *limits, 16)._replace(precise=None)
+    triton_backend._launch(Queries(queries), Rows(rows), maxima, *out, plan)
     truth = (queries.double() @ rows.double().T).view(128, 256, 16).amax(dim=2)
     off = (maxima.double() - truth).abs().max().item()
     assert 1e-6 < off < triton_backend.TF32_ERROR  # it is TF32, and within the bound
