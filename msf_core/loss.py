@@ -19,9 +19,8 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
     """Mean over the batch of (1/k) Σⱼ ‖v − zⱼ‖², for v the unit vector along each prediction.
 
-    With k = 1 this is BYOL's ‖v̂ − û‖², to the last bit. For the gradient only the mean neighbour counts, as
-    the paper remarks (section 2): Σⱼ ‖v − zⱼ‖² / k = ‖v − z̄‖² + Σⱼ ‖zⱼ − z̄‖² / k, where v is in the first
-    term alone. The code computes the right-hand side.
+    With k = 1 this is BYOL's ‖v̂ − û‖², to the last bit. For the gradient only the mean neighbor counts, as the
+    paper remarks (section 2): Σⱼ ‖v − zⱼ‖² / k = ‖v − z̄‖² + Σⱼ ‖zⱼ − z̄‖² / k, where v is in the first term alone.
 
     Args:
         prediction: [B, D], any float dtype and scale; computed in float32, under autocast too.
@@ -54,6 +53,7 @@ def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
 
 def _mean_shift(prediction: Tensor, z: Tensor) -> Tensor:
     prediction = prediction.float()
+    # torch.func differentiates and maps what autograd can follow.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _formula(prediction, z)
     loss: Tensor = _MeanShift.apply(prediction, z)
