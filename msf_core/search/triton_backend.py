@@ -51,6 +51,7 @@ from msf_core.search.base import Queries, Rows, check_search_arguments, rounded_
 from msf_core.search.triton_kernels import INTERPRETED, group_maxima, select
 from msf_core.search.triton_plan import EXACT_DTYPES, SELECT_WARPS, Plan, Tiles, plan_for
 
+OLDEST_TRITON = (3, 3)  # the compiler of 3.2 crashes, and the process with it
 MOST_NEIGHBORS = 256
 TF32_ERROR = 2**-9 + 2**-12
 LANES = 1024  # of `select`: groups are dealt out to so many lanes
@@ -72,6 +73,8 @@ class TritonSearch:
             return f"Triton does not search {device_type} tensors"
         if torch.version.hip is not None:
             return "its kernels are tuned and tested for CUDA alone, not for ROCm"
+        if _version() < OLDEST_TRITON:
+            return f"its kernels need Triton 3.3, which comes with PyTorch 2.7; here is {triton.__version__}"
         if (problem := _why_not_launch()) is not None:
             return problem
         capability = torch.cuda.get_device_capability()
@@ -211,6 +214,10 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 @cache

@@ -189,12 +189,12 @@ def select(
     worst = tl.min(best)
     b, m = tl.arange(0, BATCH), tl.arange(0, GROUP)
     group_key = tl.max(lane_best)
-    taken = 0
+    taken = tl.full((), 0, tl.int32)
     going = group_key > LOWEST
     while going:
         # The best groups, from the maxima alone.
         batch = tl.full((BATCH,), LOWEST, dtype=tl.int64)
-        place = 0
+        place = taken * 0  # of a plain 0 the compilers of Triton 3.3 and 3.4 crash
         while going & (place < BATCH):
             batch = tl.where(b == place, group_key, batch)
             lane = (_index_of(group_key) % LANES).to(tl.int32)
@@ -203,9 +203,9 @@ def select(
                 members = tl.full((MEMBERS,), LOWEST, dtype=tl.int64)
                 for start in range(0, groups, LANES * MEMBERS):
                     g = start + lane + tl.arange(0, MEMBERS) * LANES
-                    values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
-                    keys = tl.where(values == values, _key(values, g), LOWEST)
-                    members = tl.maximum(members, tl.where(keys < group_key, keys, LOWEST))
+                    member_values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
+                    member_keys = tl.where(member_values == member_values, _key(member_values, g), LOWEST)
+                    members = tl.maximum(members, tl.where(member_keys < group_key, member_keys, LOWEST))
                 refill = tl.max(members)
             lane_best = tl.where(lanes == lane, refill, lane_best)
             lane_next = tl.where(lanes == lane, UNKNOWN, lane_next)
