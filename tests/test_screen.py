@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks import collapsed
 from msf_core import available_backends
 from msf_core.rows import packed
 from msf_core.search import Queries, Rows, load_backend, screen
@@ -214,35 +215,8 @@ def test_where_too_many_rows_are_left_the_search_goes_on_without_the_screen(
     assert otherwise.rows == [2 * block + 7]
 
 
-COLLAPSED = ("within 1e-3", "duplicates", "half", "half of the queries", "ten clusters", "drift", "second half")
-
-
-def collapsed(kind: str, n: int, count: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Rows of which the screen can leave few out, and queries beside them, float32."""
-    one, near = unit(1, dim, torch.float32, seed=0), F.normalize
-    apart, queries = unit(n, dim, torch.float32, seed=1), unit(count, dim, torch.float32, seed=2)
-    close = near(one + 1e-3 * apart, dim=1)
-    asked = near(one + 1e-3 * queries, dim=1)
-    numbers = torch.arange(n)[:, None]
-    if kind == "duplicates":
-        return one.repeat(n, 1), one.repeat(count, 1)
-    if kind == "half":
-        return torch.where(numbers % 5 < 3, close, apart), asked
-    if kind == "half of the queries":
-        return torch.where(numbers % 50 == 0, close, apart), torch.where(
-            torch.arange(count)[:, None] < 3, asked, queries
-        )
-    if kind == "ten clusters":
-        return near(apart[numbers[:, 0] % 10] + 0.01 * apart, dim=1), near(apart[:count] + 0.01 * queries, dim=1)
-    if kind == "drift":
-        return near(one + 0.997**numbers * apart, dim=1), asked
-    if kind == "second half":
-        return torch.where(numbers < n // 2, apart, close), asked
-    return close, asked
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("kind", COLLAPSED)
+@pytest.mark.parametrize("kind", collapsed.KINDS)
 def test_collapsed_rows_are_searched_exactly_and_given_up_once(
     assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
 ) -> None:
@@ -254,7 +228,7 @@ def test_collapsed_rows_are_searched_exactly_and_given_up_once(
         "MOST_BLOCK_ROWS": block,
     }.items():
         monkeypatch.setattr(screen, name, value)
-    rows, queries = collapsed(kind, 3 * block + 7, 6, 32)
+    rows, queries = collapsed.made(kind, 3 * block + 7, 6, 32)
     values, scale = packed(rows, dtype)
     asked, there = Queries(queries.to(torch.float32 if dtype == torch.int8 else dtype)), Rows(values, scale)
     otherwise, products, product = Otherwise(), [], screen._Screen._products
@@ -267,25 +241,27 @@ def test_collapsed_rows_are_searched_exactly_and_given_up_once(
     assert len(otherwise.rows) == 2  # the rest of each search, in one
     given_up = [n for n in otherwise.rows if n > 7]
     assert all((n - 7) % block == 0 for n in given_up)
-    if kind in ("within 1e-3", "duplicates", "half"):
+    if kind in ("within 0.001", "duplicates", "half"):
         assert given_up == [3 * block + 7] * 2
         assert products == [GROUP] * 4  # the first and the last chunk of the first block
 
 
 def test_what_is_multiplied_again_is_bounded_for_the_whole_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, queries = unit(30 * 4 * GROUP, 32, torch.float32, seed=0), unit(5, 32, torch.float32, seed=1)
+    rows, queries = unit(30 * 4 * GROUP, 32, torch.float32, seed=0), unit(16, 32, torch.float32, seed=1)
     pairs, again = [], screen._Screen._again
     monkeypatch.setattr(screen._Screen, "_again", lambda *a: pairs.append(a[2].shape[0]) or again(*a))
     monkeypatch.setattr(
         screen._Screen, "_wanted", lambda s, maxima, rank: torch.rand_like(maxima, dtype=torch.float32) < 0.4
     )
-    monkeypatch.setattr(screen, "AGAIN", 24.0)
+    monkeypatch.setattr(screen, "AGAIN", 7.0)
+    monkeypatch.setattr(screen, "MOST_QUERIES", 16)
     otherwise = Otherwise()
     screened_topk(queries, rows, 1, otherwise)
-    cost = GROUP * sum(pairs) / 5 * 24.0 / (1 + screen.AGAIN_QUERIES / 5 + screen.AGAIN_NEIGHBORS / 32)
+    cost = GROUP * sum(pairs) / 16 * 7.0 / (1 + screen.AGAIN_QUERIES / 16 + screen.AGAIN_NEIGHBORS / 32)
     done = len(rows) - otherwise.rows[0]
     assert 0 < done < len(rows)
-    assert 0.5 < cost / (screen.SAVED * done + screen.MORE * len(rows)) <= 1
+    saved = screen.SAVED * (1 - screen.LEAST_QUERIES / 16)
+    assert 0.5 < cost / (saved * done + screen.MORE * len(rows)) <= 1
 
 
 def test_candidates_that_would_take_too_much_memory_are_left_to_float32(

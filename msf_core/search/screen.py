@@ -38,8 +38,8 @@ AGAIN_BYTES = 4 << 20  # of rows that are multiplied again at once
 # A row multiplied again costs as much as AGAIN / (1 + AGAIN_QUERIES / Q + AGAIN_NEIGHBORS · k / D) rows of a float32
 # search. Measured on a Xeon with AMX, D of 256 and 512, k = 5: 21 to 44 for 256 queries and more, 5 to 10 for 8.
 AGAIN, AGAIN_QUERIES, AGAIN_NEIGHBORS = 35.0, 15, 6
-# Of a float32 search, rows multiplied again may take that part of the rows so far, which the screen has saved, and that
-# part of all rows, for the first block leaves most.
+# Rows multiplied again may cost as much as a float32 search of SAVED of the rows so far, what the screen has saved, and
+# of MORE of all rows, for the first block leaves most. With LEAST_QUERIES the screen of float32 rows saves nothing.
 SAVED, MORE = 0.7, 0.3
 DOUBT = 1.25  # times as many rows as may be left: so many those chunks must promise for a block to be given up
 LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 800  # benchmarks/results/cpu_auto.md
@@ -162,7 +162,8 @@ class _Screen:
         cost = AGAIN / (1 + AGAIN_QUERIES / count + selection)
         again = cost * GROUP * (self.pairs + float(counts.sum())) / count
         candidates = float(counts.max()) * count * GROUP * (4 + 8)
-        return again <= SAVED * done + MORE * self.n and candidates <= CANDIDATE_BYTES
+        saved = SAVED * max(0.0, 1 - LEAST_QUERIES / count) * done
+        return again <= saved + MORE * self.n and candidates <= CANDIDATE_BYTES
 
     def _wanted(self, maxima: Tensor, rank: int) -> Tensor:
         """Tell which groups may hold a neighbor, bool as ``maxima``, if the k-th best reaches the rank-th of them."""
