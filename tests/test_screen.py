@@ -296,8 +296,8 @@ def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPat
     assert not screen.screen_pays(q[:7], rows, 5)
     assert not screen.screen_pays(q, rows, 6)
     assert not screen.screen_pays(q.to("meta"), rows.to("meta"), 5)
-    assert not screen.screen_pays(q.half().repeat(15, 1), rows.half(), 5)
-    assert screen.screen_pays(q.half().repeat(16, 1), rows.half(), 5)
+    assert not screen.screen_pays(q.half().repeat(31, 1), rows.half(), 5)
+    assert screen.screen_pays(q.half().repeat(32, 1), rows.half(), 5)
     monkeypatch.setattr(screen, "is_fast", lambda: False)
     assert not screen.screen_pays(q, rows, 5)
 

@@ -43,7 +43,7 @@ AGAIN, AGAIN_QUERIES, AGAIN_NEIGHBORS = 35.0, 15, 6
 SAVED, MORE = 0.7, 0.3
 DOUBT = 1.25  # times as many rows as may be left: so many those chunks must promise for a block to be given up
 LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 800  # benchmarks/results/cpu_auto.md
-LEAST_FLOAT16_QUERIES = 128  # float16 to bfloat16 takes longer than a product with few queries
+LEAST_FLOAT16_QUERIES = 256  # float16 to bfloat16 takes longer than a product with few queries
 ROUNDING = 2.0**-8
 
 Search = Callable[[Queries, Rows, int], tuple[Tensor, Tensor]]
