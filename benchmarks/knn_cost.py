@@ -28,8 +28,10 @@ Formulas and units:
     share of step      = search time / ResNet50 step time, both for one batch
     MB, GB             = 1e6, 1e9 bytes
 
-Times are medians with the 20 % and 80 % quantiles. On a CPU the ResNet50 step is measured on a few images and scaled
-by their number. Recall is against a float64 brute force on eight queries.
+Times are medians with the 20 % and 80 % quantiles. On CUDA each search and step is timed twice: as called, and with the
+host hidden (measure.time_hidden: its kernels are queued before the GPU gets to them); the difference is what Python and
+the launches take. The second has not been run on a GPU yet. On a CPU the ResNet50 step is measured on a few images and
+scaled by their number. Recall is against a float64 brute force on eight queries.
 """
 
 import argparse

@@ -43,6 +43,8 @@ keep() {
     keep "ema" ema_cost "ema_cost_${name}"
     part "bank_options" "$python" benchmarks/bank_options.py --device cuda --repeats 30 --out "$work/options"
     keep "options" bank_options "bank_options_${name}"
+    part "trial_cost" "$python" benchmarks/trial_cost.py --out "$work/trial"
+    keep "trial" trial_cost "trial_cost_${name}"
     part "tiles" "$python" benchmarks/tune_triton.py --out "$out/tune_triton_$name.jsonl"
     if [ ${#failed[@]} -gt 0 ]; then
         echo "failed: ${failed[*]}"

@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from benchmarks import cases, memory, peers
 from benchmarks.cases import Problem
 from benchmarks.measure import (
     Record,
+    Summary,
     describe_environment,
+    hidden_summary,
     matmul_rates,
     memory_rate,
     quantiles,
@@ -171,8 +174,10 @@ def _measure_search(run: Run, problem: Problem, bank: MemoryBank, truth: cases.T
             continue
         recall[name] = None if name == "lightly bank" else truth.recall(index)
     run.say(f"{describe(problem)}: {', '.join(calls)} x {rounds}, in turns")
-    for name, seconds in time_interleaved(calls, dict.fromkeys(calls, rounds), run.device).items():
-        _add_search(run, problem, name, seconds, counted, recall[name])
+    times = time_interleaved(calls, dict.fromkeys(calls, rounds), run.device)
+    hidden = hidden_summary(calls, dict.fromkeys(calls, rounds), run.device)
+    for name, seconds in times.items():
+        _note_hidden(_add_search(run, problem, name, seconds, counted, recall[name]), hidden.get(name))
 
 
 def _measure_authors(run: Run, problem: Problem, bank: MemoryBank) -> None:
@@ -186,12 +191,19 @@ def _measure_authors(run: Run, problem: Problem, bank: MemoryBank) -> None:
     run.say(f"{describe(problem)}: authors' step x {rounds}")
     calls: dict[str, Callable[[int], object]] = {"authors": lambda number: step(*batches[number])}
     seconds = time_interleaved(calls, {"authors": rounds}, run.device)["authors"]
-    _add_search(run, problem, "authors", seconds, counted, None)
+    hidden = hidden_summary(calls, {"authors": rounds}, run.device)
+    _note_hidden(_add_search(run, problem, "authors", seconds, counted, None), hidden.get("authors"))
+
+
+def _note_hidden(record: Record, hidden: Summary | None) -> None:
+    """Put the GPU's time with the host hidden into a record; on a CPU, and where it cannot be told, there is none."""
+    if hidden is not None:
+        record.derived["host_hidden"] = hidden._asdict()
 
 
 def _add_search(
     run: Run, problem: Problem, method: str, seconds: list[float], counted: float, recall: float | None
-) -> None:
+) -> Record:
     """Make the record of one search, and ask for its memory to be measured where it is one of the paper's sizes."""
     authors, ours = method == "authors", method in run.args.backends
     name = "authors" if authors else "search" if ours else "peer"
@@ -217,6 +229,7 @@ def _add_search(
         record.derived["share_of_resnet50_step"] = record.median / (resnet.derived["seconds_an_image"] * problem.batch)
     if ours and method != "auto" and is_papers(problem) and problem.rows == max(PAPER_TABLE_1):
         run.memory_cases.append(memory.MemoryCase(name, method, problem))
+    return record
 
 
 def describe(problem: Problem) -> str:
@@ -249,13 +262,20 @@ def measure_steps(run: Run, problem: Problem) -> None:
     run.say(f"one step, {describe(problem)}: {', '.join(steps)} x {run.args.repeats}, in turns")
     calls = {name: timed(name) for name in steps}
     seconds = time_interleaved(calls, dict.fromkeys(calls, run.args.repeats), run.device)
+    again = {name: partial(_run_step, step, batches) for name, step in steps.items()}  # their losses are not compared
+    hidden = hidden_summary(again, dict.fromkeys(again, run.args.repeats), run.device)
     for name in steps:
         record = run.add("step", asdict(problem) | {"method": name}, seconds[name], "s")
+        _note_hidden(record, hidden.get(name))
         if name in run.args.backends or name in ("auto", "authors"):
             apart = [float(a - b) for a, b in zip(losses[name], losses["authors"], strict=True)]
             record.derived.update(loss=float(losses[name][-1]), most_apart_from_authors_loss=max(map(abs, apart)))
             if name in ("auto", "authors"):
                 run.memory_cases.append(memory.MemoryCase("authors" if name == "authors" else "step", name, problem))
+
+
+def _run_step(step: cases.Step, batches: list[tuple[Tensor, Tensor]], number: int) -> Tensor:
+    return step(*batches[number])
 
 
 def _peer_steps(run: Run, problem: Problem, bank: MemoryBank) -> dict[str, cases.Step]:

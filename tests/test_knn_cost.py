@@ -92,6 +92,7 @@ def test_search_records_hold_the_formula_the_count_the_shares_and_a_perfect_reca
         floor = max(2 * rows * 32 * 16 / 1e9 / products, rows * 32 * 4 / 1e9 / best["memory"])
         assert derived["times_the_floor"] == pytest.approx(record["median"] / floor)
         assert "share_of_resnet50_step" not in derived
+        assert "host_hidden" not in derived
 
 
 def test_our_step_gives_the_loss_of_the_authors_formulation(records: list[dict[str, Any]]) -> None:
@@ -198,6 +199,46 @@ def test_calls_are_timed_in_turns() -> None:
     assert 5 < firsts.count("a") < 15  # in an order of its own
     assert [len(seconds["a"]), len(seconds["b"])] == [30, 20]
     assert min(seconds["a"] + seconds["b"]) > 0
+
+
+class FakeEvent:
+    """Of a device whose wait ends after some microseconds by the clock of the test."""
+
+    now, waits, over = 0.0, [], 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = max(FakeEvent.now, FakeEvent.over)
+
+    def query(self) -> bool:
+        return FakeEvent.now >= FakeEvent.over
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at + 3.0
+
+
+def test_the_host_is_hidden_behind_a_wait_that_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(cycles: int) -> None:
+        FakeEvent.waits.append(cycles)
+        FakeEvent.over = FakeEvent.now + cycles
+
+    def host_takes(cycles: float) -> None:
+        FakeEvent.now += cycles
+
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    short, longer, longest = measure.WAIT_CYCLES
+    calls = {"quick": 1, "slow": longer - 1, "waits itself": 2 * longest}
+    cuda = torch.device("cuda")
+    assert measure.time_hidden(lambda: host_takes(calls["quick"]), cuda) == 3e-3
+    assert FakeEvent.waits == [short]
+    timed = {name: lambda number, cycles=cycles: host_takes(cycles) for name, cycles in calls.items()}
+    found = measure.hidden_summary(timed, dict.fromkeys(timed, 2), cuda)
+    assert found == {"quick": (3e-3,) * 3, "slow": (3e-3,) * 3}
+    assert measure.hidden_summary(timed, dict.fromkeys(timed, 2), CPU) == {}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read on Linux only")
@@ -307,6 +348,15 @@ def test_the_report_names_the_paper_and_what_is_missing() -> None:
     assert "| msf_core, auto | 2.00 s (2.00 s–2.00 s) | 4.0 x | 1.00 x |" in report
     assert "| bare faiss.knn, no loss | 3.00 s (3.00 s–3.00 s) | 2.7 x | 1.50 x |" in report
     assert "- msf_core, faiss: no proc / file" in report
+    assert "host hidden" not in report
+    for place in (1, 3):
+        hidden = {"host_hidden": {"median": 1.5, "q20": 1.0, "q80": 2.0}}
+        records[place] = dataclasses.replace(records[place], derived=records[place].derived | hidden)
+    report = tables.write_report([*records, memory_record], {})
+    assert report.count(", as called | GPU time, host hidden |") == 2
+    assert f"{size} msf_core, torch | 2.00 s (2.00 s–2.00 s) | 1.50 s | 1.05 | 1.05 | 134 |" in report
+    assert f"{size} bare faiss.knn | 3.00 s (3.00 s–3.00 s) | — | 1.05 | — | 134 |" in report
+    assert "| msf_core, auto | 2.00 s (2.00 s–2.00 s) | 1.50 s | 4.0 x |" in report
 
 
 def test_the_rates_of_the_machine_are_those_of_real_work() -> None:

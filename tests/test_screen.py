@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks import collapsed
 from msf_core import available_backends
 from msf_core.rows import packed
 from msf_core.search import Queries, Rows, load_backend, screen
@@ -36,12 +37,12 @@ def screened_topk(queries: Tensor, rows: Tensor, k: int, otherwise: Search) -> t
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_blocks():
-    """Blocks of four groups and chunks of two, so that a test of some hundred rows has many; none is given up."""
+    """Blocks of four groups and chunks of one, so that a test of some hundred rows has many; none is given up."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(screen, "CHUNK_ROWS", 2 * GROUP)
+        patch.setattr(screen, "CHUNK_ROWS", GROUP)
         patch.setattr(screen, "LEAST_BLOCK_ROWS", 4 * GROUP)
         patch.setattr(screen, "MOST_BLOCK_ROWS", 4 * GROUP)
-        patch.setattr(screen, "WORTH_IT", 0.01)
+        patch.setattr(screen, "AGAIN", 0.0)
         patch.setattr(screen, "MOST_QUERIES", 5)
         patch.setattr(screen, "AGAIN_BYTES", 4096)
         yield
@@ -122,9 +123,9 @@ def test_products_off_by_the_bound_and_rounded_still_let_the_nearest_through(
     made.error = torch.tensor([error])
     made.best = screen.RunningTopk(torch.zeros(1, 2), k)
     nearest = truth.topk(k, dim=0).indices[:, 0]
-    assert (maxima[nearest] >= made._least(maxima)).all()
+    assert (maxima[nearest] >= made._least(maxima, made.best.k)).all()
     made.best.merge(truth[nearest].T.contiguous(), nearest[None])  # once the k best are known exactly
-    assert (maxima[nearest] >= made._least(maxima)).all()
+    assert (maxima[nearest] >= made._least(maxima, made.best.k)).all()
 
 
 def test_rounding_queries_to_int8_never_costs_a_neighbor(
@@ -167,7 +168,8 @@ def test_degenerate_rows_and_queries_are_screened_exactly(
 
 
 def test_a_query_of_nan_does_not_spoil_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "WORTH_IT", 10)
+    monkeypatch.setattr(screen, "AGAIN", 35.0)
+    monkeypatch.setattr(screen, "CHUNK_ROWS", 2048)
     monkeypatch.setattr(screen, "LEAST_BLOCK_ROWS", 1 << 16)
     monkeypatch.setattr(screen, "MOST_BLOCK_ROWS", 1 << 16)
     rows, queries = unit(16 * 400, 256, torch.float32, seed=0), unit(5, 256, torch.float32, seed=1)
@@ -197,7 +199,8 @@ def test_default_dtype_and_device_do_not_reach_into_a_search(assert_k_nearest: C
 def test_where_too_many_rows_are_left_the_search_goes_on_without_the_screen(
     assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(screen, "WORTH_IT", 10)
+    monkeypatch.setattr(screen, "AGAIN", 35.0)
+    monkeypatch.setattr(screen, "CHUNK_ROWS", 8 * GROUP)
     block = GROUP * 40
     monkeypatch.setattr(screen, "LEAST_BLOCK_ROWS", block)
     monkeypatch.setattr(screen, "MOST_BLOCK_ROWS", block)
@@ -210,6 +213,55 @@ def test_where_too_many_rows_are_left_the_search_goes_on_without_the_screen(
     otherwise = Otherwise()
     assert_k_nearest(*screened_topk(queries, rows, 1, otherwise), queries, rows, 1)
     assert otherwise.rows == [2 * block + 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("kind", collapsed.KINDS)
+def test_collapsed_rows_are_searched_exactly_and_given_up_once(
+    assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
+) -> None:
+    block = 40 * GROUP
+    for name, value in {
+        "AGAIN": 35.0,
+        "MOST_QUERIES": 512,
+        "LEAST_BLOCK_ROWS": block,
+        "MOST_BLOCK_ROWS": block,
+    }.items():
+        monkeypatch.setattr(screen, name, value)
+    rows, queries = collapsed.made(kind, 3 * block + 7, 6, 32)
+    values, scale = packed(rows, dtype)
+    asked, there = Queries(queries.to(torch.float32 if dtype == torch.int8 else dtype)), Rows(values, scale)
+    otherwise, products, product = Otherwise(), [], screen._Screen._products
+    monkeypatch.setattr(
+        screen._Screen, "_products", lambda s, part: products.append(len(part.values)) or product(s, part)
+    )
+    for k in (1, 5):
+        similarity, index = screened_search(asked, there, k, otherwise)
+        assert_k_nearest(similarity, index, asked.values, there.floats().to(asked.values.dtype), k)
+    assert len(otherwise.rows) == 2  # the rest of each search, in one
+    given_up = [n for n in otherwise.rows if n > 7]
+    assert all((n - 7) % block == 0 for n in given_up)
+    if kind in ("within 0.001", "duplicates", "half"):
+        assert given_up == [3 * block + 7] * 2
+        assert products == [GROUP] * 4  # the first and the last chunk of the first block
+
+
+def test_what_is_multiplied_again_is_bounded_for_the_whole_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, queries = unit(30 * 4 * GROUP, 32, torch.float32, seed=0), unit(16, 32, torch.float32, seed=1)
+    pairs, again = [], screen._Screen._again
+    monkeypatch.setattr(screen._Screen, "_again", lambda *a: pairs.append(a[2].shape[0]) or again(*a))
+    monkeypatch.setattr(
+        screen._Screen, "_wanted", lambda s, maxima, rank: torch.rand_like(maxima, dtype=torch.float32) < 0.4
+    )
+    monkeypatch.setattr(screen, "AGAIN", 7.0)
+    monkeypatch.setattr(screen, "MOST_QUERIES", 16)
+    otherwise = Otherwise()
+    screened_topk(queries, rows, 1, otherwise)
+    cost = GROUP * sum(pairs) / 16 * 7.0 / (1 + screen.AGAIN_QUERIES / 16 + screen.AGAIN_NEIGHBORS / 32)
+    done = len(rows) - otherwise.rows[0]
+    assert 0 < done < len(rows)
+    saved = screen.SAVED * (1 - screen.LEAST_QUERIES / 16)
+    assert 0.5 < cost / (saved * done + screen.MORE * len(rows)) <= 1
 
 
 def test_candidates_that_would_take_too_much_memory_are_left_to_float32(
@@ -244,6 +296,8 @@ def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPat
     assert not screen.screen_pays(q[:7], rows, 5)
     assert not screen.screen_pays(q, rows, 6)
     assert not screen.screen_pays(q.to("meta"), rows.to("meta"), 5)
+    assert not screen.screen_pays(q.half().repeat(31, 1), rows.half(), 5)
+    assert screen.screen_pays(q.half().repeat(32, 1), rows.half(), 5)
     monkeypatch.setattr(screen, "is_fast", lambda: False)
     assert not screen.screen_pays(q, rows, 5)
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     VERSION < triton_backend.OLDEST_TRITON, reason="Triton 3.3 is the oldest that compiles the kernels"
 )
 
-# What the compiler of Triton 3.8 makes; older ones spill a few bytes more, use more registers, and 3.3 cannot do sm_120.
+# What Triton 3.8 makes. Older ones spill a few bytes and use more registers, and 3.3 cannot compile for sm_120.
 NEWEST = VERSION >= (3, 8)
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes that a program may have
 if VERSION < (3, 4):
@@ -116,7 +116,7 @@ def test_nothing_spills_and_two_programs_of_select_fit_a_multiprocessor(kernels)
     for case, of_case in kernels.items():
         for name, kernel in of_case.items():
             usage = usage_of(kernel)
-            assert usage["STACK"] + usage["LOCAL"] <= (0 if NEWEST else 64), (case, name, usage)
+            assert usage["STACK"] + usage["LOCAL"] <= (0 if NEWEST else 128), (case, name, usage)
         registers = usage_of(of_case["select"])["REG"]
         assert not NEWEST or 2 * registers * 32 * triton_plan.SELECT_WARPS <= 65536, (case, registers)
 

@@ -1,13 +1,15 @@
 """The choice that "auto" makes, at every search: by device, size and what is installed."""
 
-from functools import partial
+from functools import cache, partial
+from typing import cast
 
 from torch import Tensor
 
-from msf_core.search.base import Queries, Rows, SearchBackend, check_search_arguments
+from msf_core.search.base import GeneralSearch, Queries, Rows, SearchBackend, check_search_arguments
 from msf_core.search.general import leaving_out_own, search_by
 from msf_core.search.registry import load_backend, most_neighbors, why_not
 from msf_core.search.screen import screen_pays, screened_search
+from msf_core.search.trial import TriedSearch
 
 # By benchmarks/results/cpu_auto.md, on two AMD cores. FAISS multiplies blocks of 1,024 rows: on a CPU its OpenBLAS does
 # so at full speed from this many Q·D on, 1.3 to 1.5 times faster than PyTorch; below it is up to 4 times slower.
@@ -43,11 +45,19 @@ class AutoSearch:
         device = queries.values.device.type
         if device == "cpu" and _suits_faiss(queries, rows, k) and why_not("faiss", "cpu") is None:
             return load_backend("faiss")
-        if device == "cuda" and why_not("triton", "cuda") is None:
-            triton = load_backend("triton")
-            if k <= (most_neighbors(triton, "cuda") or k):
-                return triton
+        if device == "cuda" and why_not("triton", "cuda") is None and k <= _most_of_triton():
+            return tried_triton()
         return load_backend("torch")
+
+
+@cache
+def tried_triton() -> TriedSearch:
+    """Return the search by Triton where that passes a trial on the device, else by torch; one for the process."""
+    return TriedSearch(cast(GeneralSearch, load_backend("triton")), cast(GeneralSearch, load_backend("torch")))
+
+
+def _most_of_triton() -> int:
+    return most_neighbors(load_backend("triton"), "cuda") or 0
 
 
 def _suits_faiss(queries: Queries, rows: Rows, k: int) -> bool:

@@ -13,7 +13,10 @@ bfloat16 is off by at most 2⁻⁸ of the value):
 Int8 rows are screened in whole numbers, several times faster again: the queries are rounded to int8 too, and what that
 takes off them stands for the first three terms.
 
-Where so many rows are nearly as similar as the k-th that the screen leaves too many, the search goes on without it.
+Where so many rows are nearly as similar as the k-th that the screen leaves too many, as from a collapsed encoder, the
+search goes on without it. The first and the last rows of a block tell that before all of it is screened, and the cost
+of multiplying rows again is bounded for the whole search: it takes at most about half as long again as without a
+screen.
 """
 
 from collections.abc import Callable
@@ -32,8 +35,15 @@ MOST_QUERIES = 512  # at once
 BLOCK_ROWS_FOR_EACH_NEIGHBOR, LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 1024, 32768, 131072
 CANDIDATE_BYTES = 32 << 20  # of one block's candidates
 AGAIN_BYTES = 4 << 20  # of rows that are multiplied again at once
-WORTH_IT = 10  # a row again costs less than so many in a float32 product
+# A row multiplied again costs as much as AGAIN / (1 + AGAIN_QUERIES / Q + AGAIN_NEIGHBORS · k / D) rows of a float32
+# search. Measured on a Xeon with AMX, D of 256 and 512, k = 5: 21 to 44 for 256 queries and more, 5 to 10 for 8.
+AGAIN, AGAIN_QUERIES, AGAIN_NEIGHBORS = 35.0, 15, 6
+# Rows multiplied again may cost as much as a float32 search of SAVED of the rows so far, what the screen has saved, and
+# of MORE of all rows, for the first block leaves most. With LEAST_QUERIES the screen of float32 rows saves nothing.
+SAVED, MORE = 0.7, 0.3
+DOUBT = 1.25  # times as many rows as may be left: so many those chunks must promise for a block to be given up
 LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 800  # benchmarks/results/cpu_auto.md
+LEAST_FLOAT16_QUERIES = 256  # float16 to bfloat16 takes longer than a product with few queries
 ROUNDING = 2.0**-8
 
 Search = Callable[[Queries, Rows, int], tuple[Tensor, Tensor]]
@@ -48,7 +58,8 @@ def is_fast() -> bool:
 
 def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
     """Tell whether the screen makes a search faster: on a CPU that has those instructions, from some size on."""
-    large = queries.shape[0] >= LEAST_QUERIES and rows.shape[0] >= LEAST_ROWS_FOR_EACH_NEIGHBOR * k
+    least = LEAST_FLOAT16_QUERIES if rows.dtype == torch.float16 else LEAST_QUERIES
+    large = queries.shape[0] >= least and rows.shape[0] >= LEAST_ROWS_FOR_EACH_NEIGHBOR * k
     return large and rows.device.type == "cpu" and is_fast()
 
 
@@ -84,6 +95,7 @@ class _Screen:
 
     def __init__(self, queries: Queries, rows: Rows, best: RunningTopk) -> None:
         self.best = best
+        self.n, self.pairs = rows.values.shape[0], 0  # rows of the search; groups that queries looked at again, so far
         self.constraints = queries
         self.queries = queries.values.float()  # [Q, D]
         count, dim = self.queries.shape
@@ -107,21 +119,33 @@ class _Screen:
 
     def search(self, rows: Rows, offset: int) -> bool:
         """Take rows [c · GROUP, D] in; return False, having done nothing, where the screen leaves too many."""
-        maxima = self._maxima(rows)  # [groups, Q]
-        # A NaN row hides the others of its group; −inf is a group without a row that may be found.
-        wanted = ((maxima >= self._least(maxima)) & (maxima > -torch.inf)).logical_or_(maxima.isnan())
+        n, count, k = rows.values.shape[0], self.queries.shape[0], self.best.k
+        maxima = self.queries.new_empty(n // GROUP, count, dtype=torch.bfloat16)
+        first, last = CHUNK_ROWS, (n - 1) // CHUNK_ROWS * CHUNK_ROWS
+        if first < last:  # the first and the last chunk tell whether the others are worth it
+            self._fill(maxima, rows, 0, first)
+            self._fill(maxima, rows, last, n)
+            seen = torch.cat([maxima[: first // GROUP], maxima[last // GROUP :]])
+            # Among a part of the groups the one of that rank stands for the k-th best of the block.
+            rank = -(-k * len(seen) // len(maxima))
+            promised = self._wanted(seen, rank).sum(dim=0) * (len(maxima) / (len(seen) * DOUBT))
+            if not self._affordable(promised, offset + n):
+                return False
+            self._fill(maxima, rows, first, last)
+        else:
+            self._fill(maxima, rows, 0, n)
+        wanted = self._wanted(maxima, k)
         counts = wanted.sum(dim=0)  # [Q]
-        count, most = wanted.shape[1], int(counts.max())
-        most = max(most, -(-self.best.k // GROUP))
-        worth_it = rows.values.shape[0] * count / (GROUP * WORTH_IT)
-        if int(counts.sum()) > worth_it or most * count * GROUP * (4 + 8) > CANDIDATE_BYTES:
+        if not self._affordable(counts, offset + n):
             return False
         group, query = wanted.nonzero(as_tuple=True)  # [p] each, by group: rows are read in their order
+        self.pairs += group.shape[0]
         by_query = query.argsort(stable=True)
         place = torch.empty_like(query)  # of a group among those of its query
         place[by_query] = (
             torch.arange(query.shape[0], device=query.device) - (counts.cumsum(0) - counts)[query[by_query]]
         )
+        most = max(int(counts.max()), -(-k // GROUP))
         similarity = self.queries.new_full((count, most, GROUP), -torch.inf)
         index = query.new_full((count, most, GROUP), -1)
         similarity[query, place] = self._again(rows, query, group)
@@ -129,22 +153,41 @@ class _Screen:
         self.best.merge(similarity.flatten(1), index.flatten(1))
         return True
 
-    def _least(self, maxima: Tensor) -> Tensor:
-        """Return the least product of the screen, [Q] bfloat16, that may belong to one of the k nearest."""
-        k = self.best.k
+    def _affordable(self, counts: Tensor, done: int) -> bool:
+        """Tell whether so many groups of each query, [Q], may be multiplied again, the rows before ``done`` being so.
+
+        Both their time, with that of the groups before them, and the memory that holds their rows are bounded.
+        """
+        (count, dim), k = self.queries.shape, self.best.k
+        selection = 0.0 if self.constraints.constrained else AGAIN_NEIGHBORS * k / dim  # fast among few rows
+        cost = AGAIN / (1 + AGAIN_QUERIES / count + selection)
+        again = cost * GROUP * (self.pairs + float(counts.sum())) / count
+        candidates = float(counts.max()) * count * GROUP * (4 + 8)
+        saved = SAVED * max(0.0, 1 - LEAST_QUERIES / count) * done
+        return again <= saved + MORE * self.n and candidates <= CANDIDATE_BYTES
+
+    def _wanted(self, maxima: Tensor, rank: int) -> Tensor:
+        """Tell which groups may hold a neighbor, bool as ``maxima``, if the k-th best reaches the rank-th of them."""
+        # A NaN row hides the others of its group; −inf is a group without a row that may be found.
+        return ((maxima >= self._least(maxima, rank)) & (maxima > -torch.inf)).logical_or_(maxima.isnan())
+
+    def _least(self, maxima: Tensor, rank: int) -> Tensor:
+        """Return the least product of the screen, [Q] bfloat16, that may belong to one of the ``rank`` nearest."""
         surely = torch.full_like(self.error, -torch.inf)  # [Q], the k-th best is at least that
-        if maxima.shape[0] >= k:
-            kth = maxima.masked_fill(maxima.isnan(), -torch.inf).topk(k, dim=0).values[-1].float()
+        if maxima.shape[0] >= rank:
+            kth = maxima.masked_fill(maxima.isnan(), -torch.inf).topk(rank, dim=0).values[-1].float()
             surely = kth - self.error - 1.01 * ROUNDING * kth.abs()
-        if self.best.similarity.shape[1] == k:
+        if self.best.similarity.shape[1] == self.best.k:
             surely = torch.maximum(surely, self.best.similarity[:, -1])
         return (surely - self.error).bfloat16()  # rounded as the products were, so none of them falls below it
 
-    def _maxima(self, rows: Rows) -> Tensor:
-        """Return the largest product of each group, [groups, Q] bfloat16; NaN where the group has a NaN."""
-        n, count = rows.values.shape[0], self.queries.shape[0]
-        maxima = self.queries.new_empty(n // GROUP, count, dtype=torch.bfloat16)
-        for start in range(0, n, CHUNK_ROWS):
+    def _fill(self, maxima: Tensor, rows: Rows, begin: int, end: int) -> None:
+        """Write the largest product of each group, [groups, Q] bfloat16, for the rows from begin to end.
+
+        It is NaN where the group has a NaN.
+        """
+        count = self.queries.shape[0]
+        for start in range(begin, min(end, rows.values.shape[0]), CHUNK_ROWS):
             part = rows.part(start, start + CHUNK_ROWS)
             products = self._products(part)
             forbidden = self.constraints.forbidden(part.labels, part.ids)
@@ -154,7 +197,6 @@ class _Screen:
             if part.scale is not None:
                 largest *= self.step
             maxima[start // GROUP : (start + CHUNK_ROWS) // GROUP] = largest
-        return maxima
 
     def _products(self, rows: Rows) -> Tensor:
         """Return products [c, Q] of rows and rounded queries; of int8 rows as multiples of the query's step."""
