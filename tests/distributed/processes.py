@@ -15,10 +15,16 @@ import torch.distributed as dist
 
 SECONDS = 120  # that a function may take; a hang is a failure
 
-# Each is forked from one process that has imported already what takes seconds: those that are not installed are left out.
+# All are forked from one process, which has imported already what takes seconds of each, as far as it is installed.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "torchvision.transforms.v2", "sklearn.linear_model", "torch.utils.tensorboard", "matplotlib.pyplot"]
+    [
+        "torch._dynamo",
+        "torchvision.transforms.v2",
+        "sklearn.linear_model",
+        "torch.utils.tensorboard",
+        "matplotlib.pyplot",
+    ]
 )
 
 
