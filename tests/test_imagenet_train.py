@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from test_training import blank_pictures, make_tree
 
 import imagenet_train
+from msf_core import Neighbors
 from training.data import Digits
+from training.health import measure
 from training.trainer import Trainer
 
 SCRIPT = Path(imagenet_train.__file__)
@@ -390,8 +392,16 @@ def test_one_view_for_both_encoders_is_said_although_spread_and_loss_look_well(
     assert "collapsing" not in printed.err
 
 
-def test_k_may_rise_over_the_run(tmp_path: Path) -> None:
+def test_k_may_rise_over_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ks: list[int] = []
+
+    def watched(loss: torch.Tensor, u: torch.Tensor, neighbors: Neighbors, *more: object) -> dict[str, torch.Tensor]:
+        ks.append(neighbors.index.shape[1])
+        return measure(loss, u, neighbors, *more)
+
+    monkeypatch.setattr("training.trainer.measure", watched)
     assert train("--steps", 6, "--k", 1, "--k-end", 9, "--out", tmp_path / "run") == 0
+    assert ks == [1, 2, 4, 5, 6, 8]
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert (settings["k"], settings["k_end"], int(state["criterion"]["_extra_state"])) == (1, 9, 6)
