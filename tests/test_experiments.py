@@ -11,6 +11,7 @@ from typing import TextIO
 
 import pytest
 from PIL import Image
+from test_training import blank_pictures
 
 import experiments
 import imagenet_train
@@ -34,7 +35,7 @@ def _within_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def called(command: list[str], *, stdout: TextIO, stderr: int, env: dict[str, str]) -> SimpleNamespace:
         assert command[:2] == [sys.executable, imagenet_train.__file__]
-        with contextlib.redirect_stdout(stdout):
+        with contextlib.redirect_stdout(stdout), blank_pictures():
             return SimpleNamespace(returncode=imagenet_train.main(command[2:]))
 
     monkeypatch.setattr("experimenting.runs.subprocess", SimpleNamespace(run=called, STDOUT=subprocess.STDOUT))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
-from test_training import make_tree
+from test_training import blank_pictures, make_tree
 from torch import Tensor
 
 import imagenet_eval
@@ -40,7 +40,8 @@ def blobs(count: int, classes: int = 5, features: int = 12, seed: int = 0, noise
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    assert imagenet_train.main(["--steps", "42", "--eval-every", "0", "--out", str(folder)]) == 0
+    with blank_pictures():
+        assert imagenet_train.main(["--steps", "42", "--eval-every", "0", "--out", str(folder)]) == 0
     return folder
 
 
@@ -51,7 +52,8 @@ def photo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = make_tree(folder / "tree", train=10, val=4)
     flags = ["--arch", "resnet18", "--image-size", "32", "--hidden", "32", "--dim", "16", "--bank-size", "32"]
     flags += ["--batch-size", "10", "--workers", "0", "--steps", "6", "--out", str(folder / "run")]
-    assert imagenet_train.main(["--data", str(tree), *flags]) == 0
+    with blank_pictures():
+        assert imagenet_train.main(["--data", str(tree), *flags]) == 0
     return folder / "run"
 
 

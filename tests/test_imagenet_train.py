@@ -1,6 +1,8 @@
 """examples/imagenet_train.py as its users run it."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import shutil
@@ -16,10 +18,12 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file
-from test_training import make_tree
+from test_training import blank_pictures, make_tree
 
 import imagenet_train
+from msf_core import Neighbors
 from training.data import Digits
+from training.health import measure
 from training.trainer import Trainer
 
 SCRIPT = Path(imagenet_train.__file__)
@@ -38,8 +42,9 @@ SMALL = ["--arch", "resnet18", "--image-size", "32", "--hidden", "32", "--dim", 
 SMALL += ["--batch-size", "4", "--workers", "0", "--epochs", "2"]
 
 
-def train(*arguments: object) -> int:
-    return imagenet_train.main([str(argument) for argument in arguments])
+def train(*arguments: object, pictures: bool = False) -> int:
+    with contextlib.nullcontext() if pictures else blank_pictures():
+        return imagenet_train.main([str(argument) for argument in arguments])
 
 
 def error_of(capsys: pytest.CaptureFixture, *arguments: object) -> str:
@@ -97,35 +102,70 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A tree of twelve images in three classes, the folder of a run on it with its pictures, and what that printed."""
+    folder = tmp_path_factory.mktemp("photos")
+    tree = make_tree(folder / "tree", train=4)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert train("--data", tree, *SMALL, "--out", folder / "run", pictures=True) == 0
+    return tree, folder / "run", printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def unlabelled(photos: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The same of a run on the same images without their classes."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    for i, image in enumerate(sorted((photos[0] / "train").rglob("*.jpg"))):
+        shutil.copy(image, folder / f"{i:03}.jpg")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert train("--data", folder, *SMALL, "--out", folder / "run", pictures=True) == 0
+    return folder / "run", printed.getvalue()
+
+
 @pytest.mark.slow
-def test_the_digits_job_learns_in_its_short_form(tmp_path: Path) -> None:
+def test_the_digits_job_learns_in_its_short_form_without_a_warning(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--steps", "600", "--out", tmp_path / "run"], capture_output=True, text=True
+        [sys.executable, SCRIPT, "--steps", "600", "--eval-every", "10", "--out", folder],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    rows = json.loads((folder / "results.json").read_text())["rows"]
     assert set(rows) == {"raw pixels", "untrained", "MSF, k = 5"}
     assert rows["MSF, k = 5"]["nn1"] >= 0.96
     assert rows["MSF, k = 5"]["one_label"] >= 0.72
     assert "| MSF, k = 5 |" in done.stdout
     assert "600/600" in done.stderr
-    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"config.json", "results.json"}
-    history = metrics(tmp_path / "run")
+    assert {path.name for path in folder.iterdir()} == FILES | {"config.json", "results.json"}
+    history = metrics(folder)
     assert [int(row["epoch"]) for row in history] == list(range(1, 30))
-    assert float(history[-1]["spread"]) > 0.8
-    assert float(history[-1]["purity"]) > float(history[0]["purity"])
+    assert [int(row["epoch"]) for row in history if row["nn1"]] == [1, 10, 20, 29]
+    last = history[-1]
+    assert float(last["spread"]) > 0.8
+    assert float(last["purity"]) > float(history[0]["purity"])
     for name in ("curves.png", "neighbors.png"):
-        width, height = Image.open(tmp_path / "run" / name).size
+        width, height = Image.open(folder / name).size
         assert width > 600
         assert height > 400
-    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    assert list((folder / "tensorboard").glob("events*"))
+    # A healthy run:
+    assert "warning" not in done.stderr + done.stdout
+    assert 1.5 < float(last["rank"]) < 64
+    assert 0.5 < float(last["similarity"]) <= 1
+    assert 0 < float(last["age"]) < 16, "of the 1,024 rows in the bank, 64 a step"
+    assert float(last["difference"]) > 0.1
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path, whole: Path) -> None:
     assert train(*DIGITS, "--out", tmp_path / "again") == 0
     assert_same_run(whole, tmp_path / "again")
-    assert train(*DIGITS, "--seed", 1, "--out", tmp_path / "other") == 0
-    assert metrics(whole) != metrics(tmp_path / "other")
+    assert train("--steps", 1, "--seed", 1, "--out", tmp_path / "other") == 0
+    first, other = ((folder / "losses.csv").read_text().splitlines()[1] for folder in (whole, tmp_path / "other"))
+    assert first != other
 
 
 @pytest.mark.parametrize(("step", "number"), [(4, signal.SIGTERM), (25, signal.SIGINT), (20, signal.SIGINT)])
@@ -149,7 +189,7 @@ def test_a_run_that_is_stopped_goes_on_exactly(
 @pytest.mark.slow
 def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tree = make_tree(tmp_path / "tree", train=4, val=1)
-    flags = ["--data", tree, "--image-size", "64", "--batch-size", "4", "--epochs", "2"]
+    flags = ["--data", tree, "--image-size", "32", "--batch-size", "4", "--epochs", "2"]
     flags += ["--bank-size", "64", "--hidden", "128", "--workers", "1"]
     assert train(*flags, "--out", tmp_path / "whole") == 0
 
@@ -175,38 +215,29 @@ def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_folder_trains_with_labels_and_without(tmp_path: Path, capsys: pytest.CaptureFixture, labelled: bool) -> None:
-    tree = make_tree(tmp_path / "tree", train=4)
-    if not labelled:
-        for i, image in enumerate(sorted((tree / "train").rglob("*.jpg"))):
-            image.rename(tmp_path / f"{i}.jpg")
-    data = tree if labelled else tmp_path
-    assert train("--data", data, *SMALL, "--out", tmp_path / "run") == 0
-    printed = capsys.readouterr().out
+def test_a_folder_trains_with_labels_and_without(
+    photos: tuple[Path, Path, str], unlabelled: tuple[Path, str], labelled: bool
+) -> None:
+    run, printed = photos[1:] if labelled else unlabelled
     assert ("| MSF, k = 5 |" in printed) == labelled
     assert ("no labels to evaluate with" in printed) != labelled
-    assert all((row["purity"] != "") == labelled for row in metrics(tmp_path / "run"))
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= FILES
+    assert all((row["purity"] != "") == labelled for row in metrics(run))
+    assert {path.name for path in run.iterdir()} >= FILES
+    for name in ("curves.png", "neighbors.png"):
+        assert min(Image.open(run / name).size) > 400
 
 
-def test_labels_never_reach_the_weights(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path / "tree", train=4)
-    assert train("--data", tree, *SMALL, "--out", tmp_path / "labelled") == 0
-    images = sorted((tree / "train").rglob("*.jpg"))
-    flat_tree = tmp_path / "flat" / "train"
-    flat_tree.mkdir(parents=True)
-    for i, image in enumerate(images):
-        image.rename(flat_tree / f"{i:03}.jpg")
-    assert train("--data", tmp_path / "flat", *SMALL, "--out", tmp_path / "unlabelled") == 0
-    one, other = (load_file(tmp_path / name / "backbone.safetensors") for name in ("labelled", "unlabelled"))
+def test_labels_never_reach_the_weights(photos: tuple[Path, Path, str], unlabelled: tuple[Path, str]) -> None:
+    one, other = (load_file(folder / "backbone.safetensors") for folder in (photos[1], unlabelled[0]))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_byol_is_a_run_without_a_bank(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert train("--method", "byol", *DIGITS, "--out", tmp_path / "run") == 0
+    few = ["--steps", 12, "--eval-every", 0]
+    assert train("--method", "byol", *few, "--out", tmp_path / "run") == 0
     assert "BYOL (k = 1, no bank)" in capsys.readouterr().out
     assert not any("bank" in name for name in torch.load(tmp_path / "run" / "checkpoint.pt")["criterion"])
-    assert train("--k", 1, *DIGITS, "--out", tmp_path / "msf") == 0
+    assert train("--k", 1, *few, "--out", tmp_path / "msf") == 0
     one, other = (load_file(tmp_path / name / "backbone.safetensors") for name in ("run", "msf"))
     assert all(torch.equal(one[name], other[name]) for name in one), "k = 1 must be BYOL"
 
@@ -219,10 +250,13 @@ def test_every_augmentation_trains(tmp_path: Path, augmentation: str) -> None:
 
 @pytest.mark.parametrize("when", ["before training", "in the first epoch"])
 def test_an_unreadable_image_costs_no_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, when: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    photos: tuple[Path, Path, str],
+    when: str,
 ) -> None:
     tree = make_tree(tmp_path / "tree", train=4)
-    assert train("--data", tree, *SMALL, "--out", tmp_path / "whole") == 0
     broken = tree / "train" / "class2" / "1.jpg"
     content = broken.read_bytes()
     broken.write_bytes(content[:100])
@@ -232,7 +266,7 @@ def test_an_unreadable_image_costs_no_work(
     assert "class2/1.jpg" in capsys.readouterr().err
     broken.write_bytes(content)
     assert train("--resume", tmp_path / "run") == 0
-    one, other = (load_file(tmp_path / name / "backbone.safetensors") for name in ("whole", "run"))
+    one, other = (load_file(folder / "backbone.safetensors") for folder in (photos[1], tmp_path / "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -335,7 +369,10 @@ def test_a_fresh_run_without_out_takes_a_new_folder(tmp_path: Path, monkeypatch:
 
 def test_collapse_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Without the prediction head: while it trains, and at the end."""
-    assert train("--steps", 150, "--momentum", 0.9, "--predictor", "none", "--out", tmp_path / "run") == 0
+    assert (
+        train("--steps", 63, "--momentum", 0.9, "--predictor", "none", "--eval-every", 0, "--out", tmp_path / "run")
+        == 0
+    )
     assert float(metrics(tmp_path / "run")[-1]["spread"]) < 0.2
     printed = capsys.readouterr()
     assert printed.err.count("the encoder is collapsing") == 1, "once"
@@ -345,7 +382,7 @@ def test_collapse_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
 def test_one_view_for_both_encoders_is_said_although_spread_and_loss_look_well(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert train("--steps", 84, "--views", "same", "--out", tmp_path / "run") == 0
+    assert train("--steps", 84, "--views", "same", "--eval-every", 0, "--out", tmp_path / "run") == 0
     last = metrics(tmp_path / "run")[-1]
     assert float(last["spread"]) > 0.8
     assert float(last["loss"]) < 0.4
@@ -355,22 +392,19 @@ def test_one_view_for_both_encoders_is_said_although_spread_and_loss_look_well(
     assert "collapsing" not in printed.err
 
 
-def test_a_healthy_run_gives_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert train("--steps", 105, "--eval-every", 0, "--out", tmp_path / "run") == 0
-    printed = capsys.readouterr()
-    assert "warning" not in printed.err + printed.out
-    last = metrics(tmp_path / "run")[-1]
-    assert 1.5 < float(last["rank"]) < 64
-    assert 0.5 < float(last["similarity"]) <= 1
-    assert 0 < float(last["age"]) < 16, "of the 1,024 rows in the bank, 64 a step"
-    assert float(last["difference"]) > 0.1
+def test_k_may_rise_over_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ks: list[int] = []
 
+    def watched(loss: torch.Tensor, u: torch.Tensor, neighbors: Neighbors, *more: object) -> dict[str, torch.Tensor]:
+        ks.append(neighbors.index.shape[1])
+        return measure(loss, u, neighbors, *more)
 
-def test_k_may_rise_over_the_run(tmp_path: Path) -> None:
-    assert train("--steps", 42, "--k", 1, "--k-end", 9, "--eval-every", 0, "--out", tmp_path / "run") == 0
+    monkeypatch.setattr("training.trainer.measure", watched)
+    assert train("--steps", 6, "--k", 1, "--k-end", 9, "--out", tmp_path / "run") == 0
+    assert ks == [1, 2, 4, 5, 6, 8]
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert (settings["k"], settings["k_end"], int(state["criterion"]["_extra_state"])) == (1, 9, 42)
+    assert (settings["k"], settings["k_end"], int(state["criterion"]["_extra_state"])) == (1, 9, 6)
 
 
 def test_gray_photos_and_palettes_are_read(tmp_path: Path) -> None:

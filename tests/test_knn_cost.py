@@ -1,10 +1,11 @@
 """benchmarks/knn_cost.py from one end to the other at a tiny size, and the measuring functions it rests on."""
 
+import builtins
+import contextlib
 import dataclasses
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cases, measure, memory, peers, tables
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "knn_cost.py"
 TINY = ["--device", "cpu", "--rows", "2000", "3000", "--dim", "32", "--batch", "16", "--repeats", "3"]
 TINY += ["--backends", "auto", "torch"]
 CPU = torch.device("cpu")
 PROBLEM = cases.Problem(rows=300, dim=33, batch=7, k=5, dtype="float32", device="cpu")
 
 
-def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd="/", check=False)
+@contextlib.contextmanager
+def quick_rates() -> Iterator[pytest.MonkeyPatch]:
+    """Rates of the machine from small products, timed for a moment each, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two would wait for each other where something else runs
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(measure, "CPU_PRODUCTS", ((16, 64, 128), (64, 64, 256)))
+            patch.setattr(measure, "PRODUCT_SECONDS", 0.01)
+            patch.setattr(measure, "MEMORY_REPEATS", 3)
+            yield patch
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One run from another folder: where the results went, and what was printed."""
+    """One run: where the results went, and what was printed."""
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    from benchmarks import knn_cost
+
     out = tmp_path_factory.mktemp("knn_cost") / "new" / "out"
-    done = run_script(*TINY, "--no-resnet", "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    printed: list[str] = []
+    with quick_rates() as patch:
+        patch.setattr(sys, "argv", ["knn_cost.py", *TINY, "--no-resnet", "--out", str(out)])
+        patch.setattr(builtins, "print", lambda text, **_: printed.append(text))
+        knn_cost.main()
+    return out, "\n".join(printed)
 
 
 @pytest.fixture
@@ -174,12 +188,6 @@ def test_a_wrong_flag_ends_with_a_message(
         knn_cost.parse_arguments()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_script_itself_exits_with_2() -> None:
-    done = run_script("--rows", "0")
-    assert done.returncode == 2
-    assert "usage: knn_cost.py" in done.stderr
 
 
 def test_quantiles_of_known_numbers() -> None:
@@ -360,10 +368,11 @@ def test_the_report_names_the_paper_and_what_is_missing() -> None:
 
 
 def test_the_rates_of_the_machine_are_those_of_real_work() -> None:
-    rates = measure.matmul_rates(CPU)
+    with quick_rates():
+        rates = measure.matmul_rates(CPU)
+        reads, _ = measure.memory_rate(CPU)
     assert rates.keys() == {"float32", "bfloat16"}
     for values, product in rates.values():
         assert min(values) > 0
         assert " x " in product
-    reads, _ = measure.memory_rate(CPU)
     assert 1 < max(reads) < 2000  # GB/s

@@ -1,5 +1,6 @@
 """Real processes that talk by gloo: started once, and then handed one function after another."""
 
+import multiprocessing
 import pickle
 import tempfile
 import traceback
@@ -14,65 +15,103 @@ import torch.distributed as dist
 
 SECONDS = 120  # that a function may take; a hang is a failure
 
+# All are forked from one process, which has imported already what takes seconds of each, as far as it is installed.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torchvision.transforms.v2",
+        "sklearn.linear_model",
+        "torch.utils.tensorboard",
+        "matplotlib.pyplot",
+    ]
+)
 
-class Processes:
-    """A world of ``size`` ranks."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+class Workers:
+    """Processes that are the ranks of a world now of this size and now of that."""
+
+    def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
+        self._worlds = 0
+        self._size = 0
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Return what ``function(rank, *arguments)`` gives on every rank; raise what it raises on one of them."""
-        if not self._workers:
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Return what ``function(rank, *arguments)`` gives on each of the ranks; raise what it raises on one."""
+        while len(self._workers) < size:
             self._start()
-        for _, connection in self._workers:
-            connection.send_bytes(pickle.dumps((function, arguments)))
+        if size != self._size:
+            self._worlds, self._size = self._worlds + 1, size
+        task = pickle.dumps((self._worlds, size, function, arguments))
         answers: dict[int, tuple[Any, str]] = {}
-        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers[:size])}
+        for connection in waiting:
+            connection.send_bytes(task)
         while waiting:
             failed = [f"rank {rank}: {trace}" for rank, (_, trace) in answers.items() if trace]
             ready = wait(list(waiting), 5 if failed else SECONDS)
             if not ready:
                 self.stop()
-                silent = f"no answer from ranks {sorted(waiting.values())} of {self.size}"
+                silent = f"no answer from ranks {sorted(waiting.values())} of {size}"
                 raise AssertionError("\n".join([*failed, silent]))
             for connection in ready:
                 answers[waiting.pop(connection)] = pickle.loads(connection.recv_bytes())
         if failed := [f"rank {rank}: {trace}" for rank, (_, trace) in answers.items() if trace]:
             raise AssertionError("\n".join(failed))
-        return [answers[rank][0] for rank in range(self.size)]
+        return [answers[rank][0] for rank in range(size)]
 
     def stop(self) -> None:
         for process, connection in self._workers:
             connection.close()
             process.kill()
             process.join()
-        self._workers = []
+        self._workers, self._size = [], 0
 
     def _start(self) -> None:
-        context = torch.multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp()) / "store"
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, str(store), theirs), daemon=True)
-            process.start()
-            self._workers.append((process, ours))
+        if not self._workers:
+            self._stores = tempfile.mkdtemp()
+        ours, theirs = CONTEXT.Pipe()
+        arguments = (len(self._workers), self._stores, theirs)
+        process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
+        process.start()
+        self._workers.append((process, ours))
 
 
-def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
+class Processes:
+    """A world of ``size`` of the workers."""
+
+    def __init__(self, size: int, workers: Workers) -> None:
+        self.size = size
+        self._workers = workers
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Return what ``function(rank, *arguments)`` gives on every rank; raise what it raises on one of them."""
+        return self._workers.run(self.size, function, *arguments)
+
+
+def _serve(rank: int, stores: str, connection: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
-    )
+    joined = 0
     while True:
         try:
-            function, arguments = pickle.loads(connection.recv_bytes())
+            world, size, function, arguments = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        if world != joined:
+            _join(rank, size, Path(stores, str(world)))
+            joined = world
         torch.manual_seed(0)
         try:
             answer = (function(rank, *arguments), "")
         except Exception:
             answer = (None, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
+
+
+def _join(rank: int, size: int, store: Path) -> None:
+    """Take part in another world."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
+    )
