@@ -41,7 +41,7 @@ def _small_blocks():
         patch.setattr(screen, "MOST_QUERIES", 4)
         patch.setattr(screen, "LEAST_BLOCK_ROWS", 4 * GROUP)
         patch.setattr(screen, "MOST_BLOCK_ROWS", 4 * GROUP)
-        patch.setattr(screen, "WORTH_IT", 0.01)
+        patch.setattr(screen, "MORE", torch.inf)
         patch.setattr("msf_core.search.general.CHUNK_ROWS", 37)
         yield
 

@@ -87,10 +87,21 @@ for capability, dtype, dim, k, limits, shared in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
+Kernels = dict[tuple[Any, ...], dict[str, dict[str, Any]]]
+
+
+def test_the_kernels_compile_for_gpus_that_are_not_here_into_what_the_search_rests_on(tmp_path: Path) -> None:
+    """All of it in one test, since compiling takes nearly all of its time."""
+    kernels = compiled(tmp_path)
+    check_that_shared_memory_is_within_what_the_gpu_has(kernels)
+    check_that_the_first_pass_multiplies_on_tensor_cores(kernels)
+    check_that_rows_come_in_pieces_of_16_bytes_without_passing_the_registers(kernels)
+    check_that_the_maximum_of_a_group_drops_nan(kernels)
+    check_that_nothing_spills_and_two_programs_of_select_fit_a_multiprocessor(kernels)
+
+
+def compiled(folder: Path) -> Kernels:
     """By case: shared memory, PTX, and what cuobjdump says, of "maxima", "select" and, where there is, its twin."""
-    folder = tmp_path_factory.mktemp("compiled")
     (folder / "compile_all.py").write_text(COMPILE)  # Triton reads the source of a kernel, so it has to be a file
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
@@ -112,7 +123,7 @@ def usage_of(kernel: dict[str, Any]) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", kernel["usage"])}
 
 
-def test_nothing_spills_and_two_programs_of_select_fit_a_multiprocessor(kernels) -> None:
+def check_that_nothing_spills_and_two_programs_of_select_fit_a_multiprocessor(kernels: Kernels) -> None:
     for case, of_case in kernels.items():
         for name, kernel in of_case.items():
             usage = usage_of(kernel)
@@ -121,13 +132,13 @@ def test_nothing_spills_and_two_programs_of_select_fit_a_multiprocessor(kernels)
         assert not NEWEST or 2 * registers * 32 * triton_plan.SELECT_WARPS <= 65536, (case, registers)
 
 
-def test_shared_memory_is_within_what_the_gpu_has(kernels) -> None:
+def check_that_shared_memory_is_within_what_the_gpu_has(kernels: Kernels) -> None:
     for case, of_case in kernels.items():
         for name, kernel in of_case.items():
             assert 0 < kernel["shared"] <= SHARED[case[0]], (case, name, kernel["shared"])
 
 
-def test_the_first_pass_multiplies_on_tensor_cores(kernels) -> None:
+def check_that_the_first_pass_multiplies_on_tensor_cores(kernels: Kernels) -> None:
     product = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
     kind = {
         "mma.sync": {"float32": ".tf32.tf32", "bfloat16": ".bf16.bf16", "int8": ".s8.s8"},
@@ -144,7 +155,7 @@ def test_the_first_pass_multiplies_on_tensor_cores(kernels) -> None:
             assert any(instruction in line and "tf32" in line for line in ptx.splitlines()), case
 
 
-def test_rows_come_in_pieces_of_16_bytes_without_passing_the_registers(kernels) -> None:
+def check_that_rows_come_in_pieces_of_16_bytes_without_passing_the_registers(kernels: Kernels) -> None:
     for case, of_case in kernels.items():
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\w+)", of_case["maxima"]["ptx"])
         wanted = 8 if case[1] == "int8" and case[2] == 520 else 16  # 520 bytes: every second row begins at half of that
@@ -154,7 +165,7 @@ def test_rows_come_in_pieces_of_16_bytes_without_passing_the_registers(kernels) 
         assert re.search(rf"ld\.global\S*\.{words}\.b32", of_case["select"]["ptx"]), case
 
 
-def test_the_maximum_of_a_group_drops_nan(kernels) -> None:
+def check_that_the_maximum_of_a_group_drops_nan(kernels: Kernels) -> None:
     """A row of NaN must not hide the others of its group, and a group of nothing else must have a maximum of NaN."""
     for case, of_case in kernels.items():
         for name in of_case.keys() & {"maxima", "precise maxima"}:
