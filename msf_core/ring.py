@@ -161,7 +161,12 @@ class Ring:
 
     def embeddings(self, places: Tensor) -> Tensor:
         """Return the rows at some places [Q, k], as [Q, k, D] float32 unit vectors; of −1 any row."""
-        return unpacked(self.rows[places], None if self.scale is None else self.scale[places])
+        scale = None if self.scale is None else self.scale[places]
+        if places.device.type != "cpu":
+            return unpacked(self.rows[places], scale)
+        # On a CPU this copies whole rows, where indexing copies value by value.
+        rows = self.rows.index_select(0, places.clamp(min=0).flatten())
+        return unpacked(rows.view(*places.shape, self.dim), scale)
 
     def clear(self) -> None:
         """Make it as it was at first; ids that are kept are kept on."""

@@ -10,14 +10,14 @@ from benchmarks import collapsed
 
 def test_every_bank_is_timed_with_and_without_the_screen(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("msf_core.search.screen.is_fast", lambda: True)
-    monkeypatch.setattr(collapsed, "SIZES", ((8192, 8, 8, 2),))
+    monkeypatch.setattr(collapsed, "SIZES", ((8192, 64, 256, 2),))
     monkeypatch.setattr(collapsed, "KINDS", ("within 0.001", "duplicates"))
     collapsed.main(["--repeats", "1", "--out", str(tmp_path)])
     records = [json.loads(line) for line in (tmp_path / "collapsed.jsonl").read_text().splitlines()]
-    assert len(records) == 3 * 3 * 3 * 2  # no float16: too few queries
+    assert len(records) == 4 * 3 * 3 * 2
     given_up = {r["parameters"]["kind"]: r["derived"]["share_given_up"] for r in records if r["derived"]}
     assert given_up["random"] < given_up["duplicates"] == given_up["within 0.001"] == 1
-    assert capsys.readouterr().out.count("\n| ") == 3 * 3 * 3 + 2
+    assert capsys.readouterr().out.count("\n| ") == 4 * 3 * 3 + 2
 
 
 def test_the_banks_are_as_alike_as_they_are_named() -> None:

@@ -291,10 +291,12 @@ def test_only_the_rows_that_may_be_neighbors_are_multiplied_again(monkeypatch: p
 
 def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(screen, "is_fast", lambda: True)
-    q, rows = torch.empty(8, 4), torch.empty(800 * 5, 4)
-    assert screen.screen_pays(q, rows, 5)
+    q, rows = torch.empty(8, 2048), torch.empty(8192, 2048)
+    assert screen.screen_pays(q, rows, 10)
+    assert not screen.screen_pays(q, rows, 11)  # too few rows for each neighbor
     assert not screen.screen_pays(q[:7], rows, 5)
-    assert not screen.screen_pays(q, rows, 6)
+    assert not screen.screen_pays(q.repeat(9, 1), rows[:-1], 5)  # too few rows
+    assert not screen.screen_pays(q[:, :2047], rows[:, :2047], 5)  # too little work
     assert not screen.screen_pays(q.to("meta"), rows.to("meta"), 5)
     assert not screen.screen_pays(q.half().repeat(31, 1), rows.half(), 5)
     assert screen.screen_pays(q.half().repeat(32, 1), rows.half(), 5)
