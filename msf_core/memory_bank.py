@@ -13,7 +13,7 @@ from msf_core.layouts import LAYOUTS
 from msf_core.ring import ALWAYS, BESIDE, COUNTS, Found
 from msf_core.rows import UNKNOWN, Neighbors, unit_rows
 from msf_core.search import Queries, SearchBackend, check_backend, find_backend
-from msf_core.search.base import ROW_DTYPES
+from msf_core.search.base import ROW_DTYPES, may_look
 
 # In a state int8 rows have a name of their own: torch.distributed.checkpoint fills the tensors of a state by name and
 # casts, which would make floats of them without their scale.
@@ -222,9 +222,7 @@ class MemoryBank(nn.Module):
         if label is None:
             label = self._ring.labels[index]
         missing = index < 0
-        # On a CPU a look makes nobody wait, and mostly saves a pass over the embeddings.
-        looks = index.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not looks or missing.any():
+        if not may_look(missing) or missing.any():
             embedding = embedding.masked_fill(missing[..., None], 0.0)
             label = label.masked_fill(missing, UNKNOWN)
         return Neighbors(similarity.clamp(max=1.0), index, embedding, label)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from msf_core.distributed import blocks_of, is_shard
@@ -165,8 +166,7 @@ class Ring:
         if places.device.type != "cpu":
             return unpacked(self.rows[places], scale)
         # On a CPU this copies whole rows, where indexing copies value by value.
-        rows = self.rows.index_select(0, places.clamp(min=0).flatten())
-        return unpacked(rows.view(*places.shape, self.dim), scale)
+        return unpacked(F.embedding(places.clamp(min=0), self.rows), scale)
 
     def clear(self) -> None:
         """Make it as it was at first; ids that are kept are kept on."""

@@ -153,6 +153,11 @@ class RunningTopk:
         return self.similarity, self.index.masked_fill(self.similarity == -torch.inf, -1)
 
 
+def may_look(tensor: Tensor) -> bool:
+    """Tell whether reading a value of a tensor makes nobody wait, and whether there is one: not while it is traced."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 

@@ -43,8 +43,8 @@ AGAIN, AGAIN_QUERIES, AGAIN_NEIGHBORS = 35.0, 15, 6
 SAVED, MORE = 0.7, 0.3
 DOUBT = 1.25  # times as many rows as may be left: so many those chunks must promise for a block to be given up
 LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 800  # benchmarks/results/cpu_auto.md
-# Below these the screen of random rows took 1.1 to 7 times as long as float32 products: Xeon with AMX, two threads, D of
-# 64 to 512, 16 to 256 queries, k of 1 and 5.
+# Below these the screen of random rows took 1.1 to 7 times as long as float32 products: on a Xeon with AMX, two
+# threads, for D of 64 to 512, 16 to 256 queries, k of 1 and 5.
 LEAST_ROWS, LEAST_WORK = 8192, 1 << 27  # the work is Q·n·D
 LEAST_FLOAT16_QUERIES = 256  # float16 to bfloat16 takes longer than a product with few queries
 ROUNDING = 2.0**-8

@@ -5,7 +5,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from msf_core.search.base import Queries, Rows, RunningTopk, check_search_arguments, exact_float32, without_autocast
+from msf_core.search.base import (
+    Queries,
+    Rows,
+    RunningTopk,
+    check_search_arguments,
+    exact_float32,
+    may_look,
+    without_autocast,
+)
 from msf_core.search.general import leaving_out_own
 from msf_core.search.screen import screen_pays, screened_search
 
@@ -56,7 +64,7 @@ def _one_chunk(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     products = _products(queries, rows)
     if queries.own is not None:
         products.scatter_(1, queries.own[:, None], -torch.inf)
-    if products.device.type == "cpu":  # a look at the result makes nobody wait: mostly every neighbor is there
+    if may_look(products):  # mostly every neighbor is there
         similarity, index = products.max(dim=1, keepdim=True) if k == 1 else products.topk(k, dim=1)
         if not index.shape[0] or similarity.min().item() > -torch.inf:
             return similarity, index
