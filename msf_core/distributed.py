@@ -132,7 +132,9 @@ class Ranks:
         padded[: len(tensor)] = tensor
         rows = padded.flatten(1) if tensor.ndim > 1 else padded[:, None]
         everything = rows.new_empty(self.size * most, rows.shape[1])
-        dist.all_gather_into_tensor(everything.view(torch.uint8), rows.view(torch.uint8), group=self.group)
+        # Its name from PyTorch 2.14 on, and before.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(everything.view(torch.uint8), rows.view(torch.uint8), group=self.group)
         parts = [everything[rank * most : rank * most + count] for rank, count in enumerate(counts)]
         return torch.cat(parts).view(-1, *tensor.shape[1:])
 
