@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from msf_core import MemoryBank
+from msf_core import MeanShiftLoss, MemoryBank
 
 DIM = 4
 
@@ -45,6 +46,28 @@ def different_limits(rank: int) -> None:
 
 def test_labels_here_and_ids_there_is_an_error(two_ranks: Any) -> None:
     two_ranks.run(different_limits)
+
+
+def a_loss_with_options(rank: int, layout: str, same_label: bool, exclude_same_id: bool) -> None:
+    """Whatever comes along, only the options restrict the neighbors: as in one process with the whole batch."""
+    options = {"same_label": same_label, "exclude_same_id": exclude_same_id}
+    shared = MeanShiftLoss(MemoryBank(40, DIM, layout=layout), 4, **options)
+    single = MeanShiftLoss(MemoryBank(40, DIM, layout="local"), 4, **options)
+    world = dist.get_world_size()
+    for step in range(4):
+        u = torch.cat([rows(10 * step + r) for r in range(world)])
+        numbers = torch.arange(3 * world) % 4
+        part = slice(3 * rank, 3 * rank + 3)
+        _, found = shared(u[part], u[part], numbers[part], ids=numbers[part], return_neighbors=True)
+        _, expected = single(u, u, numbers, ids=numbers, return_neighbors=True)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs[part])
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_labels_and_ids_restrict_the_neighbors_of_the_loss_by_its_options_alone(ranks: Any, layout: str) -> None:
+    for same_label, exclude_same_id in ((False, False), (True, False), (False, True), (True, True)):
+        ranks.run(a_loss_with_options, layout, same_label, exclude_same_id)
 
 
 def smaller_into_full(rank: int) -> None:

@@ -155,7 +155,7 @@ def exchanges_of_steps(rank: int, layout: str) -> list[int]:
                 continue
             collective = getattr(dist, name)
             patch.setattr(dist, name, lambda *a, c=collective, n=name, **o: (made.append(n), c(*a, **o)))
-        for batch in (6, 6, 6, 7, 7, 6):
+        for batch in (6, 6, 7, 6, 7, 6):
             made.clear()
             v, u = torch.randn(2, batch - rank, DIM)  # of another size on each rank
             criterion(v.requires_grad_(), u).backward()
@@ -169,7 +169,7 @@ def test_a_step_waits_once_for_a_push_and_once_for_the_answers_of_shards(
 ) -> None:
     for counts in ranks.run(exchanges_of_steps, layout):
         for number, count in enumerate(counts):  # room for more rows is made by the first that bring them
-            assert exchanges <= count <= exchanges + (number in (0, 3))
+            assert exchanges <= count <= exchanges + (number in (0, 2))
 
 
 def compiled_and_not(rank: int, layout: str) -> None:
