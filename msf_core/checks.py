@@ -1,7 +1,12 @@
 """Checks of what users pass in, each naming the argument, what came and what was expected."""
 
+import os
+import sys
+
 import torch
 from torch import Tensor
+
+_CHECKPOINT = os.path.join("torch", "utils", "checkpoint.py")
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -21,3 +26,20 @@ def check_labels(labels: Tensor | None, embeddings: Tensor, name: str = "labels"
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
     if labels.device != embeddings.device:
         raise ValueError(f"{name} must be on the device of the embeddings, {embeddings.device}, got {labels.device}")
+
+
+def check_not_recomputed(what: str) -> None:
+    """Raise RuntimeError where activation checkpointing runs a forward once more, in backward, to recompute it.
+
+    What changes state in a forward would change it twice.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # no backward is running
+        return
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_filename.endswith(_CHECKPOINT):
+            raise RuntimeError(
+                f"{what} ran twice for one batch: activation checkpointing computes its forward again. "
+                "Keep it outside of torch.utils.checkpoint, and checkpoint the encoder alone"
+            )
