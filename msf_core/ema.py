@@ -1,16 +1,25 @@
 """The target encoder f: an exponential moving average of the online encoder g (paper section 2)."""
 
-import copy
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from msf_core.checks import check_not_recomputed
 from msf_core.distributed import is_shard, placement
+from msf_core.masters import Masters, average_in_float32, local, needs_master
 from msf_core.schedules import Schedule
+from msf_core.wrapped import (
+    bare_copy,
+    check_no_replica,
+    gather_again,
+    listed,
+    named_tensors,
+    to_shards,
+    without_wrappers,
+)
 
 BUFFER_POLICIES = ("keep", "copy", "ema")
 
@@ -49,82 +58,175 @@ class EMATarget(nn.Module):
             _check_momentum(momentum)
         if buffers not in BUFFER_POLICIES:
             raise ValueError(f"buffers must be one of {', '.join(BUFFER_POLICIES)}, got {buffers!r}")
-        if any(is_shard(parameter) for parameter in online.parameters()):
-            raise ValueError("online is sharded already: make the EMATarget first, then fully_shard online and .module")
-        self.module = copy.deepcopy(_unwrap(online)).requires_grad_(False)
+        self.module = bare_copy(online)
         """The target encoder f itself."""
-        for parent in list(self.module.modules()):
-            for name, child in parent._modules.items():
-                parent._modules[name] = None if child is None else _unwrap(child)
+        self.masters = Masters()
+        """Float32 values of its tensors of half precision."""
         self.momentum = momentum
         self.buffers_policy = buffers
-        self.updates = 0
-        """How many there were so far."""
+        with torch.inference_mode(False):
+            self._updates = torch.zeros((), dtype=torch.int64, device="cpu")  # an int would be compiled in
+        self._unset = {name: 0 for name, f in self._tensors().items() if f.is_meta}
+
+    @property
+    def updates(self) -> int:
+        """How many updates there were so far."""
+        return int(self._updates)
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self._updates.fill_(count)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the target on the arguments of ``online``, without gradient."""
+        """Run the target on the arguments of ``online``, without gradient.
+
+        Raises:
+            RuntimeError: the target came from the meta device and has no values yet.
+        """
+        self._check_set()
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def update(self, online: nn.Module) -> None:
         """Move one step towards ``online``, with a number of kernel launches that hardly grows with its tensors.
 
-        ``online`` may have another dtype than the target: the average is computed in the target's.
+        ``online`` may have another dtype than the target: the average is computed in the target's, or in float32
+        where that is less precise.
 
         Raises:
             ValueError: tensors are missing on one side, or differ in shape, device or sharding; the message names
                 them, and nothing has moved.
             TypeError: an ``online`` that is no module, or a schedule that gives no number.
+            RuntimeError: activation checkpointing runs this a second time, or it runs in a replica of DataParallel,
+                or the target came from the meta device and has no values yet.
         """
+        check_not_recomputed("EMATarget.update")
         _check_module(online)
-        for module in (self.module, online):
-            _reshard(module)
+        check_no_replica(self, online)
+        self._check_set()
         momentum = self.momentum(self.updates) if callable(self.momentum) else self.momentum
         _check_momentum(momentum)
-        averaged, copied = self._pair_up(online)
-        if momentum in (0, 1):  # exactly g, or exactly f: an Inf on the other side must not make a NaN
-            copied += averaged if momentum == 0 else []
-            averaged = []
-        for dtype in {f.dtype for f, _ in averaged}:
-            f = [f for f, _ in averaged if f.dtype == dtype]
-            g = [g if g.dtype == dtype else g.to(dtype) for f, g in averaged if f.dtype == dtype]
-            torch._foreach_lerp_(f, g, 1 - momentum)  # f + (1 − m)(g − f) = m·f + (1 − m)·g
-        for f_tensor, g_tensor in copied:
-            f_tensor.copy_(g_tensor)
-        self.updates += 1
+        gathered = to_shards(self.module, online)
+        try:
+            pairs = self._pair_up(online, self.buffers_policy != "keep")
+            self._move(pairs, momentum)
+        finally:
+            gather_again(gathered)
+        self._updates.add_(1)
 
-    def _pair_up(self, online: nn.Module) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-        """Pair target and online tensors by name: those to average, and those to copy."""
-        with_buffers = self.buffers_policy != "keep"
-        ours = {name: (tensor, is_buffer) for name, tensor, is_buffer in _named_tensors(self.module, with_buffers)}
-        theirs = {name: tensor for name, tensor, _ in _named_tensors(online, with_buffers)}
-        _check_same_names(ours.keys(), theirs.keys())
-        averaged: list[tuple[Tensor, Tensor]] = []
-        copied: list[tuple[Tensor, Tensor]] = []
+    @torch.no_grad()
+    def reset(self, online: nn.Module) -> None:
+        """Start again as a copy of ``online``: its parameters and all its buffers, after no update.
+
+        This also gives values to a target that came from the meta device by ``to_empty``.
+
+        Raises:
+            ValueError: as `update`; nothing has changed.
+            TypeError: an ``online`` that is no module.
+            RuntimeError: this runs in a replica of DataParallel.
+        """
+        _check_module(online)
+        check_no_replica(self, online)
+        gathered = to_shards(self.module, online)
+        try:
+            _copy([(local(pair.f), local(pair.g)) for pair in self._pair_up(online, True)])
+        finally:
+            gather_again(gathered)
+        self.masters.keep([])
+        self._unset = {}
+        self.updates = 0
+
+    def _move(self, pairs: list["_Pair"], momentum: float) -> None:
+        """Move paired tensors by one step."""
+        averaged = [pair for pair in pairs if self._averages(pair)]
+        halves = [pair for pair in averaged if needs_master(pair.f)]
+        if self.masters._buffers:
+            self.masters.keep([pair.name for pair in halves])
+        copied = [(local(pair.f), local(pair.g)) for pair in pairs if not self._averages(pair)]
+        if momentum in (0, 1):  # exactly g, or exactly f: an Inf on the other side must not make a NaN
+            if momentum == 0:
+                copied += [(local(pair.f), local(pair.g)) for pair in averaged]
+                copied += [(local(self.masters.of(pair.name, pair.f)), local(pair.g)) for pair in halves]
+        else:
+            precise = [pair for pair in averaged if not needs_master(pair.f)]
+            for dtype in {pair.f.dtype for pair in precise}:
+                f = [local(pair.f) for pair in precise if pair.f.dtype == dtype]
+                g = [local(pair.g).to(dtype) for pair in precise if pair.f.dtype == dtype]
+                torch._foreach_lerp_(f, g, 1 - momentum)  # f + (1 − m)(g − f) = m·f + (1 − m)·g
+            masters = [local(self.masters.of(pair.name, pair.f)) for pair in halves]
+            f, g = [local(pair.f) for pair in halves], [local(pair.g) for pair in halves]
+            average_in_float32(f, masters, g, 1 - momentum)
+        _copy(copied)
+
+    def _averages(self, pair: "_Pair") -> bool:
+        numbers = pair.f.is_floating_point() or pair.f.is_complex()
+        return numbers and not (pair.is_buffer and self.buffers_policy == "copy")
+
+    def _pair_up(self, online: nn.Module, with_buffers: bool) -> list["_Pair"]:
+        """Pair target and online tensors by name."""
+        ours = {name: (tensor, is_buffer) for name, tensor, is_buffer in named_tensors(self.module, with_buffers)}
+        theirs = {name: tensor for name, tensor, _ in named_tensors(online, with_buffers)}
+        _check_same_names(ours, theirs)
+        pairs: list[_Pair] = []
         seen: set[int] = set()
         for name, (f, is_buffer) in ours.items():
-            g = theirs[name].detach()
             if id(f) in seen:  # tied: one tensor with two names moves once
                 continue
             seen.add(id(f))
-            if f.shape != g.shape:
-                raise ValueError(f"{name!r} is {list(f.shape)} in the target and {list(g.shape)} in online")
-            if is_shard(f) or is_shard(g):
-                if placement(f) != placement(g):
-                    raise ValueError(f"{name!r} is not sharded alike in the target and in online")
-                f, g = f.to_local(), g.to_local()  # type: ignore[attr-defined]
-            if f.device != g.device:
-                raise ValueError(f"{name!r} is on {f.device} in the target and on {g.device} in online")
-            if f.data_ptr() == g.data_ptr() and f.numel():
-                raise ValueError(f"{name!r} is the same memory in the target and in online")
-            averages = (f.is_floating_point() or f.is_complex()) and not (is_buffer and self.buffers_policy == "copy")
-            (averaged if averages else copied).append((f, g))
-        return averaged, copied
+            pair = _Pair(name, f.detach(), theirs[name].detach(), is_buffer)
+            _check_pair(pair)
+            pairs.append(pair)
+        return pairs
+
+    def _check_set(self) -> None:
+        """Raise RuntimeError where memory of ``to_empty`` would be taken for values."""
+        if not self._unset:
+            return
+        self._unset = self._still_unset()
+        tensors = self._tensors()
+        if empty := [name for name in self._unset if not tensors[name].is_meta]:
+            raise RuntimeError(
+                f"the target has no values in {len(empty)} tensors that came from the meta device: {listed(empty)}; "
+                "call target.reset(online), and load a state dict after that, if there is one"
+            )
+
+    def _still_unset(self) -> dict[str, int]:
+        """Return those tensors without values into which nothing was written since."""
+        tensors = self._tensors()
+        return {
+            name: version
+            for name, version in self._unset.items()
+            if name in tensors and (tensors[name].is_meta or _version(tensors[name]) == version)
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor, _ in named_tensors(self.module, True)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMATarget":
+        to_empty = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+        unset = {name for name, f in self._tensors().items() if to_empty or f.is_meta} | self._still_unset().keys()
+        super()._apply(fn, recurse)
+        self._unset = {name: _version(f) for name, f in self._tensors().items() if name in unset}
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self._unset:
+            for key in state_dict:
+                self._unset.pop(without_wrappers(key.removeprefix(f"{prefix}module.")), None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # Here, and not in the first update alone, so that a new target has a place for what a checkpoint holds.
+        to_shards(self.module)
+        for name, f, _ in named_tensors(self.module, self.buffers_policy == "ema"):
+            if needs_master(f):
+                self.masters.of(name, f)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def get_extra_state(self) -> Tensor:
         """Return the number of updates so far, for the ``state_dict``."""
-        return torch.tensor(self.updates)
+        return self._updates.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the saved number of updates over."""
@@ -135,49 +237,42 @@ class EMATarget(nn.Module):
         return f"momentum={self.momentum}, buffers={self.buffers_policy!r}, updates={self.updates}"
 
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+class _Pair(NamedTuple):
+    """Tensors of one name."""
+
+    name: str
+    f: Tensor
+    g: Tensor
+    is_buffer: bool
 
 
-def _unwrap(module: nn.Module) -> nn.Module:
-    """Return the module inside DDP, DataParallel and torch.compile wrappers."""
-    while True:
-        if isinstance(module, _WRAPPERS):
-            module = module.module
-        elif type(module).__name__ == "OptimizedModule":  # its class lives in torch._dynamo, slow to import
-            module = module._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            return module
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for f, g in pairs:
+        f.copy_(g)
 
 
-def _reshard(module: nn.Module) -> None:
-    """Put FSDP2's shards back, where a forward has left the gathered parameters in their place."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such module
-    sharded = getattr(fsdp, "FSDPModule", None)
-    if sharded is not None:
-        for part in module.modules():
-            if isinstance(part, sharded):
-                part.reshard()
+def _version(tensor: Tensor) -> int:
+    """Return how often something was written into a tensor, nought while it is on the meta device."""
+    return 0 if tensor.is_meta or tensor.is_inference() else tensor._version
 
 
-def _named_tensors(module: nn.Module, with_buffers: bool, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield (name without wrappers, tensor, is it a buffer), tied tensors under each of their names."""
-    module = _unwrap(module)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter, False
-    for name, buffer in module._buffers.items():
-        if with_buffers and buffer is not None:
-            yield prefix + name, buffer, True
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _named_tensors(child, with_buffers, f"{prefix}{name}.")
+def _check_pair(pair: _Pair) -> None:
+    name, f, g, _ = pair
+    if f.shape != g.shape:
+        raise ValueError(f"{name!r} is {list(f.shape)} in the target and {list(g.shape)} in online")
+    if (is_shard(f) or is_shard(g)) and placement(f) != placement(g):
+        raise ValueError(f"{name!r} is not sharded alike in the target and in online")
+    if f.device != g.device:
+        raise ValueError(f"{name!r} is on {f.device} in the target and on {g.device} in online")
+    # Neither meta tensors nor those that are traced have an address.
+    if not (f.is_meta or torch.compiler.is_compiling()) and f.numel() and local(f).data_ptr() == local(g).data_ptr():
+        raise ValueError(f"{name!r} is the same memory in the target and in online")
 
 
 def _check_same_names(ours: Any, theirs: Any) -> None:
-    for side, names in (("online", ours - theirs), ("the target", theirs - ours)):
-        if names:
-            shown = ", ".join(repr(name) for name in sorted(names)[:5])
-            raise ValueError(f"{len(names)} tensors are missing in {side}: {shown}{', …' if len(names) > 5 else ''}")
+    for side, others, names in (("online", theirs, ours), ("the target", ours, theirs)):
+        if missing := [name for name in names if name not in others]:
+            raise ValueError(f"{len(missing)} tensors are missing in {side}: {listed(missing)}")
 
 
 def _check_module(online: Any) -> None:

@@ -1,0 +1,185 @@
+"""Encoders as `EMATarget` sees them: through wrappers, without the hooks of others, and as shards under FSDP2."""
+
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from msf_core.distributed import is_shard
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# Of torch.compile and of activation checkpointing and offloading: the attribute tells, since their classes live in
+# modules that are slow to import.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside wrappers of DDP, DataParallel, torch.compile and activation checkpointing."""
+    while True:
+        inside = None
+        if isinstance(module, _WRAPPERS):
+            inside = module.module
+        else:
+            for name in _WRAPPED:
+                inside = inside or module._modules.get(name)
+        if inside is None:
+            return module
+        module = inside
+
+
+def named_tensors(module: nn.Module, with_buffers: bool, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield (name without wrappers, tensor, is it a buffer), tied tensors under each of their names."""
+    module = unwrap(module)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter, False
+    for name, buffer in module._buffers.items():
+        if with_buffers and buffer is not None:
+            yield prefix + name, buffer, True
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from named_tensors(child, with_buffers, f"{prefix}{name}.")
+
+
+def without_wrappers(key: str) -> str:
+    """Return a key of a ``state_dict`` as a name of `named_tensors`, wrappers of DDP and DataParallel excepted."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPED)
+
+
+def listed(names: Any) -> str:
+    """Return the first five names in order, for an error."""
+    shown = ", ".join(repr(name) for name in sorted(names)[:5])
+    return f"{shown}{', …' if len(names) > 5 else ''}"
+
+
+def bare_copy(online: nn.Module) -> nn.Module:
+    """Return a copy of what is inside the wrappers of ``online`` and of its parts, without gradient and hooks.
+
+    Hooks belong to those who registered them on ``online``. Those by which ``torch.nn.utils`` computes a weight from
+    its parts before a forward (``weight_norm``, ``spectral_norm``, pruning) belong to the encoder, and are kept.
+
+    Raises:
+        ValueError: sharded or uninitialized parameters.
+        TypeError: a module that cannot be copied.
+    """
+    bare = unwrap(online)
+    tensors = {name: tensor for name, tensor, _ in named_tensors(bare, True)}
+    if any(is_shard(tensor) for tensor in tensors.values()):
+        raise ValueError("online is sharded already: make the EMATarget first, then fully_shard online and .module")
+    if lazy := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
+        raise ValueError(
+            f"online has {len(lazy)} uninitialized tensors: {listed(lazy)}; "
+            "run a batch through its lazy modules first, then make the EMATarget"
+        )
+    memo: dict[int, Any] = {}
+    for module in bare.modules():
+        memo.update(_instead(module))
+    try:
+        with torch.inference_mode(False):  # tensors made in that mode could never be updated outside of it
+            target: nn.Module = copy.deepcopy(bare, memo).requires_grad_(False)
+    except Exception as error:
+        raise TypeError(
+            f"online must be a module that copy.deepcopy can copy, but {type(bare).__name__} raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    for parent in list(target.modules()):
+        for name, child in parent._modules.items():
+            parent._modules[name] = None if child is None else unwrap(child)
+    return target
+
+
+def _instead(module: nn.Module) -> dict[int, Any]:
+    """Return what copy.deepcopy shall take in place of some attributes of a module, by their ids."""
+    attributes = vars(module)
+    hooks = attributes.get("_forward_pre_hooks", {})
+    needed = {key for key, hook in hooks.items() if _computes_a_weight(hook)}
+    memo: dict[int, Any] = {}
+    for name in _HOOKS:
+        if name in attributes:
+            kept = needed if name.startswith("_forward_pre") else set()
+            memo[id(attributes[name])] = OrderedDict((k, v) for k, v in attributes[name].items() if k in kept)
+    for value in attributes.values():
+        # A weight that such a hook has computed; copy.deepcopy refuses tensors with a history.
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            memo[id(value)] = value.detach().clone()
+    return memo
+
+
+def _computes_a_weight(hook: Any) -> bool:
+    return any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__)
+
+
+def check_no_replica(*modules: nn.Module) -> None:
+    """Raise RuntimeError for a replica that DataParallel makes for one forward, and throws away."""
+    if any(getattr(module, "_is_replica", False) for module in modules):
+        raise RuntimeError(
+            "EMATarget.update and reset change nothing in a replica of nn.DataParallel, which is thrown away after its "
+            "forward: call them outside of the forward of what DataParallel wraps"
+        )
+
+
+def to_shards(*modules: nn.Module) -> list[Any]:
+    """Put FSDP2's shards in the place of gathered parameters; return the groups to `gather_again` in the end.
+
+    Gathered parameters are copies, which FSDP2 throws away without a look at what has become of them. They are there
+    inside the forward of whatever module FSDP2 was applied to, however far above the encoder, and after it if that
+    module was the root. Who gathers them is told by the hook that FSDP2 leaves on the modules that own the parameters.
+
+    Raises:
+        RuntimeError: a gathered parameter, and a version of PyTorch in which who gathered it cannot be told.
+        ValueError: a module of FSDP1, which keeps no shards of single parameters.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such module
+    if fsdp is None:
+        return []
+    old, again = getattr(fsdp, "FullyShardedDataParallel", ()), []
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, old):
+                raise ValueError("EMATarget works with FSDP2, fully_shard, and not with FullyShardedDataParallel")
+            for hook in part._state_dict_pre_hooks.values():
+                if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp."):
+                    again += _shard(part, hook)
+    return again
+
+
+def _shard(part: nn.Module, hook: Any) -> list[Any]:
+    """Let the group of parameters that has left this hook be shards; return it where it is needed gathered."""
+    try:
+        group = hook.__closure__[hook.__code__.co_freevars.index("self")].cell_contents
+        state, idle = group._training_state, type(group._training_state).IDLE
+        # In the idle state nothing is kept gathered for a forward, and the copies run on the current stream.
+        with group.use_training_state(idle):
+            group.wait_for_unshard()  # one that runs ahead would bring the values of before
+            gathered = group.is_unsharded
+            group.reshard()
+    except (AttributeError, TypeError, ValueError) as error:
+        if all(is_shard(parameter) for parameter in part.parameters(recurse=False)):
+            return []
+        raise RuntimeError(
+            f"EMATarget cannot reach the shards of gathered parameters with PyTorch {torch.__version__}: call update "
+            "outside of the forward of what was sharded, or fully_shard(online) and fully_shard(target.module) alike"
+        ) from error
+    return [group] if gathered and state.name in ("FORWARD", "PRE_BACKWARD") else []
+
+
+def gather_again(groups: list[Any]) -> None:
+    """Gather, in the midst of a forward or backward, what `to_shards` has put shards in place of."""
+    for group in groups:
+        with group.use_training_state(type(group._training_state).IDLE):
+            group.unshard()
+            group.wait_for_unshard()
