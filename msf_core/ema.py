@@ -101,6 +101,12 @@ class EMATarget(nn.Module):
             RuntimeError: activation checkpointing runs this a second time, or it runs in a replica of DataParallel,
                 or the target came from the meta device and has no values yet.
         """
+        if callable(self.momentum) and torch.compiler.is_compiling():
+            torch.compiler.disable(self._update)(online)  # traced, a schedule's momentum would be compiled in
+        else:
+            self._update(online)
+
+    def _update(self, online: nn.Module) -> None:
         check_not_recomputed("EMATarget.update")
         _check_module(online)
         check_no_replica(self, online)
@@ -206,7 +212,7 @@ class EMATarget(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMATarget":
         to_empty = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
         unset = {name for name, f in self._tensors().items() if to_empty or f.is_meta} | self._still_unset().keys()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._unset = {name: _version(f) for name, f in self._tensors().items() if name in unset}
         return self
 

@@ -18,7 +18,7 @@ def needs_master(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's shard, or the tensor if it is none."""
-    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 class Masters(nn.Module):
