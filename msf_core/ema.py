@@ -13,7 +13,7 @@ from msf_core.masters import Masters, average_in_float32, local, needs_master
 from msf_core.schedules import Schedule
 from msf_core.wrapped import (
     bare_copy,
-    check_no_replica,
+    check_kept,
     gather_again,
     listed,
     named_tensors,
@@ -109,7 +109,7 @@ class EMATarget(nn.Module):
     def _update(self, online: nn.Module) -> None:
         check_not_recomputed("EMATarget.update")
         _check_module(online)
-        check_no_replica(self, online)
+        check_kept(self, online)
         self._check_set()
         momentum = self.momentum(self.updates) if callable(self.momentum) else self.momentum
         _check_momentum(momentum)
@@ -133,7 +133,7 @@ class EMATarget(nn.Module):
             RuntimeError: this runs in a replica of DataParallel.
         """
         _check_module(online)
-        check_no_replica(self, online)
+        check_kept(self, online)
         gathered = to_shards(self.module, online)
         try:
             _copy([(local(pair.f), local(pair.g)) for pair in self._pair_up(online, True)])

@@ -123,7 +123,7 @@ def _computes_a_weight(hook: Any) -> bool:
     return any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__)
 
 
-def check_no_replica(*modules: nn.Module) -> None:
+def check_kept(*modules: nn.Module) -> None:
     """Raise RuntimeError for a replica that DataParallel makes for one forward, and throws away."""
     if any(getattr(module, "_is_replica", False) for module in modules):
         raise RuntimeError(
