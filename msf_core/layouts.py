@@ -204,7 +204,7 @@ class Sharded(Replicated):
         backend: str | SearchBackend,
     ) -> tuple[Tensor, Found | None]:
         limited = _named(step.same_label, step.exclude_same_id)
-        same = {"k": step.k, "views": step.views, "what limits the search": limited}
+        same: dict[str, int | str] = {"k": step.k, "views": step.views, "what limits the search": limited}
         (rows, labels, ids), counts = self._gather("step", unit, labels, ids, **same)
         slots = self.ring.push(rows, labels, ids)
         others, mine = self._others(rows, step), self._own(slots, counts)

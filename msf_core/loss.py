@@ -302,8 +302,8 @@ class MeanShiftLoss(nn.Module):
     def _check(
         self,
         bank: MemoryBank | None,
-        predictions: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        predictions: tuple[Tensor, ...],
+        targets: tuple[Tensor, ...],
         labels: Tensor | None,
         ids: Tensor | None,
     ) -> int:
@@ -352,7 +352,7 @@ def _rounded(k: float) -> int:
         raise ValueError(f"the schedule of k must give a finite number, got {k!r}") from error
 
 
-def _views(name: str, given: object) -> Sequence[Tensor]:
+def _views(name: str, given: object) -> tuple[Tensor, ...]:
     """Return the views of a batch, of which there may be one."""
     if isinstance(given, Tensor):
         return (given,)
@@ -360,7 +360,7 @@ def _views(name: str, given: object) -> Sequence[Tensor]:
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(given).__name__}")
     if not given:
         raise ValueError(f"{name} must be a tensor or a list of tensors, got an empty list")
-    return given
+    return tuple(given)
 
 
 def _pairs(predictions: int, targets: int, numbered: bool) -> list[tuple[int, int]]:
