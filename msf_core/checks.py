@@ -1,12 +1,25 @@
 """Checks of what users pass in, each naming the argument, what came and what was expected."""
 
+import operator
 import os
 import sys
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _CHECKPOINT = os.path.join("torch", "utils", "checkpoint.py")
+
+
+def whole_number(name: str, value: Any, what: str = "an int") -> int:
+    """Return an int for anything that is one, such as NumPy's, or raise TypeError; a bool is none."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name} must be {what}, got {value!r}")
 
 
 def check_tensor(name: str, value: object) -> None:
