@@ -12,8 +12,9 @@ from msf_core.distributed import Ranks
 from msf_core.layouts import LAYOUTS, Step
 from msf_core.ring import ALWAYS, BESIDE, COUNTS, Device, Found
 from msf_core.rows import UNKNOWN, Neighbors, unit_rows
-from msf_core.search import Queries, SearchBackend, check_anywhere, check_backend
+from msf_core.search import Queries, SearchBackend, check_backend
 from msf_core.search.base import ROW_DTYPES, may_look
+from msf_core.search.registry import check_anywhere
 
 # In a state int8 rows have a name of their own: torch.distributed.checkpoint fills the tensors of a state by name and
 # casts, which would make floats of them without their scale.

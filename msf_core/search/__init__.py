@@ -3,7 +3,7 @@
 from msf_core.search.base import GeneralSearch, Queries, Rows, SearchBackend
 from msf_core.search.general import search_by
 from msf_core.search.operator import search_bank
-from msf_core.search.registry import available_backends, check_anywhere, check_backend, find_backend, load_backend
+from msf_core.search.registry import available_backends, check_backend, find_backend, load_backend
 
 __all__ = [
     "GeneralSearch",
@@ -11,7 +11,6 @@ __all__ = [
     "Rows",
     "SearchBackend",
     "available_backends",
-    "check_anywhere",
     "check_backend",
     "find_backend",
     "load_backend",
