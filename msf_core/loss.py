@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msf_core.checks import check_labels, check_not_recomputed, check_tensor, whole_number
+from msf_core.checks import check_labels, check_not_recomputed, check_not_replica, check_tensor, whole_number
 from msf_core.layouts import Step
 from msf_core.memory_bank import MemoryBank
 from msf_core.ring import Found, gives_memory_alone
@@ -311,6 +311,7 @@ class MeanShiftLoss(nn.Module):
     ) -> int:
         """Return this step's k, or raise before anything changes."""
         if self.training:
+            check_not_replica(self)
             check_not_recomputed("MeanShiftLoss")
         k = self._k_of_step()
         _check_prediction(predictions[0], _name("prediction", predictions, 0))

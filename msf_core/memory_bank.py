@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msf_core.checks import check_labels, check_not_recomputed, check_tensor, whole_number
+from msf_core.checks import check_labels, check_not_recomputed, check_not_replica, check_tensor, whole_number
 from msf_core.distributed import Ranks
 from msf_core.layouts import LAYOUTS, Step
 from msf_core.ring import ALWAYS, BESIDE, COUNTS, Device, Found
@@ -269,6 +269,7 @@ class MemoryBank(nn.Module):
             )
 
     def _check_batch(self, embeddings: Tensor, labels: Tensor | None, ids: Tensor | None) -> None:
+        check_not_replica(self)
         check_not_recomputed("MemoryBank.push")
         self.check("embeddings", embeddings)
         check_labels(labels, embeddings)

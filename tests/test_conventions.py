@@ -244,6 +244,18 @@ def test_outside_or_without_a_push_checkpointing_changes_nothing(reentrant: bool
     assert seen.steps == 4
 
 
+def test_copies_of_data_parallel_push_nothing() -> None:
+    criterion = criterion_of()
+    replica = criterion._replicate_for_data_parallel()  # what nn.DataParallel makes for each GPU
+    bank = criterion.bank._replicate_for_data_parallel()
+    for call in (lambda: replica(batch(0), batch(1)), lambda: bank.push(batch(0))):
+        with pytest.raises(RuntimeError, match=r"nn.DataParallel runs copies of M.*: keep it outside"):
+            call()
+    assert len(criterion.bank) == 0
+    assert nn.DataParallel(criterion)(batch(0), batch(1)).isfinite()  # without GPUs that is the module itself
+    assert len(criterion.bank) == 4
+
+
 # Devices without float64.
 
 
