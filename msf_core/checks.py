@@ -42,7 +42,7 @@ def check_labels(labels: Tensor | None, embeddings: Tensor, name: str = "labels"
 
 
 def check_not_replica(module: nn.Module) -> None:
-    """Raise RuntimeError in the copies of a module that nn.DataParallel runs: what they change is lost, or raced for."""
+    """Raise RuntimeError in the copies of a module that nn.DataParallel runs: what they change is lost or raced for."""
     if "_is_replica" in module.__dict__:
         raise RuntimeError(
             f"nn.DataParallel runs copies of {type(module).__name__}: keep it outside, on the outputs that "
