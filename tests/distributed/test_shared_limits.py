@@ -1,5 +1,6 @@
 """Labels and ids of banks that ranks share: their dtypes, searches that differ, states that mix."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -68,6 +69,50 @@ def a_loss_with_options(rank: int, layout: str, same_label: bool, exclude_same_i
 def test_labels_and_ids_restrict_the_neighbors_of_the_loss_by_its_options_alone(ranks: Any, layout: str) -> None:
     for same_label, exclude_same_id in ((False, False), (True, False), (False, True), (True, True)):
         ranks.run(a_loss_with_options, layout, same_label, exclude_same_id)
+
+
+def a_loss_of_views(rank: int, layout: str) -> None:
+    """Views of the same image are not found, whoever pushed them; batches differ between the ranks."""
+    shared = MeanShiftLoss(MemoryBank(400, DIM, layout=layout), 4)
+    single = MeanShiftLoss(MemoryBank(400, DIM, layout="local"), 4)
+    counts = [1 + r % 2 for r in range(dist.get_world_size())]
+    first = sum(counts[:rank])
+    for step in range(3):
+        views = [
+            torch.cat([rows(20 * step + 10 * view + r)[:count] for r, count in enumerate(counts)]) for view in (0, 1)
+        ]
+        mine = [u[first : first + counts[rank]] for u in views]
+        numbers = torch.arange(sum(counts)) + 10 * step
+        _, found = shared(mine, mine, numbers[first : first + counts[rank]], return_neighbors=True)
+        _, expected = single(views, views, numbers, return_neighbors=True)
+        for ours, theirs in zip(found, expected, strict=True):
+            for name in ("similarity", "embedding", "label"):  # slots differ: a rank pushes all its views at once
+                whole = getattr(theirs, name)[first : first + counts[rank]]
+                torch.testing.assert_close(getattr(ours, name), whole, msg=f"{name} of step {step}")
+    if layout == "sharded":
+        with pytest.raises(ValueError, match="views must be the same on all ranks"):
+            shared(mine, mine if rank else mine[0])
+    assert len(shared.bank) == 3 * 2 * sum(counts)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_several_views_are_those_of_one_process(ranks: Any, layout: str) -> None:
+    ranks.run(a_loss_of_views, layout)
+
+
+def not_everyone_comes(rank: int) -> None:
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    criterion = MeanShiftLoss(MemoryBank(8, DIM, group=group), 2)
+    criterion(rows(0), rows(1))
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"(?s)not all ranks came to this push .*drop_last.*DDP.join\(\) alone"):
+            criterion(rows(2), rows(3))
+        assert len(criterion.bank) == 6
+    dist.barrier()
+
+
+def test_where_a_rank_makes_fewer_calls_the_error_tells_of_uneven_inputs(two_ranks: Any) -> None:
+    two_ranks.run(not_everyone_comes)
 
 
 def smaller_into_full(rank: int) -> None:
