@@ -136,7 +136,8 @@ class EMATarget(nn.Module):
         check_kept(self, online)
         gathered = to_shards(self.module, online)
         try:
-            _copy([(local(pair.f), local(pair.g)) for pair in self._pair_up(online, True)])
+            for pair in self._pair_up(online, True):
+                pair.f.copy_(pair.g)
         finally:
             gather_again(gathered)
         self.masters.keep([])
@@ -145,44 +146,44 @@ class EMATarget(nn.Module):
 
     def _move(self, pairs: list["_Pair"], momentum: float) -> None:
         """Move paired tensors by one step."""
-        averaged = [pair for pair in pairs if self._averages(pair)]
+        averaged = [pair for pair in pairs if pair.averages]
+        copied = [pair for pair in pairs if not pair.averages]
         halves = [pair for pair in averaged if needs_master(pair.f)]
         if self.masters._buffers:
             self.masters.keep([pair.name for pair in halves])
-        copied = [(local(pair.f), local(pair.g)) for pair in pairs if not self._averages(pair)]
-        if momentum in (0, 1):  # exactly g, or exactly f: an Inf on the other side must not make a NaN
-            if momentum == 0:
-                copied += [(local(pair.f), local(pair.g)) for pair in averaged]
-                copied += [(local(self.masters.of(pair.name, pair.f)), local(pair.g)) for pair in halves]
+        if momentum == 1:  # exactly f: an Inf on the other side must not make a NaN
+            halves = averaged = []
+        masters = [local(self.masters.of(pair.name, pair.whole)) for pair in halves]
+        if momentum == 0:  # exactly g
+            copied += averaged
+            for master, pair in zip(masters, halves, strict=True):
+                master.copy_(pair.g)
         else:
-            precise = [pair for pair in averaged if not needs_master(pair.f)]
-            for dtype in {pair.f.dtype for pair in precise}:
-                f = [local(pair.f) for pair in precise if pair.f.dtype == dtype]
-                g = [local(pair.g).to(dtype) for pair in precise if pair.f.dtype == dtype]
+            for dtype in {pair.f.dtype for pair in averaged} - {pair.f.dtype for pair in halves}:
+                f = [pair.f for pair in averaged if pair.f.dtype == dtype]
+                g = [
+                    pair.g if pair.g.dtype == dtype else pair.g.to(dtype) for pair in averaged if pair.f.dtype == dtype
+                ]
                 torch._foreach_lerp_(f, g, 1 - momentum)  # f + (1 − m)(g − f) = m·f + (1 − m)·g
-            masters = [local(self.masters.of(pair.name, pair.f)) for pair in halves]
-            f, g = [local(pair.f) for pair in halves], [local(pair.g) for pair in halves]
-            average_in_float32(f, masters, g, 1 - momentum)
-        _copy(copied)
-
-    def _averages(self, pair: "_Pair") -> bool:
-        numbers = pair.f.is_floating_point() or pair.f.is_complex()
-        return numbers and not (pair.is_buffer and self.buffers_policy == "copy")
+            average_in_float32([pair.f for pair in halves], masters, [pair.g for pair in halves], 1 - momentum)
+        for pair in copied:
+            pair.f.copy_(pair.g)
 
     def _pair_up(self, online: nn.Module, with_buffers: bool) -> list["_Pair"]:
         """Pair target and online tensors by name."""
         ours = {name: (tensor, is_buffer) for name, tensor, is_buffer in named_tensors(self.module, with_buffers)}
         theirs = {name: tensor for name, tensor, _ in named_tensors(online, with_buffers)}
         _check_same_names(ours, theirs)
+        copies_buffers = self.buffers_policy == "copy"
         pairs: list[_Pair] = []
         seen: set[int] = set()
-        for name, (f, is_buffer) in ours.items():
-            if id(f) in seen:  # tied: one tensor with two names moves once
+        for name, (whole, is_buffer) in ours.items():
+            if id(whole) in seen:  # tied: one tensor with two names moves once
                 continue
-            seen.add(id(f))
-            pair = _Pair(name, f.detach(), theirs[name].detach(), is_buffer)
-            _check_pair(pair)
-            pairs.append(pair)
+            seen.add(id(whole))
+            f, g = _checked(name, whole, theirs[name])
+            averages = (f.is_floating_point() or f.is_complex()) and not (is_buffer and copies_buffers)
+            pairs.append(_Pair(name, whole, f, g, averages))
         return pairs
 
     def _check_set(self) -> None:
@@ -247,14 +248,13 @@ class _Pair(NamedTuple):
     """Tensors of one name."""
 
     name: str
+    whole: Tensor
+    """The target's, a DTensor where it is sharded."""
     f: Tensor
+    """What this rank has of it."""
     g: Tensor
-    is_buffer: bool
-
-
-def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for f, g in pairs:
-        f.copy_(g)
+    """What this rank has of online's."""
+    averages: bool
 
 
 def _version(tensor: Tensor) -> int:
@@ -262,17 +262,20 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_meta or tensor.is_inference() else tensor._version
 
 
-def _check_pair(pair: _Pair) -> None:
-    name, f, g, _ = pair
+def _checked(name: str, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what this rank has of both, or raise ValueError unless they go together."""
     if f.shape != g.shape:
         raise ValueError(f"{name!r} is {list(f.shape)} in the target and {list(g.shape)} in online")
-    if (is_shard(f) or is_shard(g)) and placement(f) != placement(g):
-        raise ValueError(f"{name!r} is not sharded alike in the target and in online")
+    if is_shard(f) or is_shard(g):
+        if placement(f) != placement(g):
+            raise ValueError(f"{name!r} is not sharded alike in the target and in online")
+        f, g = local(f), local(g)
     if f.device != g.device:
         raise ValueError(f"{name!r} is on {f.device} in the target and on {g.device} in online")
     # Neither meta tensors nor those that are traced have an address.
-    if not (f.is_meta or torch.compiler.is_compiling()) and f.numel() and local(f).data_ptr() == local(g).data_ptr():
+    if not torch.compiler.is_compiling() and f.data_ptr() == g.data_ptr() and f.numel() and not f.is_meta:
         raise ValueError(f"{name!r} is the same memory in the target and in online")
+    return f, g
 
 
 def _check_same_names(ours: Any, theirs: Any) -> None:

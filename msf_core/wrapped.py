@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 from msf_core.distributed import is_shard
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-# Of torch.compile and of activation checkpointing and offloading: the attribute tells, since their classes live in
-# modules that are slow to import.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+# The attributes by which torch.compile, and activation checkpointing and offloading, hold what they wrap. Their classes
+# live in modules that are slow to import.
+_COMPILED, _CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -30,14 +30,16 @@ _HOOKS = (
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside wrappers of DDP, DataParallel, torch.compile and activation checkpointing."""
     while True:
-        inside = None
-        if isinstance(module, _WRAPPERS):
+        children = module._modules
+        if _COMPILED in children:
+            inside = children[_COMPILED]
+        elif _CHECKPOINTED in children:
+            inside = children[_CHECKPOINTED]
+        elif isinstance(module, _WRAPPERS):
             inside = module.module
         else:
-            for name in _WRAPPED:
-                inside = inside or module._modules.get(name)
-        if inside is None:
             return module
+        assert inside is not None
         module = inside
 
 
@@ -57,7 +59,7 @@ def named_tensors(module: nn.Module, with_buffers: bool, prefix: str = "") -> It
 
 def without_wrappers(key: str) -> str:
     """Return a key of a ``state_dict`` as a name of `named_tensors`, wrappers of DDP and DataParallel excepted."""
-    return ".".join(part for part in key.split(".") if part not in _WRAPPED)
+    return ".".join(part for part in key.split(".") if part not in (_COMPILED, _CHECKPOINTED))
 
 
 def listed(names: Any) -> str:
@@ -73,7 +75,7 @@ def bare_copy(online: nn.Module) -> nn.Module:
     its parts before a forward (``weight_norm``, ``spectral_norm``, pruning) belong to the encoder, and are kept.
 
     Raises:
-        ValueError: sharded or uninitialized parameters.
+        ValueError: sharded or uninitialized parameters, or a module of FSDP1.
         TypeError: a module that cannot be copied.
     """
     bare = unwrap(online)
@@ -87,6 +89,7 @@ def bare_copy(online: nn.Module) -> nn.Module:
         )
     memo: dict[int, Any] = {}
     for module in bare.modules():
+        _check_not_fsdp1(module)
         memo.update(_instead(module))
     try:
         with torch.inference_mode(False):  # tensors made in that mode could never be updated outside of it
@@ -143,22 +146,21 @@ def to_shards(*modules: nn.Module) -> list[Any]:
         RuntimeError: a gathered parameter, and a version of PyTorch in which who gathered it cannot be told.
         ValueError: a module of FSDP1, which keeps no shards of single parameters.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has not imported it has no such module
-    if fsdp is None:
+    if "torch.distributed.fsdp" not in sys.modules:
         return []
-    old, again = getattr(fsdp, "FullyShardedDataParallel", ()), []
+    again = []
     for module in modules:
         for part in module.modules():
-            if isinstance(part, old):
-                raise ValueError("EMATarget works with FSDP2, fully_shard, and not with FullyShardedDataParallel")
-            for hook in part._state_dict_pre_hooks.values():
-                if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp."):
-                    again += _shard(part, hook)
+            if part._state_dict_pre_hooks:
+                for hook in part._state_dict_pre_hooks.values():
+                    if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp."):
+                        again += _shard(part, hook)
     return again
 
 
 def _shard(part: nn.Module, hook: Any) -> list[Any]:
     """Let the group of parameters that has left this hook be shards; return it where it is needed gathered."""
+    _check_not_fsdp1(part)
     try:
         group = hook.__closure__[hook.__code__.co_freevars.index("self")].cell_contents
         state, idle = group._training_state, type(group._training_state).IDLE
@@ -175,6 +177,11 @@ def _shard(part: nn.Module, hook: Any) -> list[Any]:
             "outside of the forward of what was sharded, or fully_shard(online) and fully_shard(target.module) alike"
         ) from error
     return [group] if gathered and state.name in ("FORWARD", "PRE_BACKWARD") else []
+
+
+def _check_not_fsdp1(module: nn.Module) -> None:
+    if type(module).__name__ == "FullyShardedDataParallel":  # it keeps no shards of single parameters
+        raise ValueError("EMATarget works with FSDP2, fully_shard, and not with FullyShardedDataParallel")
 
 
 def gather_again(groups: list[Any]) -> None:
