@@ -1,6 +1,6 @@
 """The target encoder f: an exponential moving average of the online encoder g (paper section 2)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -171,16 +171,12 @@ class EMATarget(nn.Module):
 
     def _pair_up(self, online: nn.Module, with_buffers: bool) -> list["_Pair"]:
         """Pair target and online tensors by name."""
-        ours = {name: (tensor, is_buffer) for name, tensor, is_buffer in named_tensors(self.module, with_buffers)}
         theirs = {name: tensor for name, tensor, _ in named_tensors(online, with_buffers)}
-        _check_same_names(ours, theirs)
+        ours = list(named_tensors(self.module, with_buffers))
+        _check_same_names([name for name, _, _ in ours], theirs)
         copies_buffers = self.buffers_policy == "copy"
         pairs: list[_Pair] = []
-        seen: set[int] = set()
-        for name, (whole, is_buffer) in ours.items():
-            if id(whole) in seen:  # tied: one tensor with two names moves once
-                continue
-            seen.add(id(whole))
+        for name, whole, is_buffer in _untied(ours):
             f, g = _checked(name, whole, theirs[name])
             averages = (f.is_floating_point() or f.is_complex()) and not (is_buffer and copies_buffers)
             pairs.append(_Pair(name, whole, f, g, averages))
@@ -226,7 +222,7 @@ class EMATarget(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # Here, and not in the first update alone, so that a new target has a place for what a checkpoint holds.
         to_shards(self.module)
-        for name, f, _ in named_tensors(self.module, self.buffers_policy == "ema"):
+        for name, f, _ in _untied(named_tensors(self.module, self.buffers_policy == "ema")):
             if needs_master(f):
                 self.masters.of(name, f)
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -257,6 +253,24 @@ class _Pair(NamedTuple):
     averages: bool
 
 
+def _untied(tensors: Iterable[tuple[str, Tensor, bool]]) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield each tensor under the first of its names, since one that is tied moves once.
+
+    ``load_state_dict(assign=True)`` makes several tensors of it, over the same memory.
+    """
+    seen: set[int] = set()
+    has_addresses = not torch.compiler.is_compiling()
+    for name, tensor, is_buffer in tensors:
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if has_addresses and type(tensor) in (nn.Parameter, Tensor) and (address := tensor.data_ptr()):
+            if address in seen:
+                continue
+            seen.add(address)
+        yield name, tensor, is_buffer
+
+
 def _version(tensor: Tensor) -> int:
     """Return how often something was written into a tensor, nought while it is on the meta device."""
     return 0 if tensor.is_meta or tensor.is_inference() else tensor._version
@@ -279,7 +293,7 @@ def _checked(name: str, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_same_names(ours: Any, theirs: Any) -> None:
-    for side, others, names in (("online", theirs, ours), ("the target", ours, theirs)):
+    for side, others, names in (("online", set(theirs), ours), ("the target", set(ours), theirs)):
         if missing := [name for name in names if name not in others]:
             raise ValueError(f"{len(missing)} tensors are missing in {side}: {listed(missing)}")
 
