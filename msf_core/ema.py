@@ -190,7 +190,7 @@ class EMATarget(nn.Module):
         tensors = self._tensors()
         if empty := [name for name in self._unset if not tensors[name].is_meta]:
             raise RuntimeError(
-                f"the target has no values in {len(empty)} tensors that came from the meta device: {listed(empty)}; "
+                f"the target has no values in {len(empty)} tensors that to_empty has made: {listed(empty)}; "
                 "call target.reset(online), and load a state dict after that, if there is one"
             )
 

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from msf_core import EMATarget
 from msf_core.schedules import constant, cosine, linear
@@ -528,6 +530,259 @@ def test_repr_tells_momentum_policy_and_updates() -> None:
     target = EMATarget(online, linear(0.9, 1.0, steps=5), buffers="copy")
     target.update(online)
     assert "momentum=linear(start=0.9, end=1.0, steps=5), buffers='copy', updates=1" in repr(target)
+
+
+# Starting again, and the meta device.
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_reset_starts_again_as_a_copy_of_online(policy: str) -> None:
+    online = made()
+    online.register_buffer("unsaved", torch.zeros(2), persistent=False)
+    momentum = linear(0.5, 0.9, steps=4)
+    target = EMATarget(online, momentum, buffers=policy)
+    target.train()(torch.randn(8, 3))  # a mock forward, which moves BatchNorm's statistics
+    for step in range(3):
+        train(online, step)
+        target.update(online)
+    target.reset(online)
+    new = EMATarget(online, momentum, buffers=policy)
+    assert_same(state_of(target), state_of(new))
+    assert torch.equal(target.module.unsaved, online.unsaved)
+    assert target.updates == 0
+    assert target.module.head["in"].weight is target.module.head["out"].weight
+    assert not storages(target) & storages(online)
+    train(online, 3)
+    target.update(online)
+    new.update(online)
+    assert_same(state_of(target), state_of(new))
+
+
+RESETS = {
+    "parameter": (False, (3,), r"'zlast.tensor' is \[2\] in the target and \[3\] in online"),
+    "buffer": (True, (3,), r"'zlast.tensor' is \[2\] in the target and \[3\] in online"),
+    "missing": (True, None, "1 tensors are missing in online: 'zlast.tensor'"),
+}
+
+
+@pytest.mark.parametrize(("buffer", "shape", "message"), RESETS.values(), ids=RESETS.keys())
+def test_a_reset_that_does_not_fit_changes_nothing(buffer: bool, shape: Any, message: str) -> None:
+    target = EMATarget(with_last((2,), buffer=buffer), momentum=0.5)
+    target.update(with_last((2,), buffer=buffer, seed=1))
+    before = state_of(target)
+    with pytest.raises(ValueError, match=message):
+        target.reset(with_last(shape, buffer=buffer, seed=2))
+    with pytest.raises(ValueError, match="is the same memory"):
+        target.reset(target.module)
+    with pytest.raises(TypeError, match=r"online must be a torch\.nn\.Module, got dict"):
+        target.reset({})
+    assert_same(state_of(target), before)
+
+
+def on_meta() -> tuple[nn.Module, EMATarget]:
+    with torch.device("meta"):
+        online = made()
+        online.register_buffer("unsaved", torch.zeros(2), persistent=False)
+        return online, EMATarget(online, momentum=0.5, buffers="ema")
+
+
+def here(seed: int = 0) -> nn.Module:
+    online = made(seed)
+    online.register_buffer("unsaved", torch.ones(2), persistent=False)
+    return online
+
+
+def test_on_the_meta_device_it_runs_as_any_module() -> None:
+    online, target = on_meta()
+    target.update(online)
+    assert target.updates == 1
+    assert target(torch.ones(8, 3, device="meta")).shape == (8, 4)
+    with pytest.raises(ValueError, match="is on meta in the target and on cpu in online"):
+        target.update(here())
+
+
+TO_EMPTY: dict[str, Callable[[EMATarget], Any]] = {
+    "target": lambda target: target.to_empty(device="cpu"),
+    "root": lambda target: nn.Sequential(target).to_empty(device="cpu"),
+    "module": lambda target: target.module.to_empty(device="cpu"),
+    "and a cast": lambda target: target.to_empty(device="cpu").half().float(),
+}
+
+
+@pytest.mark.parametrize("to_empty", TO_EMPTY.values(), ids=TO_EMPTY.keys())
+def test_memory_without_values_is_never_served(to_empty: Callable[[EMATarget], Any]) -> None:
+    _, target = on_meta()
+    to_empty(target)
+    message = (
+        r"no values in 14 tensors that to_empty has made: ('[\w.]+', ){5}…; call target\.reset\(online\), and load"
+    )
+    for call in (lambda: target(torch.ones(8, 3)), lambda: target.update(here())):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    assert target.updates == 0
+    online = here()
+    target.reset(online)
+    assert torch.equal(target.eval()(torch.ones(8, 3)), online.eval()(torch.ones(8, 3)))
+    train(online, 1)
+    target.update(online)
+    assert target.updates == 1
+
+
+def test_values_given_up_by_to_empty_are_gone_too() -> None:
+    target = EMATarget(here())
+    target.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match=r"no values in 14 tensors"):
+        target(torch.ones(8, 3))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_gives_values_to_what_came_from_meta(assign: bool) -> None:
+    trained = EMATarget(here(), momentum=0.5, buffers="ema")
+    for seed in (1, 2):
+        trained.update(here(seed))
+    _, target = on_meta()
+    if not assign:
+        target.to_empty(device="cpu")
+    target.load_state_dict(trained.state_dict(), assign=assign)
+    if not assign:
+        with pytest.raises(RuntimeError, match=r"no values in 1 tensors that to_empty has made: 'unsaved'"):
+            target(torch.ones(8, 3))
+        target.reset(here())
+        target.load_state_dict(trained.state_dict())
+    else:
+        target.module.unsaved = torch.ones(2).clone().fill_(1)
+    assert target.updates == 2
+    assert torch.equal(target.eval()(torch.ones(8, 3)), trained.eval()(torch.ones(8, 3)))
+    if assign:
+        trained = copy.deepcopy(trained)  # whose memory the target has
+    for one in (target, trained):
+        one.update(here(3))
+    assert_same(state_of(target), state_of(trained))
+
+
+def test_values_may_be_written_without_a_state() -> None:
+    _, target = on_meta()
+    target.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*target.module.parameters(), *target.module.buffers()):
+            tensor.fill_(1)
+    assert target.eval()(torch.ones(8, 3)).isfinite().all()
+
+
+# Forwards that run again, or are compiled.
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_update_that_activation_checkpointing_runs_again_is_refused(reentrant: bool) -> None:
+    online = made()
+    target = EMATarget(online, momentum=0.5)
+
+    def step(x: Tensor) -> Tensor:
+        target.update(online)
+        return online(x)
+
+    x = torch.randn(8, 3, requires_grad=True)
+    train(online, 1)
+    loss = checkpoint(step, x, use_reentrant=reentrant).sum()
+    before = state_of(target)
+    with pytest.raises(
+        RuntimeError, match=r"EMATarget\.update ran twice for one batch.*outside of torch\.utils\.check"
+    ):
+        loss.backward()
+    assert_same(state_of(target), before)
+    assert target.updates == 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False, None])
+def test_updates_beside_checkpointing_and_in_hooks_of_a_backward_are_welcome(reentrant: bool | None) -> None:
+    online = made()
+    target, in_hook = EMATarget(online, momentum=0.5), EMATarget(online, momentum=0.5)
+    online.scalar.register_post_accumulate_grad_hook(lambda _: in_hook.update(online))
+    for step in range(3):
+        train(online, step)
+        x = torch.randn(8, 3, requires_grad=True)
+        out = online(x) if reentrant is None else checkpoint(online, x, use_reentrant=reentrant)
+        target.update(online)
+        out.sum().backward()
+    assert target.updates == in_hook.updates == 3
+    assert_same(parameters_of(target.module), parameters_of(in_hook.module))
+
+
+class InForward(nn.Module):
+    """An encoder and its target, updated in the forward as MoCo does."""
+
+    def __init__(self, dtype: torch.dtype, momentum: Any, policy: str) -> None:
+        super().__init__()
+        self.online = made().to(dtype)
+        self.target = EMATarget(self.online, momentum, buffers=policy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.target.update(self.online)
+        return (self.online(x) - self.target(x)).float().pow(2).mean()
+
+
+def losses_of(model: InForward, forward: Callable[[Tensor], Tensor], steps: int = 12) -> list[Tensor]:
+    optimizer = torch.optim.SGD(model.online.parameters(), lr=0.05)
+    losses = []
+    for step in range(steps):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        losses.append(forward(x.to(model.online.scalar.dtype)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("dtype", "policy", "graphs"),
+    [(torch.float32, "keep", 1), (torch.float32, "copy", 1), (torch.bfloat16, "ema", 2)],
+    ids=str,
+)
+def test_a_forward_with_an_update_compiles_whole_and_stays_so(dtype: torch.dtype, policy: str, graphs: int) -> None:
+    torch._dynamo.reset()
+    plain, traced = InForward(dtype, 0.9, policy), InForward(dtype, 0.9, policy)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(traced, fullgraph=True, backend=counter)
+    for ours, theirs in zip(losses_of(traced, compiled), losses_of(plain, plain), strict=True):
+        assert torch.equal(ours, theirs)
+    assert counter.frame_count == graphs  # in half precision the first step has made float32 values
+    assert traced.target.updates == 12
+    assert_same(state_of(traced), state_of(plain))
+
+
+def test_a_schedule_breaks_the_graph_and_is_compiled_once() -> None:
+    torch._dynamo.reset()
+    plain, traced = (InForward(torch.float32, cosine(0.5, 1.0, steps=8), "ema") for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(traced, backend=counter)
+    for ours, theirs in zip(losses_of(traced, compiled), losses_of(plain, plain), strict=True):
+        assert torch.equal(ours, theirs)
+    assert counter.frame_count <= 2
+    assert traced.target.updates == 12
+    assert_same(state_of(traced), state_of(plain))
+
+
+def test_updates_can_be_set() -> None:
+    target = EMATarget(made(), linear(0.0, 1.0, steps=10))
+    target.updates = 10
+    assert target.updates == 10
+    assert type(target.updates) is int
+    before = parameters_of(target.module)
+    target.update(made(1))
+    assert_same(parameters_of(target.module), before)
+    assert target.state_dict()["_extra_state"] == 11
+
+
+def test_tied_parameters_that_a_state_has_assigned_move_once() -> None:
+    online = made()
+    target = EMATarget(online, momentum=0.5)
+    target.load_state_dict(copy.deepcopy(target.state_dict()), assign=True)
+    before = target.module.head["in"].weight.detach().clone()
+    train(online, 1)
+    target.update(online)
+    for name in ("in", "out"):
+        expected = (before + online.head[name].weight.detach()) / 2
+        torch.testing.assert_close(target.module.head[name].weight.detach(), expected)
 
 
 # Errors: they name what is wrong, and nothing has moved.
