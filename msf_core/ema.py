@@ -208,9 +208,9 @@ class EMATarget(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMATarget":
         to_empty = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
-        unset = {name for name, f in self._tensors().items() if to_empty or f.is_meta} | self._still_unset().keys()
+        unset = (self._tensors() if to_empty else self._still_unset()).keys()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._unset = {name: _version(f) for name, f in self._tensors().items() if name in unset}
+        self._unset = {name: _version(f) for name, f in self._tensors().items() if name in unset or f.is_meta}
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -113,8 +113,7 @@ def _instead(module: nn.Module) -> dict[int, Any]:
     memo: dict[int, Any] = {}
     for name in _HOOKS:
         if name in attributes:
-            kept = needed if name.startswith("_forward_pre") else set()
-            memo[id(attributes[name])] = OrderedDict((k, v) for k, v in attributes[name].items() if k in kept)
+            memo[id(attributes[name])] = OrderedDict((k, v) for k, v in attributes[name].items() if k in needed)
     for value in attributes.values():
         # A weight that such a hook has computed; copy.deepcopy refuses tensors with a history.
         if isinstance(value, Tensor) and value.grad_fn is not None:

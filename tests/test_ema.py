@@ -227,6 +227,16 @@ def test_momentum_1_never_moves_even_where_online_is_not_finite() -> None:
     assert_same({"weight": target.module.weight}, {"weight": before["module.weight"]})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_momentum_0_takes_online_even_where_the_target_is_not_finite(dtype: torch.dtype) -> None:
+    online = nn.Linear(2, 2).to(dtype)
+    target = EMATarget(online, momentum=linear(0.0, 0.5, steps=1))
+    nn.init.constant_(target.module.weight, torch.inf)
+    for _ in range(2):
+        target.update(online)
+        assert_same({"weight": target.module.weight}, {"weight": online.weight})
+
+
 # What moves: every parameter once, buffers by their policy.
 
 
@@ -628,9 +638,14 @@ def test_memory_without_values_is_never_served(to_empty: Callable[[EMATarget], A
     assert target.updates == 1
 
 
-def test_values_given_up_by_to_empty_are_gone_too() -> None:
-    target = EMATarget(here())
-    target.to_empty(device="cpu")
+@pytest.mark.parametrize("over_meta", [False, True])
+def test_values_given_up_by_to_empty_are_gone_too(over_meta: bool) -> None:
+    target = EMATarget(here(), buffers="ema")
+    target.update(here(1))
+    if over_meta:
+        target.to("meta").module.to_empty(device="cpu")
+    else:
+        target.to_empty(device="cpu")
     with pytest.raises(RuntimeError, match=r"no values in 14 tensors"):
         target(torch.ones(8, 3))
 
@@ -643,7 +658,8 @@ def test_a_state_gives_values_to_what_came_from_meta(assign: bool) -> None:
     _, target = on_meta()
     if not assign:
         target.to_empty(device="cpu")
-    target.load_state_dict(trained.state_dict(), assign=assign)
+    state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    target.load_state_dict(state, assign=assign)
     if not assign:
         with pytest.raises(RuntimeError, match=r"no values in 1 tensors that to_empty has made: 'unsaved'"):
             target(torch.ones(8, 3))
@@ -653,8 +669,6 @@ def test_a_state_gives_values_to_what_came_from_meta(assign: bool) -> None:
         target.module.unsaved = torch.ones(2).clone().fill_(1)
     assert target.updates == 2
     assert torch.equal(target.eval()(torch.ones(8, 3)), trained.eval()(torch.ones(8, 3)))
-    if assign:
-        trained = copy.deepcopy(trained)  # whose memory the target has
     for one in (target, trained):
         one.update(here(3))
     assert_same(state_of(target), state_of(trained))
@@ -770,7 +784,9 @@ def test_updates_can_be_set() -> None:
     before = parameters_of(target.module)
     target.update(made(1))
     assert_same(parameters_of(target.module), before)
-    assert target.state_dict()["_extra_state"] == 11
+    state = target.state_dict()
+    target.update(made(1))
+    assert state["_extra_state"] == 11
 
 
 def test_tied_parameters_that_a_state_has_assigned_move_once() -> None:

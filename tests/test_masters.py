@@ -168,7 +168,7 @@ class Started(TorchDispatchMode):
 
 
 def started(dtype: torch.dtype, layers: int) -> list[str]:
-    online = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)), nn.Conv2d(3, 4, 3)).to(dtype)
+    online = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Conv2d(3, 4, 3)) for _ in range(layers))).to(dtype)
     target = EMATarget(online.to(memory_format=torch.channels_last), momentum=0.9)
     target.update(online)
     with Started() as seen:
@@ -283,6 +283,15 @@ def test_saved_in_the_middle_and_loaded_it_goes_on_bit_equal(dtype: torch.dtype,
     assert not {f.data_ptr() for f in masters_of(resumed).values() if f.numel()} & {
         f.data_ptr() for f in masters_of(target).values()
     }
+
+
+def test_a_state_loaded_from_another_target_shares_no_memory() -> None:
+    targets = [EMATarget(made(), momentum=0.9), EMATarget(made(seed=1), momentum=0.9)]
+    targets[0].update(made(seed=2))
+    targets[1].load_state_dict(targets[0].state_dict())
+    before = state_of(targets[1])
+    targets[0].update(made(seed=3))
+    assert_same(state_of(targets[1]), before)
 
 
 def test_a_target_has_a_place_for_masters_in_its_state_from_the_start() -> None:

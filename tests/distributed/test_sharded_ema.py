@@ -214,6 +214,20 @@ def reset_inside_a_forward(rank: int) -> None:
         assert torch.equal(whole(model.target.module)[name], value)
 
 
+def what_is_gathered_ahead_is_gathered_again(rank: int) -> None:
+    model, plain = sharded(Model("never"), its_module), Model("never")
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        for one in (model, plain):
+            with torch.no_grad():
+                for parameter in one.encoder.parameters():
+                    parameter.mul_(1.5)
+            if one is model:
+                model.target.module.unshard(async_op=True)
+            one.target.update(one.encoder)
+        torch.testing.assert_close(model.target(x), plain.target(x))
+
+
 def fsdp1_is_refused(rank: int) -> None:
     online = nn.Sequential(nn.Linear(3, 3))
     target = EMATarget(online)
@@ -248,6 +262,7 @@ def came_from_meta(rank: int) -> None:
         shards_are_averaged_and_not_their_copies,
         errors_leave_the_forward_as_it_was,
         reset_inside_a_forward,
+        what_is_gathered_ahead_is_gathered_again,
         fsdp1_is_refused,
         came_from_meta,
     ],
