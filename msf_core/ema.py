@@ -1,15 +1,15 @@
 """The target encoder f: an exponential moving average of the online encoder g (paper section 2)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msf_core.checks import check_not_recomputed
-from msf_core.distributed import is_shard, placement
 from msf_core.masters import Masters, average_in_float32, local, needs_master
+from msf_core.pairs import BUFFER_POLICIES, Pair, pair_up, untied
 from msf_core.schedules import Schedule
 from msf_core.wrapped import (
     bare_copy,
@@ -21,16 +21,23 @@ from msf_core.wrapped import (
     without_wrappers,
 )
 
-BUFFER_POLICIES = ("keep", "copy", "ema")
-
 
 class EMATarget(nn.Module):
     """A frozen copy of ``online`` that follows it: f ← m·f + (1 − m)·g at every `update`.
 
-    The copy shares no storage with ``online``. DDP, DataParallel and ``torch.compile`` wrappers of ``online`` or of
-    its parts are looked through: the copy is of what they wrap, and tensors pair by the names they have there.
-    With FSDP2 make the target first, and then call ``fully_shard`` on ``online`` and on ``target.module`` alike:
-    each rank averages its shards, and nothing travels.
+    The copy shares no storage with ``online``. Wrappers of ``online`` or of its parts (DDP, DataParallel,
+    ``torch.compile``, activation checkpointing) are looked through: the copy is of what they wrap, and tensors pair by
+    the names they have there. Hooks on ``online`` are not copied, except those by which ``torch.nn.utils`` computes a
+    weight (``weight_norm``, ``spectral_norm``, pruning); register others on ``target.module`` where it needs them.
+
+    A step of 1 − m is smaller than what bfloat16 and float16 resolve. The average of such tensors is kept in float32,
+    in ``masters``, and ``module`` holds it rounded. That takes 4 bytes for each of their values, from the first
+    `update` or ``state_dict`` on; models of float32 pay nothing. Values that somebody changes in ``module`` win over
+    the masters. The ``state_dict`` has them under ``masters.``; one without them loads too.
+
+    With FSDP2 make the target first, and then call ``fully_shard`` on ``online`` and on ``target.module`` (or the
+    target) alike, or on a module that holds both. Each rank averages its shards, and nothing travels, except where
+    `update` is called inside the forward of a sharded module: it has to gather that module once more.
 
     Args:
         online: the encoder, with its projection head.
@@ -41,8 +48,10 @@ class EMATarget(nn.Module):
             floating ones and copies the others.
 
     Raises:
-        ValueError: a momentum outside [0, 1], another policy, an ``online`` that is sharded already.
-        TypeError: an ``online`` that is no module, a momentum that is neither a number nor callable.
+        ValueError: a momentum outside [0, 1], another policy, an ``online`` that is sharded already or has
+            uninitialized parameters (lazy modules).
+        TypeError: an ``online`` that is no module or that ``copy.deepcopy`` cannot copy, a momentum that is neither a
+            number nor callable.
 
     >>> online = nn.Linear(2, 2)
     >>> target = EMATarget(online, momentum=0.9)
@@ -82,7 +91,8 @@ class EMATarget(nn.Module):
         """Run the target on the arguments of ``online``, without gradient.
 
         Raises:
-            RuntimeError: the target came from the meta device and has no values yet.
+            RuntimeError: ``to_empty`` has made memory for the target, and nothing has given it values: call `reset`,
+                or load a state.
         """
         self._check_set()
         return self.module(*args, **kwargs)
@@ -92,14 +102,15 @@ class EMATarget(nn.Module):
         """Move one step towards ``online``, with a number of kernel launches that hardly grows with its tensors.
 
         ``online`` may have another dtype than the target: the average is computed in the target's, or in float32
-        where that is less precise.
+        where that is less precise. Inside ``torch.compile`` a constant momentum is traced whole; a schedule breaks the
+        graph here, so compile without ``fullgraph``.
 
         Raises:
             ValueError: tensors are missing on one side, or differ in shape, device or sharding; the message names
                 them, and nothing has moved.
             TypeError: an ``online`` that is no module, or a schedule that gives no number.
             RuntimeError: activation checkpointing runs this a second time, or it runs in a replica of DataParallel,
-                or the target came from the meta device and has no values yet.
+                or the target has no values, as in `forward`; nothing has moved.
         """
         if callable(self.momentum) and torch.compiler.is_compiling():
             torch.compiler.disable(self._update)(online)  # traced, a schedule's momentum would be compiled in
@@ -115,7 +126,7 @@ class EMATarget(nn.Module):
         _check_momentum(momentum)
         gathered = to_shards(self.module, online)
         try:
-            pairs = self._pair_up(online, self.buffers_policy != "keep")
+            pairs = pair_up(self.module, online, self.buffers_policy)
             self._move(pairs, momentum)
         finally:
             gather_again(gathered)
@@ -125,7 +136,8 @@ class EMATarget(nn.Module):
     def reset(self, online: nn.Module) -> None:
         """Start again as a copy of ``online``: its parameters and all its buffers, after no update.
 
-        This also gives values to a target that came from the meta device by ``to_empty``.
+        This also gives values to a target that came from the meta device by ``to_empty``. It leaves each of its
+        tensors the dtype it has.
 
         Raises:
             ValueError: as `update`; nothing has changed.
@@ -136,51 +148,38 @@ class EMATarget(nn.Module):
         check_kept(self, online)
         gathered = to_shards(self.module, online)
         try:
-            for pair in self._pair_up(online, True):
-                pair.f.copy_(pair.g)
+            _copy(pair_up(self.module, online, "copy"))
         finally:
             gather_again(gathered)
         self.masters.keep([])
         self._unset = {}
         self.updates = 0
 
-    def _move(self, pairs: list["_Pair"], momentum: float) -> None:
+    def _move(self, pairs: list[Pair], momentum: float) -> None:
         """Move paired tensors by one step."""
         averaged = [pair for pair in pairs if pair.averages]
         copied = [pair for pair in pairs if not pair.averages]
-        halves = [pair for pair in averaged if needs_master(pair.f)]
+        dtypes = {pair.f.dtype for pair in averaged}
+        rounded = {dtype for dtype in dtypes if needs_master(dtype)}
+        halves = [pair for pair in averaged if pair.f.dtype in rounded] if rounded else []
         if self.masters._buffers:
             self.masters.keep([pair.name for pair in halves])
         if momentum == 1:  # exactly f: an Inf on the other side must not make a NaN
-            halves = averaged = []
+            return _copy(copied)
         masters = [local(self.masters.of(pair.name, pair.whole)) for pair in halves]
         if momentum == 0:  # exactly g
             copied += averaged
             for master, pair in zip(masters, halves, strict=True):
                 master.copy_(pair.g)
         else:
-            for dtype in {pair.f.dtype for pair in averaged} - {pair.f.dtype for pair in halves}:
+            for dtype in dtypes - rounded:
                 f = [pair.f for pair in averaged if pair.f.dtype == dtype]
                 g = [
                     pair.g if pair.g.dtype == dtype else pair.g.to(dtype) for pair in averaged if pair.f.dtype == dtype
                 ]
                 torch._foreach_lerp_(f, g, 1 - momentum)  # f + (1 − m)(g − f) = m·f + (1 − m)·g
             average_in_float32([pair.f for pair in halves], masters, [pair.g for pair in halves], 1 - momentum)
-        for pair in copied:
-            pair.f.copy_(pair.g)
-
-    def _pair_up(self, online: nn.Module, with_buffers: bool) -> list["_Pair"]:
-        """Pair target and online tensors by name."""
-        theirs = {name: tensor for name, tensor, _ in named_tensors(online, with_buffers)}
-        ours = list(named_tensors(self.module, with_buffers))
-        _check_same_names([name for name, _, _ in ours], theirs)
-        copies_buffers = self.buffers_policy == "copy"
-        pairs: list[_Pair] = []
-        for name, whole, is_buffer in _untied(ours):
-            f, g = _checked(name, whole, theirs[name])
-            averages = (f.is_floating_point() or f.is_complex()) and not (is_buffer and copies_buffers)
-            pairs.append(_Pair(name, whole, f, g, averages))
-        return pairs
+        _copy(copied)
 
     def _check_set(self) -> None:
         """Raise RuntimeError where memory of ``to_empty`` would be taken for values."""
@@ -222,8 +221,8 @@ class EMATarget(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # Here, and not in the first update alone, so that a new target has a place for what a checkpoint holds.
         to_shards(self.module)
-        for name, f, _ in _untied(named_tensors(self.module, self.buffers_policy == "ema")):
-            if needs_master(f):
+        for name, f, _ in untied(named_tensors(self.module, self.buffers_policy == "ema")):
+            if needs_master(f.dtype):
                 self.masters.of(name, f)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -240,62 +239,14 @@ class EMATarget(nn.Module):
         return f"momentum={self.momentum}, buffers={self.buffers_policy!r}, updates={self.updates}"
 
 
-class _Pair(NamedTuple):
-    """Tensors of one name."""
-
-    name: str
-    whole: Tensor
-    """The target's, a DTensor where it is sharded."""
-    f: Tensor
-    """What this rank has of it."""
-    g: Tensor
-    """What this rank has of online's."""
-    averages: bool
-
-
-def _untied(tensors: Iterable[tuple[str, Tensor, bool]]) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield each tensor under the first of its names, since one that is tied moves once.
-
-    ``load_state_dict(assign=True)`` makes several tensors of it, over the same memory.
-    """
-    seen: set[int] = set()
-    has_addresses = not torch.compiler.is_compiling()
-    for name, tensor, is_buffer in tensors:
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        if has_addresses and type(tensor) in (nn.Parameter, Tensor) and (address := tensor.data_ptr()):
-            if address in seen:
-                continue
-            seen.add(address)
-        yield name, tensor, is_buffer
+def _copy(pairs: list[Pair]) -> None:
+    for pair in pairs:
+        pair.f.copy_(pair.g)
 
 
 def _version(tensor: Tensor) -> int:
     """Return how often something was written into a tensor, nought while it is on the meta device."""
     return 0 if tensor.is_meta or tensor.is_inference() else tensor._version
-
-
-def _checked(name: str, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what this rank has of both, or raise ValueError unless they go together."""
-    if f.shape != g.shape:
-        raise ValueError(f"{name!r} is {list(f.shape)} in the target and {list(g.shape)} in online")
-    if is_shard(f) or is_shard(g):
-        if placement(f) != placement(g):
-            raise ValueError(f"{name!r} is not sharded alike in the target and in online")
-        f, g = local(f), local(g)
-    if f.device != g.device:
-        raise ValueError(f"{name!r} is on {f.device} in the target and on {g.device} in online")
-    # Neither meta tensors nor those that are traced have an address.
-    if not torch.compiler.is_compiling() and f.data_ptr() == g.data_ptr() and f.numel() and not f.is_meta:
-        raise ValueError(f"{name!r} is the same memory in the target and in online")
-    return f, g
-
-
-def _check_same_names(ours: Any, theirs: Any) -> None:
-    for side, others, names in (("online", set(theirs), ours), ("the target", set(ours), theirs)):
-        if missing := [name for name in names if name not in others]:
-            raise ValueError(f"{len(missing)} tensors are missing in {side}: {listed(missing)}")
 
 
 def _check_module(online: Any) -> None:

@@ -13,9 +13,9 @@ from msf_core.distributed import is_shard, placement
 CHUNK = {"cpu": 1 << 20, "else": 1 << 23}
 
 
-def needs_master(tensor: Tensor) -> bool:
-    """Tell whether a tensor is floating, or complex, with less than float32's precision."""
-    return tensor.dtype in _WIDE
+def needs_master(dtype: torch.dtype) -> bool:
+    """Tell whether a dtype is floating, or complex, with less than float32's precision."""
+    return dtype in _WIDE
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -72,11 +72,13 @@ def test_the_ends_are_exact(momentum: float) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("half_online", [False, True])
-def test_update_does_not_wait_for_the_device(policy: str, half_online: bool) -> None:
+@pytest.mark.parametrize("half", ["neither", "online", "both"])
+def test_update_does_not_wait_for_the_device(policy: str, half: str) -> None:
     online = made().cuda()
+    if half == "both":
+        online = online.bfloat16()
     target = EMATarget(online, cosine(0.5, 1.0, steps=4), buffers=policy)
-    if half_online:
+    if half == "online":
         online = online.bfloat16()
     target.update(online)  # warm-up
     torch.cuda.synchronize()
@@ -116,3 +118,33 @@ def test_a_target_moved_after_it_was_made_follows_there() -> None:
     target.update(online)
     torch.testing.assert_close(target.module[0].weight, (before["0.weight"] + online[0].weight.detach()) / 2)
     assert target.module[3].weight is target.module[4].weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_average_of_half_precision_arrives_and_follows_to_the_device(dtype: torch.dtype) -> None:
+    online = made().to(dtype)
+    target = EMATarget(online, momentum=0.99)
+    train(online, 1)
+    target.update(online)
+    target.cuda()
+    online = online.cuda()
+    assert all(master.is_cuda and master.dtype == torch.float32 for master in target.masters.buffers())
+    for _ in range(2000):
+        target.update(online)
+    for f, g in zip(target.module.parameters(), online.parameters(), strict=True):
+        assert torch.equal(f, g)
+
+
+def launches(dtype: torch.dtype, layers: int) -> int:
+    online = nn.Sequential(*(nn.Conv2d(3, 4, 3) for _ in range(layers))).to("cuda", dtype)
+    target = EMATarget(online.to(memory_format=torch.channels_last), momentum=0.9)
+    target.update(online)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        target.update(online)
+        torch.cuda.synchronize()
+    return sum(event.count for event in profiled.key_averages() if event.key.startswith("cudaLaunchKernel"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ten_times_the_tensors_take_hardly_more_launches(dtype: torch.dtype) -> None:
+    assert 0 < launches(dtype, 20) <= launches(dtype, 2) + 8
