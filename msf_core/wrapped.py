@@ -93,12 +93,13 @@ def bare_copy(online: nn.Module) -> nn.Module:
         memo.update(_instead(module))
     try:
         with torch.inference_mode(False):  # tensors made in that mode could never be updated outside of it
-            target: nn.Module = copy.deepcopy(bare, memo).requires_grad_(False)
+            target: nn.Module = copy.deepcopy(bare, memo)
     except Exception as error:
         raise TypeError(
             f"online must be a module that copy.deepcopy can copy, but {type(bare).__name__} raised "
             f"{type(error).__name__}: {error}"
         ) from error
+    target.requires_grad_(False)
     for parent in list(target.modules()):
         for name, child in parent._modules.items():
             parent._modules[name] = None if child is None else unwrap(child)

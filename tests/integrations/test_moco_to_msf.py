@@ -15,6 +15,7 @@ pytest.importorskip("sklearn", reason="the example's digits are scikit-learn's")
 
 from integrations import moco_to_msf
 from integrations.moco_to_msf import BATCH, accuracy, batches, make_encoder, moco, msf, strong, weak
+from msf_core import EMATarget
 
 
 def blobs(count: int) -> tuple[Tensor, Tensor]:
@@ -43,10 +44,16 @@ def test_a_step_of_msf_is_that_of_the_paper(watch: Any, monkeypatch: pytest.Monk
 
     def watched_encoder() -> nn.Sequential:
         encoder = make()
-        encoder.register_forward_pre_hook(lambda module, given: seen.append((module is encoder, given[0].unique())))
+        encoder.register_forward_pre_hook(lambda _, given: seen.append((True, given[0].unique())))
         return encoder
 
+    def watched_target(online: nn.Module, momentum: float) -> EMATarget:
+        target = EMATarget(online, momentum)
+        target.register_forward_pre_hook(lambda _, given: seen.append((False, given[0].unique())))
+        return target
+
     monkeypatch.setattr(moco_to_msf, "make_encoder", watched_encoder)
+    monkeypatch.setattr(moco_to_msf, "EMATarget", watched_target)
     monkeypatch.setattr(moco_to_msf, "weak", lambda images: torch.full_like(images, 1.0))
     monkeypatch.setattr(moco_to_msf, "strong", lambda images: torch.full_like(images, 2.0))
     backbone = msf(blobs(2 * BATCH)[0], 3)
