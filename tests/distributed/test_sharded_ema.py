@@ -49,6 +49,8 @@ class Model(nn.Module):
             self.encoder[4].weight = self.encoder[3].weight
         self.encoder.to(dtype)
         self.target = EMATarget(self.encoder, cosine(0.5, 0.9, steps=4) if momentum is None else momentum)
+        if when == "backward":
+            self.encoder[2].register_full_backward_hook(lambda *_: self.target.update(self.encoder))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.when == "first":
@@ -156,7 +158,7 @@ def test_sharded_anywhere_the_target_moves_as_unsharded(one_or_two: Processes, s
 
 
 def all_equal_unsharded(rank: int, shard: Shard) -> None:
-    for when in ("first", "between", "last", "after"):
+    for when in ("first", "between", "last", "backward", "after"):
         equals_unsharded(rank, shard, when, torch.float32)
     equals_unsharded(rank, shard, "between", torch.bfloat16)
     if shard is the_root:
