@@ -152,8 +152,6 @@ def evaluation(module: MSF, features: int, classes: int, queue: int) -> list[L.C
         target="label",
         queue_length=queue,
         metrics=metrics,
-        input_dim=features,  # so that the queue has its shape before a checkpoint is loaded into it
-        target_dim=1,
         num_classes=classes,
         k=1,
         distance_metric="cosine",
