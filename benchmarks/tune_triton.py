@@ -91,7 +91,7 @@ def plan_of(queries: Tensor, rows: Tensor, k: int, group: int | None = None) -> 
     from msf_core.search.triton_backend import device_limits
 
     (count, dim), n = queries.shape, rows.shape[0]
-    return plan_for(count, n, dim, k, rows.dtype, False, *device_limits(rows.device.type, rows.device.index), group)
+    return plan_for(count, n, dim, k, rows.dtype, 0, *device_limits(rows.device.type, rows.device.index), group)
 
 
 def time_search(queries: Tensor, rows: Tensor, k: int, tiles: tuple[int, ...], group: int) -> list[float]:

@@ -4,6 +4,7 @@ All layouts have the same methods. What they are handed has been checked, within
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,23 @@ from msf_core.rows import UNKNOWN, unpacked
 from msf_core.search import Queries, SearchBackend
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+class Step(NamedTuple):
+    """What a step of training looks for beside the rows that it pushes."""
+
+    k: int
+    """Neighbors of each row, itself included."""
+    views: int = 1
+    """How often each image is among the rows, V: they are V batches, one after another."""
+    same_label: bool = False
+    """Whether only rows with the same label are neighbors."""
+    exclude_same_id: bool = False
+    """Whether rows with the same id are none."""
+
+    def limits(self, labels: Tensor | None, ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return the labels and ids that limit the search."""
+        return labels if self.same_label else None, ids if self.exclude_same_id else None
 
 
 class Local:
@@ -48,26 +66,27 @@ class Local:
         unit: Tensor,
         labels: Tensor | None,
         ids: Tensor | None,
-        k: int,
+        step: Step,
         backend: str | SearchBackend,
-        *,
-        same_label: bool,
-        exclude_same_id: bool,
     ) -> tuple[Tensor, Found | None]:
-        """Push a batch, and find the k − 1 nearest other rows of each of its rows, fewer while the bank holds fewer.
+        """Push a batch, and find the k − 1 nearest rows of each of its rows, fewer while the bank holds fewer.
 
-        Args and the slots that are returned are those of `push`. Where a row has no others, None comes with them.
+        Views of the same image are not found. Args and the slots that are returned are those of `push`; where a row
+        has no others, None comes with them.
         """
         slots = self.push(unit, labels, ids)
-        others = self._others(unit, k)
+        others = self._others(unit, step)
         if others == 0:
             return slots, None
-        limits = (labels if same_label else None, ids if exclude_same_id else None)
-        return slots, self.search(Queries(unit.to(self.ring.query_dtype), *limits, own=slots), others, backend)
+        asked = Queries(unit.to(self.ring.query_dtype), *step.limits(labels, ids), _own_slots(slots, step.views))
+        return slots, self.search(asked, others, backend)
 
-    def _others(self, pushed: Tensor, k: int) -> int:
-        # A batch of k fills k rows at least; only a smaller one has to ask.
-        return (k if pushed.shape[0] >= k else min(k, len(self.ring))) - 1
+    def _others(self, pushed: Tensor, step: Step) -> int:
+        """Return how many rows that are no views of the same image each row finds."""
+        # A batch of that many fills as many rows; only a smaller one has to ask.
+        enough = pushed.shape[0] >= step.k - 1 + step.views
+        filled = self.ring.size if enough else len(self.ring)
+        return max(0, min(step.k - 1, filled - step.views))
 
     def saved(self, name: str, tensor: Tensor) -> Tensor:
         """Return an entry of `Ring.state` as a ``state_dict`` has it."""
@@ -168,15 +187,12 @@ class Sharded(Replicated):
         unit: Tensor,
         labels: Tensor | None,
         ids: Tensor | None,
-        k: int,
+        step: Step,
         backend: str | SearchBackend,
-        *,
-        same_label: bool,
-        exclude_same_id: bool,
     ) -> tuple[Tensor, Found | None]:
         """See `Local.step`. What all ranks push is what they search for: it travels once."""
-        step = super().step if self.shards == 1 else self._step_together
-        return step(unit, labels, ids, k, backend, same_label=same_label, exclude_same_id=exclude_same_id)
+        together = super().step if self.shards == 1 else self._step_together
+        return together(unit, labels, ids, step, backend)
 
     @untraced
     def _step_together(
@@ -184,19 +200,18 @@ class Sharded(Replicated):
         unit: Tensor,
         labels: Tensor | None,
         ids: Tensor | None,
-        k: int,
+        step: Step,
         backend: str | SearchBackend,
-        *,
-        same_label: bool,
-        exclude_same_id: bool,
     ) -> tuple[Tensor, Found | None]:
-        same: dict[str, int | str] = {"k": k, "what limits the search": _named(same_label, exclude_same_id)}
+        limited = _named(step.same_label, step.exclude_same_id)
+        same: dict[str, int | str] = {"k": step.k, "views": step.views, "what limits the search": limited}
         (rows, labels, ids), counts = self._gather("step", unit, labels, ids, **same)
         slots = self.ring.push(rows, labels, ids)
-        others, mine = self._others(rows, k), self._own(slots, counts)
+        others, mine = self._others(rows, step), self._own(slots, counts)
         if others == 0:
             return mine, None
-        asked = Queries(rows, labels if same_label else None, ids if exclude_same_id else None, own=slots)
+        own = torch.cat([_own_slots(part, step.views) for part in slots.split(counts)])
+        asked = Queries(rows, *step.limits(labels, ids), own)
         return mine, self._ask_all(asked, others, backend, counts)
 
     def _ask_all(self, queries: Queries, k: int, backend: str | SearchBackend, counts: list[int]) -> Found:
@@ -249,6 +264,11 @@ class Sharded(Replicated):
 
 
 LAYOUTS: dict[str, type[Local]] = {"replicated": Replicated, "sharded": Sharded, "local": Local}
+
+
+def _own_slots(slots: Tensor, views: int) -> Tensor:
+    """Return for each of V·B rows the slots of all V views of its image, [V·B, V], from the slot of each row."""
+    return slots[:, None] if views == 1 else slots.view(views, -1).T.repeat(views, 1)
 
 
 def _named(by_label: bool, by_id: bool) -> str:

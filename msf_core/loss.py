@@ -1,5 +1,6 @@
 """The loss of MSF (paper section 2): pull v towards the k nearest neighbours of u."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msf_core.checks import check_labels, check_tensor
+from msf_core.checks import check_labels, check_not_recomputed, check_tensor
+from msf_core.layouts import Step
 from msf_core.memory_bank import MemoryBank
 from msf_core.ring import Found
 from msf_core.rows import SHORTEST, UNKNOWN, Neighbors, unit_rows
@@ -164,8 +166,8 @@ class MeanShiftLoss(nn.Module):
     @overload
     def forward(
         self,
-        prediction: Tensor,
-        target: Tensor,
+        prediction: Tensor | Sequence[Tensor],
+        target: Tensor | Sequence[Tensor],
         labels: Tensor | None = None,
         *,
         ids: Tensor | None = None,
@@ -175,7 +177,7 @@ class MeanShiftLoss(nn.Module):
     @overload
     def forward(
         self,
-        prediction: Tensor,
+        prediction: Tensor | Sequence[Tensor],
         target: Tensor,
         labels: Tensor | None = None,
         *,
@@ -183,43 +185,71 @@ class MeanShiftLoss(nn.Module):
         return_neighbors: Literal[True],
     ) -> tuple[Tensor, Neighbors]: ...
 
+    @overload
     def forward(
         self,
-        prediction: Tensor,
-        target: Tensor,
+        prediction: Tensor | Sequence[Tensor],
+        target: Sequence[Tensor],
+        labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        return_neighbors: Literal[True],
+    ) -> tuple[Tensor, list[Neighbors]]: ...
+
+    def forward(
+        self,
+        prediction: Tensor | Sequence[Tensor],
+        target: Tensor | Sequence[Tensor],
         labels: Tensor | None = None,
         *,
         ids: Tensor | None = None,
         return_neighbors: bool = False,
-    ) -> Tensor | tuple[Tensor, Neighbors]:
+    ) -> Tensor | tuple[Tensor, Neighbors] | tuple[Tensor, list[Neighbors]]:
         """Return the loss of a batch, and push its targets.
 
+        Several views of the images come as a list. Then the loss is the mean over pairs of a prediction and a target:
+
+        - ``criterion([p1, p2, p3], u)``: the target goes with every prediction; likewise one prediction with every
+          target.
+        - ``criterion([p1, p2], [z1, z2])``: prediction i goes with every target j ≠ i. This is BYOL's symmetric loss,
+          and ``criterion([p1, p2, p3, p4], [z1, z2])`` is multi-crop as in DINO, the first two crops being global.
+
+        All targets are pushed, the first view's first. Those of the same image are never each other's neighbors, and
+        the call is one step of a schedule.
+
         Args:
-            prediction: v [B, D], the online side: predictor(encoder(view)). Any float dtype and scale.
-            target: u [B, D], the target side. Detached; normalized in float32.
+            prediction: v [B, D], the online side: predictor(encoder(view)); or a list of those. Any float dtype and
+                scale.
+            target: u [B, D], the target side; or a list of those. Detached; normalized in float32.
             labels: [B] integers that are kept beside the rows, −1 where unknown; for purity only, unless
                 ``same_label``.
             ids: [B] integers that are kept beside the rows: which image each u is of, −1 where unknown.
             return_neighbors: also return the `Neighbors` that served, u first.
 
         Returns:
-            The loss, a float32 scalar in [0, 4]; with ``return_neighbors`` a pair (loss, `Neighbors`).
+            The loss, a float32 scalar in [0, 4]; with ``return_neighbors`` a pair (loss, `Neighbors`), or (loss, list)
+            with the neighbors of each target where targets are a list.
 
         Raises:
-            ValueError: shapes or devices that do not fit, an empty batch, a schedule's k out of range, no ``ids`` with
-                ``exclude_same_id`` or no labels with ``same_label``.
+            ValueError: shapes or devices that do not fit, an empty batch, lists that leave nothing to pair, a
+                schedule's k out of range, no ``ids`` with ``exclude_same_id`` or no labels with ``same_label``.
             TypeError: tensors that are not floating, labels or ids that are not integers.
             ImportError: the bank's backend does not work on its device.
+            RuntimeError: activation checkpointing recomputes a forward that pushed.
         """
         bank, pushing = self.bank, self.training
         with self._checking(bank):
-            k = self._check(bank, prediction, target, labels, ids)
-        u = unit_rows(target)  # [B, D]
+            predictions, targets = _views("prediction", prediction), _views("target", target)
+            k = self._check(bank, predictions, targets, labels, ids)
+            numbered = not (isinstance(prediction, Tensor) or isinstance(target, Tensor))
+            pairs = _pairs(len(predictions), len(targets), numbered)
+        views = len(targets)
+        if views > 1:
+            labels, ids = (None if beside is None else beside.repeat(views) for beside in (labels, ids))
+        u = unit_rows(targets[0] if views == 1 else torch.cat(targets))  # [V·B, D]
         slots, found = None, None
         if bank is not None and pushing:
-            slots, found = bank.step(
-                u, labels, ids, k, same_label=self.same_label, exclude_same_id=self.exclude_same_id
-            )
+            slots, found = bank.step(u, labels, ids, Step(k, views, self.same_label, self.exclude_same_id))
         elif bank is not None:
             same, other = labels if self.same_label else None, ids if self.exclude_same_id else None
             found = bank.others(u, k, labels=same, exclude_ids=other)
@@ -228,9 +258,18 @@ class MeanShiftLoss(nn.Module):
         z = u[:, None]
         if found is not None:
             others = torch.where((found.index < 0)[..., None], z, found.embedding)  # u stands in
-            z = torch.cat([z, others], dim=1)  # [B, k, D]
-        loss = _mean_shift(prediction, z)
-        return (loss, self._neighbors(z, slots, labels, found)) if return_neighbors else loss
+            z = torch.cat([z, others], dim=1)  # [V·B, k, D]
+        if len(pairs) == 1:
+            loss = _mean_shift(predictions[pairs[0][0]], z if views == 1 else z.chunk(views)[pairs[0][1]])
+        else:
+            of_view = z.chunk(views)
+            loss = torch.stack([_mean_shift(predictions[i], of_view[j]) for i, j in pairs]).mean()
+        if not return_neighbors:
+            return loss
+        neighbors = self._neighbors(z, slots, labels, found)
+        if isinstance(target, Tensor):
+            return loss, neighbors
+        return loss, [Neighbors(*parts) for parts in zip(*(part.chunk(views) for part in neighbors), strict=True)]
 
     def _checking(self, bank: MemoryBank | None) -> AbstractContextManager[None]:
         """Return the context for `_check`: where other processes share the bank, they are told of an error."""
@@ -263,33 +302,33 @@ class MeanShiftLoss(nn.Module):
     def _check(
         self,
         bank: MemoryBank | None,
-        prediction: Tensor,
-        target: Tensor,
+        predictions: tuple[Tensor, ...],
+        targets: tuple[Tensor, ...],
         labels: Tensor | None,
         ids: Tensor | None,
     ) -> int:
         """Return this step's k, or raise before anything changes."""
+        if self.training:
+            check_not_recomputed("MeanShiftLoss")
         k = self._k_of_step()
-        _check_prediction(prediction)
+        _check_prediction(predictions[0], _name("prediction", predictions, 0))
         _check_k(k, bank)
-        check_tensor("target", target)
-        if target.shape != prediction.shape:
-            raise ValueError(f"target must be {list(prediction.shape)} as the prediction, got {list(target.shape)}")
-        if not target.is_floating_point():
-            raise TypeError(f"target must be floating, got {target.dtype}")
-        if target.device != prediction.device:
-            raise ValueError(f"target must be on the prediction's device, {prediction.device}, got {target.device}")
+        first = predictions[0]
+        for i in range(1, len(predictions)):
+            _check_like(first, predictions[i], _name("prediction", predictions, i))
+        for i, target in enumerate(targets):
+            _check_like(first, target, _name("target", targets, i))
         if labels is not None:
-            check_labels(labels, target)
+            check_labels(labels, first)
         if ids is not None:
-            check_labels(ids, target, "ids")
+            check_labels(ids, first, "ids")
         if self.exclude_same_id and ids is None:
             raise ValueError("exclude_same_id needs the ids of the batch, got none")
         if self.same_label and labels is None:
             raise ValueError("same_label needs the labels of the batch, −1 where unknown, got none")
         if bank is not None:
-            bank.check("target", target)
-            bank.check_backend(k)
+            bank.check("target", targets[0])
+            bank.check_backend(k - 1 + len(targets))
         return k
 
     def get_extra_state(self) -> Tensor:
@@ -313,12 +352,49 @@ def _rounded(k: float) -> int:
         raise ValueError(f"the schedule of k must give a finite number, got {k!r}") from error
 
 
-def _check_prediction(prediction: Tensor) -> None:
-    check_tensor("prediction", prediction)
+def _views(name: str, given: object) -> tuple[Tensor, ...]:
+    """Return the views of a batch, of which there may be one."""
+    if isinstance(given, Tensor):
+        return (given,)
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(given).__name__}")
+    if not given:
+        raise ValueError(f"{name} must be a tensor or a list of tensors, got an empty list")
+    return tuple(given)
+
+
+def _pairs(predictions: int, targets: int, numbered: bool) -> list[tuple[int, int]]:
+    """Return which prediction goes with which target; where both are numbered views none with that of its own view."""
+    pairs = [(i, j) for i in range(predictions) for j in range(targets) if not numbered or i != j]
+    if not pairs:
+        raise ValueError(
+            "prediction i goes with every target j ≠ i, so lists of one prediction and one target leave nothing to "
+            "pair: give one of them as a tensor"
+        )
+    return pairs
+
+
+def _name(name: str, views: Sequence[Tensor], i: int) -> str:
+    return name if len(views) == 1 else f"{name}[{i}]"
+
+
+def _check_prediction(prediction: Tensor, name: str = "prediction") -> None:
+    check_tensor(name, prediction)
     if prediction.ndim != 2 or prediction.shape[0] < 1:
-        raise ValueError(f"prediction must be [B, D] with at least one row, got {list(prediction.shape)}")
+        raise ValueError(f"{name} must be [B, D] with at least one row, got {list(prediction.shape)}")
     if not prediction.is_floating_point():
-        raise TypeError(f"prediction must be floating, got {prediction.dtype}")
+        raise TypeError(f"{name} must be floating, got {prediction.dtype}")
+
+
+def _check_like(prediction: Tensor, view: Tensor, name: str) -> None:
+    """Raise unless a view fits beside the first prediction."""
+    check_tensor(name, view)
+    if view.shape != prediction.shape:
+        raise ValueError(f"{name} must be {list(prediction.shape)} as the prediction, got {list(view.shape)}")
+    if not view.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {view.dtype}")
+    if view.device != prediction.device:
+        raise ValueError(f"{name} must be on the prediction's device, {prediction.device}, got {view.device}")
 
 
 def _check_k(k: int, bank: MemoryBank | None) -> None:

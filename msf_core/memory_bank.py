@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from msf_core.checks import check_labels, check_tensor
 from msf_core.distributed import Ranks
-from msf_core.layouts import LAYOUTS
+from msf_core.layouts import LAYOUTS, Step
 from msf_core.ring import ALWAYS, BESIDE, COUNTS, Found
 from msf_core.rows import UNKNOWN, Neighbors, unit_rows
 from msf_core.search import Queries, SearchBackend, check_backend, find_backend
@@ -196,17 +196,14 @@ class MemoryBank(nn.Module):
         """
         return self._layout.checking("step" if pushing else "search")
 
-    def step(
-        self, u: Tensor, labels: Tensor | None, ids: Tensor | None, k: int, *, same_label: bool, exclude_same_id: bool
-    ) -> tuple[Tensor, Found | None]:
-        """Push unit rows u [B, D] as `push` does, and find k − 1 nearest other rows of each; the loss has checked them.
+    def step(self, u: Tensor, labels: Tensor | None, ids: Tensor | None, step: Step) -> tuple[Tensor, Found | None]:
+        """Push unit rows u [V·B, D] as `push` does, and find what ``step`` asks for; the loss has checked them.
 
         Returns:
-            The slots of u [B], and what was found: fewer where the bank holds fewer, None where there is nothing.
+            The slots of u [V·B], and k − 1 nearest others of each: fewer where the bank holds fewer, None where there
+            is nothing.
         """
-        return self._layout.step(
-            u, _whole(labels), _whole(ids), k, self.backend, same_label=same_label, exclude_same_id=exclude_same_id
-        )
+        return self._layout.step(u, _whole(labels), _whole(ids), step, self.backend)
 
     def others(self, u: Tensor, k: int, *, labels: Tensor | None, exclude_ids: Tensor | None) -> Found | None:
         """Find k − 1 nearest rows of unit rows u [B, D] that were not pushed, as `step` does."""

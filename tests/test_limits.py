@@ -1,6 +1,7 @@
 """Searches and losses in which not every row may serve: by id, by label, against slow loops over a deque."""
 
 from collections import deque
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from msf_core import MeanShiftLoss, MemoryBank, available_backends
+from msf_core.reference import byol_loss
 from msf_core.search.torch_backend import TorchSearch
 
 CPU_BACKENDS = [name for name, reason in available_backends("cpu").items() if reason is None]
@@ -42,12 +44,14 @@ def stored(bank: MemoryBank, slot: int) -> Tensor:
     return bank.rows[slot].double() * scale
 
 
-def nearest(model: deque[Row], query: Tensor, label: int, own: int, skip: int = -1) -> list[tuple[float, int]]:
+def nearest(
+    model: deque[Row], query: Tensor, label: int, own: int, skip: Collection[int] = ()
+) -> list[tuple[float, int]]:
     """(similarity, slot) of all rows that may serve, nearest first."""
     allowed = [
         (float(query @ row), slot)
         for row, its_label, its_id, slot in model
-        if (label < 0 or its_label == label) and (own < 0 or its_id != own) and slot != skip
+        if (label < 0 or its_label == label) and (own < 0 or its_id != own) and slot not in skip
     ]
     return sorted(allowed, reverse=True)
 
@@ -113,6 +117,7 @@ def test_a_search_finds_the_nearest_of_the_rows_that_a_query_may_find(
     exclude_same_id=st.booleans(),
     count=st.integers(1, 9),
     k=st.integers(1, 4),
+    views=st.sampled_from([(0, 0), (0, 0), (2, 2), (4, 2), (3, 3), (1, 2), (3, 0), (0, 3)]),
     seed=st.integers(0, 2**31),
 )
 def test_the_loss_pulls_towards_u_and_the_nearest_rows_that_may_serve(
@@ -126,42 +131,125 @@ def test_the_loss_pulls_towards_u_and_the_nearest_rows_that_may_serve(
     exclude_same_id: bool,
     count: int,
     k: int,
+    views: tuple[int, int],
     seed: int,
 ) -> None:
+    """Value and gradient, against the paper's formula in float64; 0 views are a tensor, more are a list."""
     bank = MemoryBank(size, dim=9, dtype=dtype, backend=backend)
     criterion = MeanShiftLoss(bank, k=k, same_label=same_label, exclude_same_id=exclude_same_id).train(training)
-    target, labels, ids = batch_of(count, bank.dim, classes, seed + 50)
-    prediction = torch.randn(count, bank.dim, generator=torch.Generator().manual_seed(seed))
+    of_v, of_u = (max(1, number) for number in views)
+    targets = [batch_of(count, bank.dim, classes, seed + 50 + j)[0] for j in range(of_u)]
+    _, labels, ids = batch_of(count, bank.dim, classes, seed + 50)
+    predictions = list(torch.randn(of_v, count, 9, generator=torch.Generator().manual_seed(seed)))
+    for prediction in predictions:
+        prediction.requires_grad_()
+    slots = torch.full((of_u, count), -1)
     if training:
         twin = MemoryBank(size, dim=9, dtype=dtype)
         model = pushed_beside(twin, batches, classes, seed)
-        slots = twin.push(target, labels, ids).tolist()
-        for i, slot in enumerate(slots):
+        slots = twin.push(torch.cat(targets), labels.repeat(of_u), ids.repeat(of_u)).view(of_u, count)
+        for slot, label, own in zip(
+            slots.flatten().tolist(), labels.repeat(of_u).tolist(), ids.repeat(of_u).tolist(), strict=True
+        ):
             if slot >= 0:
                 while any(slot == there for *_, there in model):
                     model.popleft()
-                model.append((stored(twin, slot), int(labels[i]), int(ids[i]), slot))
+                model.append((stored(twin, slot), label, own, slot))
         pushed_beside(bank, batches, classes, seed)
     else:
-        model, slots = pushed_beside(bank, batches, classes, seed), [-1] * count
-    loss, neighbors = criterion(prediction, target, labels, ids=ids, return_neighbors=True)
+        model = pushed_beside(bank, batches, classes, seed)
+    before = criterion.steps
+    loss, neighbors = criterion(
+        predictions if views[0] else predictions[0],
+        tuple(targets) if views[1] else targets[0],
+        labels,
+        ids=ids,
+        return_neighbors=True,
+    )
+    if not views[1]:
+        neighbors = [neighbors]
+    assert criterion.steps == before + training
+    assert len(neighbors) == of_u
 
     kept = torch.float32 if dtype == torch.int8 else dtype
-    u = F.normalize(target, dim=1)
-    total = 0.0
-    for i in range(count):
-        label, own = int(labels[i]) if same_label else -1, int(ids[i]) if exclude_same_id else -1
-        others = nearest(model, u[i].to(kept).double(), label, own, skip=slots[i])[: k - 1]
-        here = torch.nn.functional.normalize(prediction[i].double(), dim=0)
-        there = min(k - 1, len(bank)) if not training else min(k, len(bank)) - 1
-        chosen = [u[i].double()] * (1 + there - min(there, len(others)))
-        chosen += [F.normalize(stored(bank, slot), dim=0) for _, slot in others[:there]]
-        total += float(torch.stack([(here - z).square().sum() for z in chosen]).mean())
-        if same_label and labels[i] >= 0:
-            there_is = neighbors.index[i, 1:] >= 0
-            assert (neighbors.label[i, 1:][there_is] == labels[i]).all()
-    assert abs(float(loss) - total / count) < 1e-4
-    assert torch.equal(neighbors.embedding[:, 0], u)
+    exact = [prediction.detach().double().requires_grad_() for prediction in predictions]
+    there = max(0, min(k - 1, len(bank) - of_u)) if training else min(k - 1, len(bank))
+    losses = []
+    for j, target in enumerate(targets):
+        u = F.normalize(target, dim=1)
+        for i in range(count):
+            label, own = int(labels[i]) if same_label else -1, int(ids[i]) if exclude_same_id else -1
+            others = nearest(model, u[i].to(kept).double(), label, own, skip=slots[:, i].tolist())[:there]
+            chosen = [u[i].double()] * (1 + there - len(others))
+            z = torch.stack(chosen + [F.normalize(stored(bank, slot), dim=0) for _, slot in others])
+            for number, prediction in enumerate(exact):
+                if not (all(views) and number == j):
+                    losses.append((F.normalize(prediction[i], dim=0) - z).square().sum(dim=1).mean())
+            if same_label and labels[i] >= 0:
+                there_is = neighbors[j].index[i, 1:] >= 0
+                assert (neighbors[j].label[i, 1:][there_is] == labels[i]).all()
+        assert torch.equal(neighbors[j].embedding[:, 0], u)
+        assert torch.equal(neighbors[j].index[:, 0], slots[j])
+    expected = torch.stack(losses).mean()
+    assert abs(loss.item() - expected.item()) < 1e-4
+    gradients = torch.autograd.grad(loss, predictions, allow_unused=True, materialize_grads=True)
+    for ours, paper in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
+        torch.testing.assert_close(ours.double(), paper, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_k_1_with_several_views_is_the_mean_of_byols_losses(training: bool) -> None:
+    z1, z2, *p = torch.randn(5, 6, 4, generator=torch.Generator().manual_seed(0))
+    for bank in (None, MemoryBank(64, 4)):
+        criterion = MeanShiftLoss(bank, k=1).train(training)
+        assert criterion(p[:2], [z1, z2]) == torch.stack([byol_loss(p[0], z2), byol_loss(p[1], z1)]).mean()
+        pairs = [(p[0], z2), (p[1], z1), (p[2], z1), (p[2], z2)]
+        assert criterion(p, [z1, z2]) == torch.stack([byol_loss(v, u) for v, u in pairs]).mean()
+        assert criterion(p, z1) == torch.stack([byol_loss(v, z1) for v in p]).mean()
+        assert criterion([p[0]], z1) == criterion(p[0], z1) == byol_loss(p[0], z1)
+        if bank is not None:
+            assert len(bank) == 6 * training * (2 + 2 + 1 + 1 + 1)
+
+
+def test_the_views_of_an_image_are_not_each_others_neighbors() -> None:
+    """In two calls they are: each is nearly the other."""
+    generator = torch.Generator().manual_seed(0)
+    images, ids = torch.randn(8, 16, generator=generator), torch.arange(8)
+    z1, z2 = (images + 0.01 * torch.randn(8, 16, generator=generator) for _ in range(2))
+    in_two_calls = MeanShiftLoss(MemoryBank(64, 16), k=2)
+    in_two_calls(z2, z1, ids)
+    assert torch.equal(in_two_calls(z1, z2, ids, return_neighbors=True)[1].label[:, 1], ids)
+    for of_view in MeanShiftLoss(MemoryBank(64, 16), k=2)([z1, z2], [z1, z2], ids, return_neighbors=True)[1]:
+        assert (of_view.label[:, 0] == ids).all()
+        assert (of_view.label[:, 1] != ids).all()
+
+
+Z = torch.ones(2, 3)
+NO_VIEWS = {
+    "no prediction": (([], Z), ValueError, "prediction .* empty list"),
+    "no target": ((Z, []), ValueError, "target .* empty list"),
+    "nothing to pair": (([Z], [Z]), ValueError, "nothing to pair"),
+    "another batch": (([Z, Z[:1]], [Z, Z]), ValueError, r"prediction\[1\] must be \[2, 3\] .* got \[1, 3\]"),
+    "another dim": (([Z, Z], [Z, Z[:, :2]]), ValueError, r"target\[1\] must be \[2, 3\] .* got \[2, 2\]"),
+    "a whole view": (([Z, Z], [Z, Z.long()]), TypeError, r"target\[1\] must be floating"),
+    "elsewhere": (([Z, Z.to("meta")], Z), ValueError, r"prediction\[1\] must be on .* cpu, got meta"),
+    "no tensor": (([Z, 1.0], Z), TypeError, r"prediction\[1\] must be a tensor, got float"),
+    "text": (("ab", Z), TypeError, "prediction must be a tensor or a list of tensors, got str"),
+    "labels of all views": (([Z, Z], [Z, Z], torch.arange(4)), ValueError, r"labels must be \[2\]"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), NO_VIEWS.values(), ids=NO_VIEWS.keys())
+def test_views_that_do_not_fit_are_refused_and_change_nothing(
+    arguments: tuple, error: type[Exception], message: str
+) -> None:
+    criterion = MeanShiftLoss(MemoryBank(8, 3), 2)
+    criterion(Z, Z)
+    before = {name: part.clone() for name, part in criterion.state_dict().items()}
+    with pytest.raises(error, match=message):
+        criterion(*arguments)
+    after = criterion.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 class Plain:

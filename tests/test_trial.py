@@ -137,7 +137,7 @@ def test_what_is_broken_is_found_out_with_one_warning_and_torch_answers(
     tried = TriedSearch(backend, TorchSearch())
     queries, rows = a_search(dtype, limited=broken in (no_labels, no_ids))
     if broken is own_row_too:
-        queries = queries._replace(own=torch.arange(10))
+        queries = queries._replace(own=torch.arange(10)[:, None])
     with pytest.warns(RuntimeWarning, match=f"(?s)Backend does not work for rows of {dtype} on cpu.*{reason}") as told:
         found = tried.general_topk(queries, rows, 3)
     assert len(told) == 1
@@ -257,7 +257,7 @@ triton = pytest.mark.skipif(available_backends("cpu")["triton"] is not None, rea
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_tritons_kernels_pass(dtype: torch.dtype) -> None:
     queries, rows = a_search(dtype, limited=dtype == torch.int8)
-    queries = queries._replace(own=torch.arange(10))
+    queries = queries._replace(own=torch.arange(10)[:, None])
     assert trial.try_out(load_backend("triton"), queries, rows, 3) is None
 
 

@@ -91,7 +91,7 @@ def assert_exact(judge: Callable[..., None], queries: Queries, rows: Rows, k: in
     for i, query in enumerate(queries.values):
         hidden = torch.zeros(len(slots), dtype=torch.bool) if forbidden is None else forbidden[i]
         if queries.own is not None:
-            hidden = hidden | (slots == queries.own[i])
+            hidden = hidden | torch.isin(slots, queries.own[i])
         judge(similarity[i : i + 1], index[i : i + 1], query[None], values.masked_fill(hidden[:, None], torch.nan), k)
     return index
 
@@ -105,10 +105,20 @@ def assert_exact(judge: Callable[..., None], queries: Queries, rows: Rows, k: in
     n=st.integers(1, 700),
     dim=st.sampled_from([1, 3, 16, 33, 64, 144]),
     limits=st.sets(st.sampled_from(["labels", "ids", "own"])),
+    views=st.integers(1, 2),
     seed=st.integers(0, 2**31),
 )
 def test_the_k_nearest_are_found(
-    assert_k_nearest: Callable[..., None], data: st.DataObject, dtype, lanes, count: int, n: int, dim, limits, seed
+    assert_k_nearest: Callable[..., None],
+    data: st.DataObject,
+    dtype,
+    lanes,
+    count: int,
+    n: int,
+    dim,
+    limits,
+    views,
+    seed,
 ) -> None:
     k = data.draw(st.one_of(st.integers(1, min(n, 20)), st.just(min(n, 60))), label="k")
     without = data.draw(st.sampled_from([0, 0, 1, n // 2, n]), label="rows of NaN")
@@ -117,7 +127,9 @@ def test_the_k_nearest_are_found(
     values[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:without]] = torch.nan
     beside = torch.arange(n) % 3
     rows = Rows(*(packed(values, dtype) if dtype == torch.int8 else (values, None)), beside, beside)
-    queries = Queries(q)._replace(**{name: torch.tensor([0, -1, n // 2])[:count] for name in limits})
+    given = {name: torch.tensor([0, -1, n // 2])[:count] for name in limits - {"own"}}
+    own = torch.tensor([[0, n - 1], [-1, 0], [n // 2, n // 3]])[:count, :views]
+    queries = Queries(q, **given, own=own if "own" in limits else None)
     before = rows.values.clone()
     with constants(**lanes):
         assert_exact(assert_k_nearest, queries, rows, k)
@@ -132,7 +144,7 @@ def test_a_query_does_not_find_its_own_row(assert_k_nearest: Callable[..., None]
     values[20], values[40] = values[0], values[0]  # twins of the first row, in groups of their own
     rows = Rows(*(packed(values, dtype) if dtype == torch.int8 else (values, None)))
     q = values[:1].expand(4, -1)
-    queries = Queries(q, own=torch.tensor([0, -1, 59, 60]))
+    queries = Queries(q, own=torch.tensor([[0], [-1], [59], [60]]))
     with constants(choose_group=lambda *_: 16, BATCH_ROWS=16):
         for k in (1, 21):
             index = assert_exact(assert_k_nearest, queries, rows, k)
@@ -171,7 +183,9 @@ def test_where_rows_are_all_alike_a_precise_pass_bounds_the_groups_that_are_look
     cone, q_cone = (1e-3, 0.0) if dtype == torch.float32 else (0.05, 0.05)  # nearer ones would be the same int8 rows
     values = unit_rows(600 // copies, 64, torch.float32, seed=0, cone=cone).repeat(copies, 1)
     rows = Rows(*(packed(values, dtype) if dtype == torch.int8 else (values, None)))
-    queries = Queries(unit_rows(4, 64, torch.float32, seed=1, cone=q_cone), own=torch.tensor([-1, 3, 599, -1]))
+    queries = Queries(
+        unit_rows(4, 64, torch.float32, seed=1, cone=q_cone), own=torch.tensor([[-1, 7], [3, 5], [599, 0], [-1, -1]])
+    )
     bound = {"choose_group": lambda *_: 16, "LEAST_GROUPS": 0, "PRECISE_COST": 0, "BATCH_ROWS": 32}
     with constants(**LANES[1] | bound):
         assert_exact(assert_k_nearest, queries, rows, 3)

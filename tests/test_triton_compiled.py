@@ -62,7 +62,7 @@ def compiled(kernel, types, constants, capability, **options):
 
 for capability, dtype, dim, k, limits, shared in json.loads(sys.argv[1]):
     int8 = dtype == "int8"
-    plan = triton_plan.plan_for(256, 1_024_000, dim, k, getattr(torch, dtype), "own" in limits, shared, 100)
+    plan = triton_plan.plan_for(256, 1_024_000, dim, k, getattr(torch, dtype), 2 * ("own" in limits), shared, 100)
     rows, exact_queries = TYPES[dtype], "*fp32" if int8 else TYPES[dtype]
     flags = {"DIM": dim, "GROUP": plan.group, "INT8": int8, "BY_LABEL": "labels" in limits, "BY_ID": "ids" in limits}
     kernel_of = {}
@@ -80,7 +80,7 @@ for capability, dtype, dim, k, limits, shared in json.loads(sys.argv[1]):
         {"queries": exact_queries, "rows": rows},
         flags | {"K": k, "K_LANES": triton.next_power_of_2(k), "BATCH": plan.batch, "BLOCK_D": plan.batch_dims,
                  "LANES": backend.LANES, "MEMBERS": backend.MEMBERS, "ERROR": backend.TF32_ERROR,
-                 "EXACT": dtype == "bfloat16", "BY_OWN": "own" in limits, "PRECISE": False},
+                 "EXACT": dtype == "bfloat16", "OWN": 2 * ("own" in limits), "PRECISE": False},
         capability, num_warps=triton_plan.SELECT_WARPS,
     )
     print(json.dumps(kernel_of))

@@ -44,12 +44,17 @@ class Queries(NamedTuple):
     ids: Tensor | None = None
     """[Q] int64: rows with that id are not found, for a negative one all are."""
     own: Tensor | None = None
-    """[Q] int64: the row with that index, between 0 and n − 1, is not found. A backend says by the attribute
-    ``leaves_out_own`` that it does this; others are asked for one neighbor more."""
+    """[Q, V] int64: the V rows with those indices, between 0 and n − 1, are not found: the query's own, one a view. A
+    backend says by the attribute ``leaves_out_own`` that it does this; others are asked for V neighbors more."""
 
     def at(self, which: Tensor | slice) -> "Queries":
         """Return some of them."""
         return Queries(*(None if part is None else part[which] for part in self))  # type: ignore[arg-type]
+
+    @property
+    def most_own(self) -> int:
+        """How many rows of its own a query leaves out at most, V."""
+        return 0 if self.own is None else self.own.shape[1]
 
     @property
     def constrained(self) -> bool:

@@ -48,15 +48,16 @@ def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> t
 
 
 def leaving_out_own(search: Search, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """Search by one more neighbor, for a ``search`` that knows nothing of ``queries.own``, and leave that row out.
+    """Search by V more neighbors, for a ``search`` that knows nothing of ``queries.own``, and leave those rows out.
 
     Here ``own`` may also be no row at all.
     """
     asked = Queries(queries.values, queries.labels, queries.ids)
     if queries.own is None:
         return search(asked, rows, k)
-    similarity, index = search(asked, rows, min(k + 1, rows.values.shape[0]))
-    own = index == queries.own[:, None]  # at most one a query; where there is none the last one is left out
+    similarity, index = search(asked, rows, min(k + queries.own.shape[1], rows.values.shape[0]))
+    # At most V a query; where there are fewer the last ones are left out.
+    own = (index[:, :, None] == queries.own[:, None]).any(dim=2)
     similarity, best = similarity.masked_fill(own, -torch.inf).topk(k, dim=1)
     return similarity, index.masked_fill(own, -1).gather(1, best)
 

@@ -63,7 +63,7 @@ def _chunks(queries: Queries, rows: Rows, k: int, chunk: int) -> tuple[Tensor, T
 def _one_chunk(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     products = _products(queries, rows)
     if queries.own is not None:
-        products.scatter_(1, queries.own[:, None], -torch.inf)
+        products.scatter_(1, queries.own, -torch.inf)
     if may_look(products):  # mostly every neighbor is there
         similarity, index = products.max(dim=1, keepdim=True) if k == 1 else products.topk(k, dim=1)
         if not index.shape[0] or similarity.min().item() > -torch.inf:

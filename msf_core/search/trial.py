@@ -122,7 +122,7 @@ def try_out(backend: GeneralSearch, queries: Queries, rows: Rows, k: int) -> str
         wrong = truth.isnan() if forbidden is None else truth.isnan() | forbidden
         truth.masked_fill_(wrong, -torch.inf)
         if asked.own is not None:
-            truth.scatter_(1, asked.own[:, None], -torch.inf)
+            truth.scatter_(1, asked.own, -torch.inf)
         try:
             similarity, index = backend.general_topk(asked, there, k)
             _synchronize(device)  # a kernel that fails does so here
@@ -133,10 +133,10 @@ def try_out(backend: GeneralSearch, queries: Queries, rows: Rows, k: int) -> str
         return _difference(similarity, index, truth, k)
 
 
-def _limits(queries: Queries, rows: Rows) -> tuple[bool, bool, bool]:
-    """Tell whether the search is limited by labels and by ids, and whether queries leave their own rows out."""
+def _limits(queries: Queries, rows: Rows) -> tuple[bool, bool, int]:
+    """Tell whether the search is limited by labels and by ids, and how many rows of their own queries leave out."""
     by_label, by_id = None not in (queries.labels, rows.labels), None not in (queries.ids, rows.ids)
-    return by_label, by_id, queries.own is not None
+    return by_label, by_id, queries.most_own
 
 
 def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
@@ -158,7 +158,7 @@ def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
     made[ROWS:] = asked[3]
     asked[2, dim - 1] = torch.nan
     labels = ids = asked_labels = asked_ids = None
-    by_label, by_id, without_own = _limits(queries, rows)
+    by_label, by_id, views = _limits(queries, rows)
     if by_label:  # every fourth query asks for any row, every fourth for a label that one row has, or none
         labels = torch.arange(n, device=device) % 7
         labels[5] = 7
@@ -169,7 +169,7 @@ def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
         asked_ids = (near // 2).masked_fill(number % 3 == 0, -1)
     values, scale = packed(made, rows.values.dtype)
     there = Rows(values, scale, labels, ids).part(0, ROWS)
-    own = near if without_own else None
+    own = near[:, None] + torch.arange(views, device=device) if views else None
     return Queries(asked.to(queries.values.dtype), asked_labels, asked_ids, own), there
 
 

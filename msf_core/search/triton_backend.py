@@ -10,8 +10,9 @@ Rows that follow one another form groups of G.
 After k groups the k best are known: any row of another group has k others, the maxima of the groups taken, that are
 at least as similar. It may stop before, when no maximum left is above the k-th best.
 
-A query that leaves out its own row needs k + 1 groups. The maximum of its row's group may be that row, so the groups
-taken hold k + 1 rows that are at least as similar as any row of another group, and at most one of those is its own.
+A query that leaves out V rows of its own needs k + V groups. The maximum of such a row's group may be that row, so the
+groups taken hold k + V rows that are at least as similar as any row of another group, and at most V of those are its
+own.
 Rows left out by label or id are not in the maxima.
 
 Half-precision rows are multiplied exactly and summed in float32 in both steps, so only similarities that differ by
@@ -26,13 +27,13 @@ Where rows are nearly all alike (a collapsed encoder), that bound leaves nearly 
 
 3. `group_maxima` again, for blocks with an unsettled query, with each factor split into two TF32 values (TF32x3).
    What it leaves out is at most 3·2⁻²⁰·‖q‖·‖r‖, in practice less than the rounding of the sum.
-4. `select` again, for unsettled queries: k groups (k + 1 without the own row), as for half precision. Similarities
+4. `select` again, for unsettled queries: k groups (k + V without its own rows), as for half precision. Similarities
    that differ by less than those 3·2⁻²⁰ can change places.
 
 Both are launched at every search that could need them, and end at once where no query does: the host never waits.
 The most bytes of rows that a search reads, b a value, with blocks of 128 and 64 queries:
 
-    ⌈Q/128⌉·n·D·b  +  Q·most_groups·G·D·b  +  ⌈Q/64⌉·n·D·b  +  Q·(k + 1)·G·D·b
+    ⌈Q/128⌉·n·D·b  +  Q·most_groups·G·D·b  +  ⌈Q/64⌉·n·D·b  +  Q·(k + V)·G·D·b
 
 For Q = 256, n = 1,024,000, D = 512, k = 5 and float32 that is 4.2 + 8.5 + 8.4 + 0.1 GB, where looking at every group
 takes 537 GB. Blocks that read the same rows follow one another, so most of the first and third term come from the L2
@@ -99,9 +100,7 @@ class TritonSearch:
             return similarity, index
         # The kernels read what lies beside one another; a column of a table of labels and ids does not.
         queries, rows = Queries(*map(_laid_out, queries)), Rows(*map(_laid_out, rows))  # type: ignore[arg-type]
-        plan = plan_for(
-            count, n, dim, k, values.dtype, queries.own is not None, *device_limits(device.type, device.index)
-        )
+        plan = plan_for(count, n, dim, k, values.dtype, queries.most_own, *device_limits(device.type, device.index))
         maxima = torch.empty((plan.at_once, plan.stride), dtype=torch.float32, device=device)
         with _current(device):
             if plan.at_once == count:
@@ -175,7 +174,7 @@ def _launch(queries: Queries, rows: Rows, maxima: Tensor, similarity: Tensor, in
             MEMBERS=MEMBERS,
             ERROR=TF32_ERROR,
             EXACT=exact or precise,
-            BY_OWN=own is not None,
+            OWN=queries.most_own,
             PRECISE=precise,
             **flags,
             num_warps=SELECT_WARPS,

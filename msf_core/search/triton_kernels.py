@@ -127,7 +127,7 @@ def select(
     labels,  # [n] int64, likewise
     q_ids,  # [Q] int64, read where BY_ID
     ids,  # [n] int64, likewise
-    own,  # [Q] int64, read where BY_OWN
+    own,  # [Q, OWN] int64
     unsettled,  # [Q] int32: read where PRECISE, to leave queries with 0 as they are; else written where not EXACT
     maxima,  # [Q, stride] float32, of which groups are used
     similarity,  # [Q, K] float32, written
@@ -148,7 +148,7 @@ def select(
     INT8: tl.constexpr,
     BY_LABEL: tl.constexpr,
     BY_ID: tl.constexpr,
-    BY_OWN: tl.constexpr,
+    OWN: tl.constexpr,  # rows of its own that a query leaves out
     PRECISE: tl.constexpr,
 ):
     """Write the k nearest rows of one query, by the maxima of their groups."""
@@ -179,9 +179,6 @@ def select(
                 q_tile = tl.load(queries + start + d, mask=d < DIM - start, other=0.0)
                 error += tl.sum(q_tile * q_tile)
             error = ERROR * tl.sqrt(error)
-    own_row = -1
-    if BY_OWN:
-        own_row = tl.load(own + query)
 
     # The k best rows so far, first placeholders that differ, below every row's key; lanes beyond k stay out of it.
     k_lanes = tl.arange(0, K_LANES)
@@ -234,8 +231,8 @@ def select(
         if BY_ID:
             q_id = tl.load(q_ids + query)
             found &= (q_id < 0) | (q_id != tl.load(ids + r, mask=r < n, other=0))
-        if BY_OWN:
-            found &= r != own_row
+        for view in tl.static_range(OWN):
+            found &= r != tl.load(own + query * OWN + view)
         keys = tl.where(found, _key(products, r), LOWEST)
         key = tl.max(keys)
         while key > worst:

@@ -63,7 +63,7 @@ def plan_for(
     dim: int,
     k: int,
     dtype: torch.dtype,
-    own: bool,
+    own: int,
     shared_memory: int,
     processors: int,
     group: int | None = None,
@@ -76,7 +76,7 @@ def plan_for(
         dim: D.
         k: neighbors.
         dtype: of the rows.
-        own: whether a query leaves out its own row.
+        own: rows of its own that a query leaves out.
         shared_memory: bytes that a program may have.
         processors: multiprocessors of the device.
         group: rows of a group; by default those of `choose_group`.

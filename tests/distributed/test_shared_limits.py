@@ -70,6 +70,35 @@ def test_labels_and_ids_restrict_the_neighbors_of_the_loss_by_its_options_alone(
         ranks.run(a_loss_with_options, layout, same_label, exclude_same_id)
 
 
+def a_loss_of_views(rank: int, layout: str) -> None:
+    """Views of the same image are not found, whoever pushed them; batches differ between the ranks."""
+    shared = MeanShiftLoss(MemoryBank(400, DIM, layout=layout), 4)
+    single = MeanShiftLoss(MemoryBank(400, DIM, layout="local"), 4)
+    counts = [1 + r % 2 for r in range(dist.get_world_size())]
+    first = sum(counts[:rank])
+    for step in range(3):
+        views = [
+            torch.cat([rows(20 * step + 10 * view + r)[:count] for r, count in enumerate(counts)]) for view in (0, 1)
+        ]
+        mine = [u[first : first + counts[rank]] for u in views]
+        numbers = torch.arange(sum(counts)) + 10 * step
+        _, found = shared(mine, mine, numbers[first : first + counts[rank]], return_neighbors=True)
+        _, expected = single(views, views, numbers, return_neighbors=True)
+        for ours, theirs in zip(found, expected, strict=True):
+            for name in ("similarity", "embedding", "label"):  # slots differ: a rank pushes all its views at once
+                whole = getattr(theirs, name)[first : first + counts[rank]]
+                torch.testing.assert_close(getattr(ours, name), whole, msg=f"{name} of step {step}")
+    if layout == "sharded":
+        with pytest.raises(ValueError, match="views must be the same on all ranks"):
+            shared(mine, mine if rank else mine[0])
+    assert len(shared.bank) == 3 * 2 * sum(counts)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_several_views_are_those_of_one_process(ranks: Any, layout: str) -> None:
+    ranks.run(a_loss_of_views, layout)
+
+
 def smaller_into_full(rank: int) -> None:
     saved, bank = MemoryBank(40, DIM, layout="sharded"), MemoryBank(40, DIM, layout="sharded")
     saved.push(rows(rank), torch.arange(3), torch.arange(3))

@@ -137,7 +137,7 @@ def test_a_collapsed_encoder_is_searched_by_the_precise_pass(
 def test_a_query_does_not_find_its_own_row(triton, dtype: torch.dtype) -> None:
     rows = unit_rows(20_000, 512, dtype, seed=0)
     own = torch.arange(0, 20_000, 200, device="cuda")
-    similarity, index = triton.general_topk(Queries(rows[own], own=own), Rows(rows), 5)
+    similarity, index = triton.general_topk(Queries(rows[own], own=own[:, None]), Rows(rows), 5)
     with_own = triton.topk(rows[own], rows, 6)
     assert torch.equal(with_own[1][:, 0], own)
     assert not (index == own[:, None]).any()
