@@ -197,7 +197,8 @@ def main() -> None:
     spt.Manager(trainer, module, digits(flags.batch_size), flags.seed, ckpt_path=resume, weights_only=False)()
     knn, probe = (float(trainer.callback_metrics[f"eval/{name}_accuracy"]) for name in ("knn", "probe"))
     print(f"accuracy: {knn:.3f} by the nearest neighbor, {probe:.3f} by the linear probe")
-    print(f"checkpoint: {trainer.checkpoint_callbacks[0].best_model_path}")
+    saver: Any = trainer.checkpoint_callback
+    print(f"checkpoint: {saver.best_model_path}")
 
 
 if __name__ == "__main__":
