@@ -1,12 +1,25 @@
 """Checks of what users pass in, each naming the argument, what came and what was expected."""
 
+import operator
 import os
 import sys
+from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _CHECKPOINT = os.path.join("torch", "utils", "checkpoint.py")
+
+
+def whole_number(name: str, value: Any, what: str = "an int") -> int:
+    """Return an int for anything that is one, such as NumPy's, or raise TypeError; a bool is none."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, bool) and hasattr(value, "__index__"):
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{name} must be {what}, got {value!r}")
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -26,6 +39,15 @@ def check_labels(labels: Tensor | None, embeddings: Tensor, name: str = "labels"
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
     if labels.device != embeddings.device:
         raise ValueError(f"{name} must be on the device of the embeddings, {embeddings.device}, got {labels.device}")
+
+
+def check_not_replica(module: nn.Module) -> None:
+    """Raise RuntimeError in the copies of a module that nn.DataParallel runs: what they change is lost or raced for."""
+    if "_is_replica" in module.__dict__:
+        raise RuntimeError(
+            f"nn.DataParallel runs copies of {type(module).__name__}: keep it outside, on the outputs that "
+            "DataParallel gathers, or use DistributedDataParallel"
+        )
 
 
 def check_not_recomputed(what: str) -> None:

@@ -164,9 +164,10 @@ class Ranks:
             blocks = [torch.cat([header, block.flatten()]) for block in packed.split(counts)]
             sizes = [len(block) for block in blocks]
             received = packed.new_empty(self.size, _HEADER_BYTES + own * width)
-            dist.all_to_all_single(
-                received.view(-1), torch.cat(blocks), [received.shape[1]] * self.size, sizes, group=self._host_group()
-            )
+            with _naming_who_is_missing(call):
+                dist.all_to_all_single(
+                    received.view(-1), torch.cat(blocks), [received.shape[1]] * self.size, sizes, self._host_group()
+                )
             self._check_headers(received[:, :_HEADER_BYTES], call, {}, problem)
             answers = received[:, _HEADER_BYTES:].reshape(self.size * own, width)
         else:
@@ -190,7 +191,8 @@ class Ranks:
         message[:_HEADER_BYTES] = _header(call, same, count, problem)
         if payload is not None and _HEADER_BYTES + len(payload) <= len(message):
             message[_HEADER_BYTES : _HEADER_BYTES + len(payload)] = payload
-        everything = self._gather_from_hosts(message)
+        with _naming_who_is_missing(call):
+            everything = self._gather_from_hosts(message)
         counts = self._check_headers(everything[:, :_HEADER_BYTES], call, same, problem)
         sizes.append(0)
         return counts, everything[:, _HEADER_BYTES:]
@@ -234,6 +236,19 @@ class Ranks:
             raise problem
         rank, kind = next(iter(failed.items()))
         raise kind(f"rank {rank}: {bytes(texts[rank].tolist()).decode(errors='replace').strip()}")
+
+
+@contextmanager
+def _naming_who_is_missing(call: str) -> Iterator[None]:
+    """Say what an error of the backend means where hosts meet: it knows of sockets and time alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"not all ranks came to this {call} of a shared bank: {error}\n"
+            "A rank has ended, or makes fewer calls than the others. For uneven inputs use drop_last=True, "
+            "layout='local' or DDP.join(throw_on_early_termination=True): DDP.join() alone knows nothing of the bank."
+        ) from error
 
 
 def _sizes_of(group: Any) -> "deque[int]":

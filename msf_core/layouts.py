@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msf_core.distributed import ERRORS, Ranks, as_shard, joined_bytes, shard_bounds, split_bytes, untraced
-from msf_core.ring import BESIDE, Found, Ring
+from msf_core.ring import BESIDE, Device, Found, Ring
 from msf_core.rows import UNKNOWN, unpacked
 from msf_core.search import Queries, SearchBackend
 
@@ -37,9 +37,9 @@ class Step(NamedTuple):
 class Local:
     """Each process keeps the rows that it pushes itself, and searches them."""
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype, ranks: Ranks) -> None:
+    def __init__(self, size: int, dim: int, dtype: torch.dtype, device: Device, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.ring = Ring(size, dim, dtype, *self._share(size))
+        self.ring = Ring(size, dim, dtype, device, *self._share(size))
 
     def _share(self, size: int) -> tuple[int, int]:
         """Return the slots [begin, end) that this process keeps."""
@@ -143,9 +143,9 @@ class Replicated(Local):
 class Sharded(Replicated):
     """Each rank keeps one of W parts of the rows, and answers for it."""
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype, ranks: Ranks) -> None:
+    def __init__(self, size: int, dim: int, dtype: torch.dtype, device: Device, ranks: Ranks) -> None:
         self.shards = ranks.size
-        super().__init__(size, dim, dtype, ranks)
+        super().__init__(size, dim, dtype, device, ranks)
 
     def _share(self, size: int) -> tuple[int, int]:
         return shard_bounds(size, self.shards, self.ranks.rank)

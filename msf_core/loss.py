@@ -1,6 +1,6 @@
 """The loss of MSF (paper section 2): pull v towards the k nearest neighbours of u."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msf_core.checks import check_labels, check_not_recomputed, check_tensor
+from msf_core.checks import check_labels, check_not_recomputed, check_not_replica, check_tensor, whole_number
 from msf_core.layouts import Step
 from msf_core.memory_bank import MemoryBank
-from msf_core.ring import Found
+from msf_core.ring import Found, gives_memory_alone
 from msf_core.rows import SHORTEST, UNKNOWN, Neighbors, unit_rows
 from msf_core.schedules import Schedule
 
@@ -26,7 +26,9 @@ def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
 
     Args:
         prediction: [B, D], any float dtype and scale; computed in float32, under autocast too.
-        neighbors: [B, k, D], unit vectors. No gradient flows into them.
+        neighbors: [B, k, D], unit vectors, taken as they are: with longer ones the loss is no longer that of the
+            paper, nor in [0, 4]. `MemoryBank.search` gives unit vectors; normalize your own. No gradient flows into
+            them.
 
     Returns:
         A float32 scalar in [0, 4].
@@ -142,9 +144,8 @@ class MeanShiftLoss(nn.Module):
         super().__init__()
         if not (bank is None or isinstance(bank, MemoryBank)):
             raise TypeError(f"bank must be a MemoryBank or None, got {bank!r}")
-        if isinstance(k, bool) or not (isinstance(k, int) or callable(k)):
-            raise TypeError(f"k must be an int or a schedule of the step, got {k!r}")
-        if isinstance(k, int):
+        if not callable(k):
+            k = whole_number("k", k, "an int or a schedule of the step")
             _check_k(k, bank)
         elif bank is None:
             raise ValueError("a schedule of k needs a bank; bank=None goes with k=1")
@@ -156,7 +157,8 @@ class MeanShiftLoss(nn.Module):
         self.k = k
         self.exclude_same_id = exclude_same_id
         self.same_label = same_label
-        self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # no int, as `Ring.pushed_on_host`
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+            self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # no int, as `Ring.pushed_on_host`
 
     @property
     def steps(self) -> int:
@@ -278,7 +280,7 @@ class MeanShiftLoss(nn.Module):
         return bank.checking(pushing=self.training)
 
     def _k_of_step(self) -> int:
-        return self.k if isinstance(self.k, int) else _rounded(self.k(self.steps))
+        return _rounded(self.k(self.steps)) if callable(self.k) else whole_number("k", self.k)
 
     def _neighbors(self, z: Tensor, slots: Tensor | None, labels: Tensor | None, found: Found | None) -> Neighbors:
         """Return the neighbors that served, z [B, k, D], u first."""
@@ -309,6 +311,7 @@ class MeanShiftLoss(nn.Module):
     ) -> int:
         """Return this step's k, or raise before anything changes."""
         if self.training:
+            check_not_replica(self)
             check_not_recomputed("MeanShiftLoss")
         k = self._k_of_step()
         _check_prediction(predictions[0], _name("prediction", predictions, 0))
@@ -330,6 +333,26 @@ class MeanShiftLoss(nn.Module):
             bank.check("target", targets[0])
             bank.check_backend(k - 1 + len(targets))
         return k
+
+    def reset(self) -> None:
+        """Begin anew, with an empty bank and no steps: after a forward on made-up data, say.
+
+        Ranks that share the bank all do so.
+        """
+        if self.bank is not None:
+            self.bank.clear()
+        self._steps.zero_()
+
+    def reset_parameters(self) -> None:
+        """Begin anew: PyTorch's name for `reset`, called where ``to_empty`` has given a module its memory."""
+        self.reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MeanShiftLoss":
+        """Follow the module to another device; ``to_empty`` begins anew."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if gives_memory_alone(fn):
+            self._steps.zero_()
+        return self
 
     def get_extra_state(self) -> Tensor:
         """Return the number of training forwards so far, for the ``state_dict``."""

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msf_core.checks import check_labels, check_tensor
+from msf_core.checks import check_labels, check_not_recomputed, check_not_replica, check_tensor, whole_number
 from msf_core.distributed import Ranks
 from msf_core.layouts import LAYOUTS, Step
-from msf_core.ring import ALWAYS, BESIDE, COUNTS, Found
+from msf_core.ring import ALWAYS, BESIDE, COUNTS, Device, Found
 from msf_core.rows import UNKNOWN, Neighbors, unit_rows
-from msf_core.search import Queries, SearchBackend, check_backend, find_backend
+from msf_core.search import Queries, SearchBackend, check_backend
 from msf_core.search.base import ROW_DTYPES, may_look
+from msf_core.search.registry import check_anywhere
 
 # In a state int8 rows have a name of their own: torch.distributed.checkpoint fills the tensors of a state by name and
 # casts, which would make floats of them without their scale.
@@ -32,6 +33,7 @@ class MemoryBank(nn.Module):
         dim: dimensions of an embedding, D.
         dtype: of the stored rows: float32, float16, bfloat16, or int8 with a float32 scale for each row. Queries are
             rounded to a floating one, and stay float32 for int8; similarities are accumulated in float32.
+        device: where the rows lie; by default PyTorch's default device. The bank also moves with its module.
         backend: "auto", "torch", "faiss", "triton", or any object with a `SearchBackend.topk`.
         layout: who keeps what where torch.distributed runs. "replicated": every rank keeps all rows of all ranks.
             "sharded": each rank keeps 1/W of them and answers for it, with the same results; the ``state_dict`` then
@@ -60,25 +62,25 @@ class MemoryBank(nn.Module):
         dim: int,
         *,
         dtype: torch.dtype = torch.float32,
+        device: Device = None,
         backend: str | SearchBackend = "auto",
         layout: str = "replicated",
         group: Any = None,
         persistent: bool = True,
     ) -> None:
+        size, dim = whole_number("size", size), whole_number("dim", dim)
         for name, value in (("size", size), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if dtype not in (*ROW_DTYPES, torch.int8):
-            raise TypeError(f"dtype must be torch.float32, float16, bfloat16 or int8, got {dtype}")
-        find_backend(backend, torch.device("cpu"))  # says now if it does not work here
+            raise TypeError(f"dtype must be torch.float32, torch.float16, torch.bfloat16 or torch.int8, got {dtype!r}")
+        check_anywhere(backend, device)  # says now if it does not work here
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         super().__init__()
         self.size, self.dim, self.layout, self.persistent = size, dim, layout, persistent
         self.backend = backend
-        self._layout = LAYOUTS[layout](size, dim, dtype, Ranks(group))
+        self._layout = LAYOUTS[layout](size, dim, dtype, device, Ranks(group))
         self._ring = self._layout.ring
 
     def __len__(self) -> int:
@@ -185,6 +187,7 @@ class MemoryBank(nn.Module):
             RuntimeError: other ranks of a sharded bank are not in a search.
         """
         with self._layout.checking("search"):
+            k = whole_number("k", k)
             self._check_search(queries, k, labels, exclude_ids)
         asked = Queries(unit_rows(queries).to(self._ring.query_dtype), _whole(labels), _whole(exclude_ids))
         return self.neighbors(self._layout.search(asked, k, self.backend))
@@ -233,6 +236,10 @@ class MemoryBank(nn.Module):
         """Forget every row, as if newly made; ids that are kept are kept on."""
         self._ring.clear()
 
+    def reset_parameters(self) -> None:
+        """Forget every row: PyTorch's name for `clear`, called where ``to_empty`` has given a module its memory."""
+        self.clear()
+
     def keep_ids(self) -> None:
         """Keep an id beside each row from now on, 8 bytes; those of rows that are there already are unknown."""
         self._ring.keep_ids()
@@ -262,14 +269,14 @@ class MemoryBank(nn.Module):
             )
 
     def _check_batch(self, embeddings: Tensor, labels: Tensor | None, ids: Tensor | None) -> None:
+        check_not_replica(self)
+        check_not_recomputed("MemoryBank.push")
         self.check("embeddings", embeddings)
         check_labels(labels, embeddings)
         check_labels(ids, embeddings, "ids")
 
     def _check_search(self, queries: Tensor, k: int, labels: Tensor | None, exclude_ids: Tensor | None) -> None:
         self.check("queries", queries)
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {k!r}")
         if not 1 <= k <= len(self):
             raise ValueError(f"k must be between 1 and the {len(self)} rows in the bank, got {k}")
         check_labels(labels, queries)
@@ -315,11 +322,12 @@ class MemoryBank(nn.Module):
         if not needed or not needed <= state_dict.keys():
             return
         saved = {name: state_dict[key] for name, key in key_of.items() if key in state_dict}
-        problem = self._ring.why_not_loadable(saved)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        problem = self._ring.why_not_loadable(saved, assign)
         if problem:
             error_msgs.append(f"{prefix}rows and its companions were not loaded: {problem}")
         else:
-            self._ring.load(saved)
+            self._ring.load(saved, assign)
 
     def extra_repr(self) -> str:
         """Describe size, fill and cost; bytes are those of this process."""

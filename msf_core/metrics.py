@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msf_core.checks import check_labels, check_tensor
-from msf_core.rows import UNKNOWN, unit_rows
+from msf_core.rows import SHORTEST, UNKNOWN, unit_rows
 from msf_core.search import SearchBackend, find_backend
+from msf_core.search.base import exact_float32, without_autocast
 
 
 def neighbor_purity(neighbor_labels: Tensor, labels: Tensor) -> Tensor:
@@ -75,8 +76,9 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
 def effective_rank(embeddings: Tensor) -> Tensor:
     """How many directions the normalized embeddings of a batch use: (Σλ)² / Σλ² of their covariance's eigenvalues λ.
 
-    This participation ratio is n where n directions have equal variance, and 0 where all embeddings are the same.
-    It needs products alone, no decomposition. Between 0 and the smaller of B − 1 and D.
+    This participation ratio is n where n directions have equal variance, 0 where all embeddings are the same, and NaN
+    where one of them is not finite. It needs products alone, no decomposition. Between 0 and the smaller of B − 1
+    and D.
 
     Args:
         embeddings: [B, D], any float dtype and scale, at least two rows.
@@ -95,11 +97,16 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     check_tensor("embeddings", embeddings)
     if embeddings.ndim != 2 or embeddings.shape[0] < 2:
         raise ValueError(f"embeddings must be [B, D] with at least two rows, got {list(embeddings.shape)}")
-    unit = F.normalize(embeddings.detach().double(), dim=1)  # [B, D]
-    centred = unit - unit.mean(dim=0)
-    gram = centred @ centred.T if len(unit) < unit.shape[1] else centred.T @ centred  # the same eigenvalues
+    unit = F.normalize(embeddings.detach().float(), dim=1)  # [B, D]
+    # In float32: beside the first, embeddings that are nearly alike differ exactly, and their scale does not matter.
+    beside = unit - unit[0]
+    beside = beside / beside.abs().amax().clamp_min(SHORTEST)
+    centered = beside - beside.mean(dim=0)
+    with without_autocast(unit.device), exact_float32(unit.device):
+        # Both products have the same eigenvalues.
+        gram = centered @ centered.T if len(unit) < unit.shape[1] else centered.T @ centered
     trace, square = gram.trace(), gram.square().sum()
-    return torch.where(square > 1e-30, trace.square() / square, 0.0).float()
+    return torch.where(square == 0, 0.0, trace.square() / square)
 
 
 @torch.no_grad()
@@ -166,8 +173,10 @@ def vote(similarity: Tensor, labels: Tensor, classes: int) -> Tensor:
     Returns:
         [Q] int64; −1 where nobody voted.
     """
-    # One vote each, plus less than half a vote in all for similarity: it decides ties and nothing else.
-    weight = (1 + similarity.double() / (4 * labels.shape[1])).masked_fill_(labels < 0, 0.0)
-    votes = weight.new_zeros(len(labels), classes)
-    best = votes.scatter_add_(1, labels.clamp(min=0), weight).max(dim=1)
-    return best.indices.masked_fill(best.values == 0, UNKNOWN)
+    known, place = labels >= 0, labels.clamp(min=0)
+    votes = similarity.new_zeros((len(labels), classes), dtype=torch.float32)
+    votes.scatter_add_(1, place, known.float())
+    most = votes.amax(dim=1, keepdim=True)  # [Q, 1]
+    sums = torch.zeros_like(votes).scatter_add_(1, place, similarity.float().masked_fill(~known, 0.0))
+    best = sums.masked_fill_(votes < most, -torch.inf).argmax(dim=1)
+    return best.masked_fill(most[:, 0] == 0, UNKNOWN)

@@ -23,6 +23,9 @@ COUNTS = ("pushed", "nonfinite")
 ALWAYS = ("rows", "labels", *COUNTS)
 
 
+Device = torch.device | str | int | None
+
+
 class Found(NamedTuple):
     """What a search found, before it is made fit for users as `Neighbors`.
 
@@ -37,6 +40,11 @@ class Found(NamedTuple):
     """[Q, k, D] float32 unit vectors."""
     label: Tensor | None = None
     """[Q, k] int64; None where the ring that was searched still has them."""
+
+
+def gives_memory_alone(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Tell whether a function that `torch.nn.Module._apply` got is that of ``to_empty``: values are lost."""
+    return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
 
 
 class Ring:
@@ -60,20 +68,27 @@ class Ring:
     query_dtype: torch.dtype
     """Dtype that queries are rounded to: that of the rows, for int8 ones float32."""
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype, begin: int, end: int) -> None:
+    pushed_on_host: Tensor
+    """The same as ``pushed``, on the CPU: the host knows it without asking the device. A tensor and not an int, since
+    torch.compile would take an int for a constant and compile again when it moves."""
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype, device: Device, begin: int, end: int) -> None:
         self.size, self.dim, self.begin, self.end = size, dim, begin, end
         self.query_dtype = torch.float32 if dtype == torch.int8 else dtype
-        slots = end - begin
-        self.rows = torch.zeros(slots, dim, dtype=dtype)
-        self.scale = torch.zeros(slots, dtype=torch.float32) if dtype == torch.int8 else None
-        self.labels = torch.full((slots,), UNKNOWN)
-        self.ids = None
-        self.pushed = torch.zeros((), dtype=torch.int64)
-        self.nonfinite = torch.zeros((), dtype=torch.int64)
-        # The same as ``pushed``, on the CPU: the host knows it without asking the device. A tensor and not an int,
-        # since torch.compile would take an int for a constant and compile again when it moves.
-        on_host = self.pushed.device.type == "cpu"
-        self.pushed_on_host = self.pushed if on_host else torch.zeros((), dtype=torch.int64, device="cpu")
+        self._allocate(dtype, device, with_ids=False)
+
+    def _allocate(self, dtype: torch.dtype, device: Device, with_ids: bool) -> None:
+        """Make an empty ring on a device."""
+        slots = self.end - self.begin
+        with torch.inference_mode(False):  # tensors made in that mode could not be written to outside of it
+            self.rows = torch.zeros(slots, self.dim, dtype=dtype, device=device)
+            self.scale = torch.zeros(slots, dtype=torch.float32, device=device) if dtype == torch.int8 else None
+            self.labels = torch.full((slots,), UNKNOWN, device=device)
+            self.ids = torch.full_like(self.labels, UNKNOWN) if with_ids else None
+            self.pushed = torch.zeros((), dtype=torch.int64, device=device)
+            self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+            on_host = self.pushed.device.type == "cpu"
+            self.pushed_on_host = self.pushed if on_host else torch.zeros((), dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
         """Rows of the whole bank that are filled, at most ``size``."""
@@ -86,7 +101,7 @@ class Ring:
     def keep_ids(self) -> None:
         """Keep an id beside each row from now on, 8 bytes; those of rows that are there already are unknown."""
         if self.ids is None:
-            with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+            with torch.inference_mode(False):  # as in `_allocate`
                 self.ids = torch.full_like(self.labels, UNKNOWN)
 
     def push(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
@@ -168,6 +183,16 @@ class Ring:
         # On a CPU this copies whole rows, where indexing copies value by value.
         return unpacked(F.embedding(places.clamp(min=0), self.rows), scale)
 
+    def _take_over(self, name: str, part: Tensor | None) -> None:
+        """Hold a saved tensor itself instead of a copy, if it is what the ring would hold."""
+        ours = getattr(self, name)
+        if ours is None or part is None:
+            return
+        local: Tensor = part.to_local() if is_shard(part) else part  # type: ignore[attr-defined]
+        like_ours = (local.shape, local.dtype, local.device) == (ours.shape, ours.dtype, ours.device)
+        if like_ours and local.is_contiguous() and not local.is_inference():
+            setattr(self, name, local.detach())
+
     def clear(self) -> None:
         """Make it as it was at first; ids that are kept are kept on."""
         self._forget(0)
@@ -180,24 +205,32 @@ class Ring:
                 tensor[first:] = empty
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a module that `fn` moves; the dtype stays what was asked for."""
-        for name in (*BESIDE, *COUNTS):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                moved = fn(tensor)
-                setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
+        """Follow a module that `fn` moves; the dtype stays what was asked for. Without its contents it is empty."""
+        was_meta = self.rows.is_meta
+        with torch.inference_mode(False):
+            for name in (*BESIDE, *COUNTS):
+                tensor = getattr(self, name)
+                if tensor is not None:
+                    moved = fn(tensor)
+                    setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
         if self.pushed.device.type == "cpu":
             self.pushed_on_host = self.pushed
+        if gives_memory_alone(fn) or (was_meta and not self.rows.is_meta):
+            self.clear()
 
     def state(self) -> dict[str, Tensor]:
         """Return all that makes the ring what it is, by name; ``rows``, ``scale``, ``labels`` and ``ids`` by slot."""
         named = {name: getattr(self, name) for name in (*BESIDE, *COUNTS)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def why_not_loadable(self, saved: dict[str, Tensor]) -> str | None:
+    def why_not_loadable(self, saved: dict[str, Tensor], assign: bool) -> str | None:
         """Return what is wrong with a saved `state`, of a bank of any size, dtype and layout; None if nothing is."""
         if not all(isinstance(part, Tensor) for part in saved.values()):
             return "the saved buffers must be tensors"
+        if any(part.is_meta for part in saved.values()):
+            return "the saved buffers are on the meta device and hold nothing"
+        if self.rows.is_meta and not assign:
+            return "the bank is on the meta device: call to_empty first, or load with assign=True"
         rows = saved["rows"]
         if not rows.is_floating_point() and rows.dtype != torch.int8:
             return f"saved rows must be floating or int8, got {rows.dtype}"
@@ -222,8 +255,18 @@ class Ring:
         return None
 
     @torch.no_grad()
-    def load(self, saved: dict[str, Tensor]) -> None:
-        """Put the newest saved rows that fit where they belong; of a bank of the same size every row into its slot."""
+    def load(self, saved: dict[str, Tensor], assign: bool) -> None:
+        """Put the newest saved rows that fit where they belong; of a bank of the same size every row into its slot.
+
+        With ``assign`` go where the saved tensors are, and take them over instead of copying, where they are the same.
+        """
+        if assign and self.rows.device != saved["rows"].device:
+            self._allocate(self.rows.dtype, saved["rows"].device, with_ids=self.ids is not None)
+        if assign and "ids" in saved:
+            self.keep_ids()
+        if assign:
+            for name in BESIDE:
+                self._take_over(name, saved.get(name))
         saved_size, total, first = saved["rows"].shape[0], int(saved["pushed"]), 0
         kept = min(total, self.size)
         if saved_size != self.size:

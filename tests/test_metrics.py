@@ -361,7 +361,19 @@ def test_the_effective_rank_counts_directions(directions: int) -> None:
     assert effective_rank(axes).item() == pytest.approx(directions)
 
 
-def test_the_effective_rank_of_one_point_is_0_and_one_row_is_refused() -> None:
-    assert effective_rank(torch.randn(1, 5, generator=torch.Generator().manual_seed(0)).expand(9, 5)).item() == 0
+@pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-6])
+def test_the_effective_rank_of_embeddings_that_are_nearly_alike_is_not_that_of_their_rounding(scale: float) -> None:
+    x = torch.nn.functional.normalize(random(1, 64) + scale * random(40, 64, seed=1), dim=1)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(torch.nn.functional.normalize(x, dim=1).double().T))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = effective_rank(x)
+    assert found.item() == pytest.approx(float(eigenvalues.sum() ** 2 / eigenvalues.square().sum()), rel=1e-3)
+
+
+def test_the_effective_rank_of_one_point_is_0_of_nan_it_is_nan_and_one_row_is_refused() -> None:
+    assert effective_rank(random(1, 5).expand(9, 5)).item() == 0
+    for bad in (torch.nan, torch.inf):
+        assert effective_rank(random(9, 5).index_fill(0, torch.tensor([0, 4]), bad)).isnan()
+        assert effective_rank(random(9, 5).index_fill(0, torch.tensor([8]), bad)).isnan()
     with pytest.raises(ValueError, match=r"at least two rows, got \[1, 5\]"):
         effective_rank(torch.ones(1, 5))

@@ -75,6 +75,23 @@ def find_backend(backend: str | SearchBackend, device: torch.device) -> SearchBa
     return load_backend(backend, device)
 
 
+def check_anywhere(backend: str | SearchBackend, device: torch.device | str | int | None) -> None:
+    """Raise unless such a backend works on that device; where it is None or meta, on one that is there.
+
+    Raises:
+        ValueError, ImportError, TypeError: as `find_backend`.
+    """
+    if device is not None and (asked := torch.device(device)).type != "meta":
+        find_backend(backend, asked)
+        return
+    try:
+        find_backend(backend, torch.device("cpu"))
+    except ImportError:
+        if not torch.cuda.is_available():
+            raise
+        find_backend(backend, torch.device("cuda"))
+
+
 def check_backend(backend: str | SearchBackend, device: torch.device, k: int) -> None:
     """Raise unless the backend that a ``backend=`` argument stands for finds k neighbors on that device.
 

@@ -1,5 +1,6 @@
 """Labels and ids of banks that ranks share: their dtypes, searches that differ, states that mix."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -97,6 +98,21 @@ def a_loss_of_views(rank: int, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["replicated", "sharded"])
 def test_several_views_are_those_of_one_process(ranks: Any, layout: str) -> None:
     ranks.run(a_loss_of_views, layout)
+
+
+def not_everyone_comes(rank: int) -> None:
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    criterion = MeanShiftLoss(MemoryBank(8, DIM, group=group), 2)
+    criterion(rows(0), rows(1))
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"(?s)not all ranks came to this push .*drop_last.*DDP.join\(\) alone"):
+            criterion(rows(2), rows(3))
+        assert len(criterion.bank) == 6
+    dist.barrier()
+
+
+def test_where_a_rank_makes_fewer_calls_the_error_tells_of_uneven_inputs(two_ranks: Any) -> None:
+    two_ranks.run(not_everyone_comes)
 
 
 def smaller_into_full(rank: int) -> None:
