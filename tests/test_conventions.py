@@ -50,11 +50,11 @@ def next_losses(criterion: MeanShiftLoss) -> list[float]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("made", ["on meta", "here", "moved to meta"])
+@pytest.mark.parametrize("made", ["on meta", "on meta, memory by a function of one's own", "here", "moved to meta"])
 def test_to_empty_leaves_an_empty_bank_and_no_steps(
     monkeypatch: pytest.MonkeyPatch, made: str, dtype: torch.dtype
 ) -> None:
-    if made == "on meta":
+    if made.startswith("on meta"):
         with torch.device("meta"):
             criterion = criterion_of(dtype)
             criterion.bank.keep_ids()
@@ -69,7 +69,10 @@ def test_to_empty_leaves_an_empty_bank_and_no_steps(
         return empty_like(*args, **kwargs).fill_(77)
 
     monkeypatch.setattr(torch, "empty_like", filled_with_rubbish)
-    nn.Sequential(criterion).to_empty(device="cpu")
+    if "own" in made:
+        nn.Sequential(criterion)._apply(lambda part: torch.empty_like(part, device="cpu"))
+    else:
+        nn.Sequential(criterion).to_empty(device="cpu")
     monkeypatch.undo()
 
     fresh = criterion_of(dtype)
@@ -188,10 +191,13 @@ def test_a_dtype_by_name_is_told_from_the_dtype() -> None:
         MemoryBank(SIZE, DIM, dtype="float16")
 
 
+@pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_made_and_moved_and_fed_in_inference_mode_it_trains_afterwards(dtype: torch.dtype) -> None:
+def test_made_and_moved_and_fed_in_inference_mode_it_trains_afterwards(dtype: torch.dtype, moves: bool) -> None:
     with torch.inference_mode():
-        criterion = criterion_of(dtype).to("meta").to_empty(device="cpu").half()
+        criterion = criterion_of(dtype)
+        if moves:
+            criterion.to("meta").to_empty(device="cpu").half()
         criterion(batch(0), batch(1), ids=torch.arange(4))
         u = batch(3)
     expected = criterion_of(dtype)

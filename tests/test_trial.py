@@ -110,6 +110,10 @@ def own_row_too(queries: Queries, rows: Rows, k: int) -> Found:
     return torch_search(queries._replace(own=None), rows, k)
 
 
+def other_view_too(queries: Queries, rows: Rows, k: int) -> Found:
+    return torch_search(queries._replace(own=queries.own[:, :1]), rows, k)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @pytest.mark.parametrize(
     ("broken", "reason"),
@@ -126,6 +130,7 @@ def own_row_too(queries: Queries, rows: Rows, k: int) -> Found:
         (no_labels, "may not find, or too few"),
         (no_ids, "rows that are not the nearest"),
         (own_row_too, "rows that are not the nearest"),
+        (other_view_too, "rows that are not the nearest"),
     ],
 )
 def test_what_is_broken_is_found_out_with_one_warning_and_torch_answers(
@@ -136,8 +141,9 @@ def test_what_is_broken_is_found_out_with_one_warning_and_torch_answers(
     backend = Backend(broken)
     tried = TriedSearch(backend, TorchSearch())
     queries, rows = a_search(dtype, limited=broken in (no_labels, no_ids))
-    if broken is own_row_too:
-        queries = queries._replace(own=torch.arange(10)[:, None])
+    if broken in (own_row_too, other_view_too):
+        views = 1 if broken is own_row_too else 2
+        queries = queries._replace(own=torch.arange(10 * views).view(10, views))
     with pytest.warns(RuntimeWarning, match=f"(?s)Backend does not work for rows of {dtype} on cpu.*{reason}") as told:
         found = tried.general_topk(queries, rows, 3)
     assert len(told) == 1

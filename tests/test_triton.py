@@ -128,7 +128,8 @@ def test_the_k_nearest_are_found(
     beside = torch.arange(n) % 3
     rows = Rows(*(packed(values, dtype) if dtype == torch.int8 else (values, None)), beside, beside)
     given = {name: torch.tensor([0, -1, n // 2])[:count] for name in limits - {"own"}}
-    own = torch.tensor([[0, n - 1], [-1, 0], [n // 2, n // 3]])[:count, :views]
+    nearest = (q.float() @ values.float().T).nan_to_num(-2.0).topk(min(views, n), dim=1).indices
+    own = nearest.flip(1).index_fill(0, torch.tensor([min(1, count - 1)]), -1)
     queries = Queries(q, **given, own=own if "own" in limits else None)
     before = rows.values.clone()
     with constants(**lanes):
@@ -136,19 +137,22 @@ def test_the_k_nearest_are_found(
     torch.testing.assert_close(rows.values, before, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
-def test_a_query_does_not_find_its_own_row(assert_k_nearest: Callable[..., None], dtype: torch.dtype) -> None:
-    """Half precision looks at k + 1 groups: one of the best may hold nothing but the own row."""
+def test_a_query_does_not_find_its_own_rows(
+    assert_k_nearest: Callable[..., None], dtype: torch.dtype, views: int
+) -> None:
+    """Half precision looks at k + V groups: V of the best may hold nothing but own rows."""
     exact = torch.float32 if dtype == torch.int8 else dtype
     values = unit_rows(60, 8, exact, seed=0)
     values[20], values[40] = values[0], values[0]  # twins of the first row, in groups of their own
     rows = Rows(*(packed(values, dtype) if dtype == torch.int8 else (values, None)))
     q = values[:1].expand(4, -1)
-    queries = Queries(q, own=torch.tensor([[0], [-1], [59], [60]]))
+    queries = Queries(q, own=torch.tensor([[0, 20], [-1, -1], [59, 58], [60, 61]])[:, :views])
     with constants(choose_group=lambda *_: 16, BATCH_ROWS=16):
         for k in (1, 21):
             index = assert_exact(assert_k_nearest, queries, rows, k)
-            assert index[:, 0].tolist() == [20, 0, 0, 0]
+            assert index[:, 0].tolist() == [20 * views, 0, 0, 0]
         assert assert_exact(assert_k_nearest, queries, Rows(*(p if p is None else p[:2] for p in rows)), 1)[0] == 1
         assert_exact(assert_k_nearest, queries, Rows(*(p if p is None else p[:1] for p in rows)), 1)
 

@@ -1,22 +1,27 @@
-"""From MoCo to MSF in plain PyTorch: two training loops of the same shape, to be read side by side.
+"""From MoCo to MSF in plain PyTorch: two training loops to be read side by side, and the parts for MoCo's repository.
 
     pip install -e '.[examples]'                       (in a clone)
     python examples/integrations/moco_to_msf.py        (scikit-learn's digits: 15 seconds on two CPU cores)
 
-What changes from `moco` to `msf`:
+What changes from `moco` to `msf`, and why:
 
     queue and pointer, filled with random rows   ->  MemoryBank: starts empty, takes any batch, saved in the state_dict
     a copy, and a loop over its parameters       ->  EMATarget
     InfoNCE against the queue, temperature       ->  MeanShiftLoss: the nearest rows of the bank are friends, not foes
     no prediction head                           ->  a prediction head: without negatives it is what prevents collapse
+    heads without BatchNorm                      ->  heads with it, as in the paper
     two strong views                             ->  a weak view for the target (paper section 3.1)
 
 The settings are small ones for the digits; imagenet_train.py has those of the paper.
+
+For a clone of github.com/facebookresearch/moco, `MSF` takes the place of ``moco.builder.MoCo`` and `WeakAndStrong` that
+of ``moco.loader.TwoCropsTransform``. What to change in its main_moco.py is in docs/integrations/moco.md.
 """
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +74,62 @@ def msf(images: Tensor, epochs: int) -> nn.Module:
     return online[0]
 
 
+class MSF(nn.Module):
+    """Update, both encoders and the loss as one module, which DDP wraps as it wraps ``moco.builder.MoCo``.
+
+    The encoders have the names that they have there, so that main_lincls.py and the detection scripts find
+    ``module.encoder_q`` in a checkpoint. The bank is in the ``state_dict`` too.
+
+    Args:
+        base_encoder: makes an encoder with a layer ``fc``, such as ``torchvision.models.resnet50``.
+        dim: of an embedding, D.
+        K: rows of the bank.
+        m: momentum of the target.
+        k: neighbors.
+        hidden: width of projection and prediction head.
+
+    The defaults are the paper's.
+    """
+
+    def __init__(
+        self,
+        base_encoder: Callable[..., Any],
+        dim: int = 512,
+        K: int = 128_000,
+        m: float = 0.99,
+        k: int = 5,
+        hidden: int = 4096,
+    ) -> None:
+        super().__init__()
+        self.encoder_q = base_encoder()
+        self.encoder_q.fc = make_head(self.encoder_q.fc.in_features, hidden, dim)
+        self.predictor = make_head(dim, hidden, dim)
+        self.encoder_k = EMATarget(self.encoder_q, m)
+        self.criterion = MeanShiftLoss(MemoryBank(K, dim), k)
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
+        """Return the loss of strong views im_q and weak views im_k, both [B, 3, H, W]."""
+        if self.training:  # as MoCo does, before the target's forward: the optimizer has stepped since the last one
+            # Where gradients are accumulated it has not. Then leave this out, and call
+            # model.module.encoder_k.update(model.module.encoder_q) after optimizer.step().
+            self.encoder_k.update(self.encoder_q)
+        u = self.encoder_k(im_k)  # [B, D]
+        v = self.predictor(self.encoder_q(im_q))  # [B, D]
+        loss: Tensor = self.criterion(v, u)
+        return loss
+
+
+class WeakAndStrong:
+    """Two views of an image, by two transforms: [strong, weak], in the order of ``MSF.forward``."""
+
+    def __init__(self, strong: Callable[[Any], Any], weak: Callable[[Any], Any]) -> None:
+        self.strong, self.weak = strong, weak
+
+    def __call__(self, image: Any) -> list[Any]:
+        """Return the views."""
+        return [self.strong(image), self.weak(image)]
+
+
 def make_encoder() -> nn.Sequential:
     """Return a backbone of 128 features and a projection head."""
     layers: list[nn.Module] = []
@@ -78,9 +139,9 @@ def make_encoder() -> nn.Sequential:
     return nn.Sequential(backbone, make_head(128))
 
 
-def make_head(features: int) -> nn.Sequential:
+def make_head(features: int, hidden: int = 256, dim: int = DIM) -> nn.Sequential:
     """Return a head of one hidden layer, as projection and as prediction head."""
-    return nn.Sequential(nn.Linear(features, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, DIM))
+    return nn.Sequential(nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
 
 def batches(images: Tensor, epochs: int) -> Iterator[Tensor]:

@@ -1,36 +1,48 @@
 """MSF as a method of solo-learn (github.com/vturrisi/solo-learn), which has BYOL and NNBYOL, but not MSF.
 
-Copy this file to solo/methods/msf.py, import MSF in solo/methods/__init__.py, and enter it there in METHODS::
+Copy this file to solo/methods/msf.py, and enter it in solo/methods/__init__.py::
 
     from solo.methods.msf import MSF
     METHODS = {..., "msf": MSF}
 
-A config is then that of BYOL (scripts/pretrain/*/byol.yaml) with::
+Start from a config of BYOL (scripts/pretrain/*/byol.yaml) and change::
 
     method: "msf"
     method_kwargs:
       proj_hidden_dim: 4096
       proj_output_dim: 512
       pred_hidden_dim: 4096
-      queue_size: 128000  # the default, as k is; with k: 1 it is BYOL
+      queue_size: 128000       # these four are the defaults; with k: 1 it is BYOL
       k: 5
+      symmetric: False
+      exclude_same_id: False
     momentum:
       base_tau: 0.99
-      final_tau: 0.99
+      final_tau: 0.99          # byol.yaml has 1.0, where the target stands still at the end
+    optimizer:                 # byol.yaml has LARS for large batches; the paper trains with plain SGD
+      name: "sgd"              # leave out optimizer.kwargs: clip_lr, eta and exclude_bias_n_norm are LARS's
+      lr: 0.05                 # of 256 images: solo-learn scales it by the batch
+      weight_decay: 1e-4
+    scheduler:
+      name: "warmup_cosine"
+      warmup_epochs: 0
 
-and with the augmentations of ReSSL (ressl.yaml, of cifar and imagenet-100): one strong crop first, which is the online
-encoder's view, and one weak one second, the target's ("w/s" in the paper). The bank travels in Lightning's checkpoint,
-and all ranks share it.
+and take the augmentations of ReSSL (ressl.yaml, of cifar and imagenet-100): one strong crop first, which is the online
+encoder's view, and one weak one second, the target's ("w/s" in the paper). More is optional:
 
-Where it departs from solo-learn's BYOL: the loss is not symmetric (one view is the target, as in the paper), and the
-momentum stays at ``momentum.base_tau`` (0.99, as in the paper) unless ``momentum.final_tau`` is given, as byol.yaml
-does. The base class sends both views through both encoders, of which MSF needs half.
+- Small crops (those of another crop_size, after the two large ones) are further views of the online encoder.
+- ``symmetric: True`` takes both large crops as targets, each for all crops but itself, as solo-learn's BYOL does. Then
+  both crops should be strong.
+- ``exclude_same_id: True`` keeps older views of an image from being its neighbors, which matters where the bank holds
+  more than an epoch. Batches have the image's index; with ``data.format: "dali"`` they have it only under
+  ``dali.encode_indexes_into_labels: True``.
 
-Written for solo-learn 1.0.6, which is on GitHub only (hooks read from solo/methods/base.py at commit c980e9e3f553).
-Tested with PyTorch 2.15 on a base class copied by hand from that file (Lightning 2.6.6), and on the real one of PyPI's
-1.0.2 of 2021, forced in beside a torch that it does not ask for, with its older names for these hooks translated; one
-training step each, on a CPU. Not tested: an unmodified 1.0.6, and whole trainings with it. The tests, and what pip
-said, are in tests/integrations/test_solo_learn_msf.py of msf_core.
+The bank is in Lightning's checkpoint, and all ranks share it. The base class sends both large crops through both
+encoders, of which the loss needs half unless it is symmetric.
+
+Tested on 2026-11-25 with an unmodified clone (main at commit 9187ea3, version 1.0.6), Python 3.11, PyTorch 2.14 and
+Lightning 2.6 on a CPU: whole trainings, resuming, and two processes with bfloat16 and accumulated gradients. How is in
+tests/integrations/test_solo_learn_msf.py of msf_core.
 """
 
 import copy
@@ -48,7 +60,8 @@ class MSF(BaseMomentumMethod):
     """Mean Shift (Koohpayegani et al., ICCV 2021, arxiv.org/abs/2105.07269).
 
     Its settings are those of `BaseMomentumMethod`, and in ``cfg.method_kwargs``: proj_hidden_dim, proj_output_dim (D)
-    and pred_hidden_dim, which have no defaults; queue_size (rows of the bank, 128,000) and k (5).
+    and pred_hidden_dim, which have no defaults; queue_size (rows of the bank, 128,000), k (5), symmetric (False) and
+    exclude_same_id (False).
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -58,14 +71,17 @@ class MSF(BaseMomentumMethod):
         self.projector = mlp(self.features_dim, settings.proj_hidden_dim, dim)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.predictor = mlp(dim, settings.pred_hidden_dim, dim)
-        self.criterion = MeanShiftLoss(MemoryBank(settings.queue_size, dim), k=settings.k)
+        bank = MemoryBank(settings.queue_size, dim)
+        self.criterion = MeanShiftLoss(bank, k=settings.k, exclude_same_id=settings.exclude_same_id)
+        self.symmetric = settings.symmetric
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Fill in the defaults of MSF, and those of the base class.
 
         Raises:
-            ValueError: a size of the heads is missing, or there are other crops than two large ones.
+            ValueError: a size of the heads is missing, there are more or fewer large crops than two, or there are no
+                ids for ``exclude_same_id``.
         """
         base_tau = OmegaConf.select(cfg, "momentum.base_tau", default=0.99)
         final_tau = OmegaConf.select(cfg, "momentum.final_tau", default=base_tau)
@@ -74,12 +90,22 @@ class MSF(BaseMomentumMethod):
         for name in ("proj_hidden_dim", "proj_output_dim", "pred_hidden_dim"):
             if OmegaConf.select(cfg, f"method_kwargs.{name}") is None:
                 raise ValueError(f"MSF needs method_kwargs.{name}")
-        cfg.method_kwargs.queue_size = OmegaConf.select(cfg, "method_kwargs.queue_size", default=128_000)
-        cfg.method_kwargs.k = OmegaConf.select(cfg, "method_kwargs.k", default=5)
-        crops = (cfg.data.num_large_crops, cfg.data.num_small_crops)
-        if crops != (2, 0):
-            raise ValueError(f"MSF takes two large crops, online and target, and no small ones, got {crops}")
+        for name, value in (("queue_size", 128_000), ("k", 5), ("symmetric", False), ("exclude_same_id", False)):
+            cfg.method_kwargs[name] = OmegaConf.select(cfg, f"method_kwargs.{name}", default=value)
+        if cfg.data.num_large_crops != 2:
+            raise ValueError(f"MSF takes two large crops, online and target, got {cfg.data.num_large_crops}")
+        indexed = cfg.data.get("format") != "dali" or OmegaConf.select(cfg, "dali.encode_indexes_into_labels")
+        if cfg.method_kwargs.exclude_same_id and not indexed:
+            raise ValueError("exclude_same_id with data.format: dali needs dali.encode_indexes_into_labels: True")
         return cfg
+
+    def on_train_start(self) -> None:
+        """Count steps from where the run is on.
+
+        From 0, as the base class does, a resumed run with accumulated gradients would move the target once too often.
+        """
+        super().on_train_start()
+        self.last_step = self.trainer.global_step
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
@@ -101,6 +127,12 @@ class MSF(BaseMomentumMethod):
         z = self.projector(out["feats"])
         return {**out, "z": z, "p": self.predictor(z)}
 
+    def multicrop_forward(self, X: Tensor) -> dict[str, Any]:
+        """Add the same to the base class's outputs for a small crop."""
+        out = super().multicrop_forward(X)
+        z = self.projector(out["feats"])
+        return {**out, "z": z, "p": self.predictor(z)}
+
     @torch.no_grad()
     def momentum_forward(self, X: Tensor) -> dict[str, Any]:
         """Add z, [B, D], to the base class's outputs, which ``training_step`` then has as "momentum_z"."""
@@ -108,17 +140,22 @@ class MSF(BaseMomentumMethod):
         return {**out, "z": self.momentum_projector(out["feats"])}
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
-        """Return MSF's loss and the online classifier's for a batch [indexes, [online view, target view], labels].
+        """Return MSF's loss and the online classifier's for a batch [indexes, crops, labels].
 
         The labels serve the classifier and the logged purity (NaN with k: 1, or without labels); MSF never sees them.
         """
         out = super().training_step(batch, batch_idx)
-        v, u, labels = out["p"][0], out["momentum_z"][1], batch[-1]
-        loss, neighbors = self.criterion(v, u, labels, return_neighbors=True)
+        indexes, _, labels = batch
+        predictions, targets = out["p"], out["momentum_z"]  # large crops first
+        v: Any = predictions if self.symmetric else [predictions[0], *predictions[2:]]
+        u: Any = targets if self.symmetric else targets[1]
+        ids = indexes if self.criterion.exclude_same_id else None
+        loss, neighbors = self.criterion(v, u, labels, ids=ids, return_neighbors=True)
+        first = neighbors[0] if self.symmetric else neighbors  # the first target's
         metrics = {
             "train_msf_loss": loss,
-            "train_neighbor_purity": neighbor_purity(neighbors.label, labels),
-            "train_spread": embedding_spread(u),  # near 0 is collapse
+            "train_neighbor_purity": neighbor_purity(first.label, labels),
+            "train_spread": embedding_spread(targets[1]),  # near 0 is collapse
         }
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
         return loss + out["loss"]

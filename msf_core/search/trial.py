@@ -150,6 +150,9 @@ def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
     number = torch.arange(count, device=device)
     near = number * (ROWS // MOST_QUERIES)  # the row next to each query
     asked = unit_rows(made[near] + 0.5 * noise[near])
+    by_label, by_id, views = _limits(queries, rows)
+    for view in range(1, views):  # the other rows of its own are as near
+        made[near + view] = unit_rows(asked + 0.5 * noise[near + view])
     made[1200:1400] = unit_rows(asked[1] + 0.05 * noise[1200:1400])
     made[300:330] = made[30:60]
     made[11] = 0
@@ -158,7 +161,6 @@ def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
     made[ROWS:] = asked[3]
     asked[2, dim - 1] = torch.nan
     labels = ids = asked_labels = asked_ids = None
-    by_label, by_id, views = _limits(queries, rows)
     if by_label:  # every fourth query asks for any row, every fourth for a label that one row has, or none
         labels = torch.arange(n, device=device) % 7
         labels[5] = 7

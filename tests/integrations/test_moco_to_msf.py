@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,13 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import resnet18
+from torchvision.transforms import v2
+
+from msf_core import EMATarget, reference
 
 pytest.importorskip("sklearn", reason="the example's digits are scikit-learn's")
 
 from integrations import moco_to_msf
-from integrations.moco_to_msf import BATCH, accuracy, batches, make_encoder, moco, msf, strong, weak
-from msf_core import EMATarget
+from integrations.moco_to_msf import BATCH, MSF, WeakAndStrong, accuracy, batches, make_encoder, moco, msf, strong, weak
 
 
 def blobs(count: int) -> tuple[Tensor, Tensor]:
@@ -150,3 +157,98 @@ def test_the_example_prints_an_accuracy_for_each(
         nn1, one_label = (float(number) for number in line[15:].split())
         assert 0.9 < nn1 <= 1
         assert 0.3 < one_label < nn1
+
+
+RANKS, STEPS, SMALL = 2, 4, {"dim": 8, "K": 20, "m": 0.9, "k": 3, "hidden": 16}
+
+
+def views_of(step: int) -> tuple[Tensor, Tensor]:
+    """The strong and the weak views of a step, of all ranks."""
+    generator = torch.Generator().manual_seed(step)
+    weak_views = torch.randn(RANKS * 4, 3, 32, 32, generator=generator)
+    return weak_views + 0.1 * torch.randn(weak_views.shape, generator=generator), weak_views
+
+
+def train_in_ddp(rank: int, folder: str) -> None:
+    """What a rank does: steps as those of main_moco.py, keeping what the test compares."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(MSF(resnet18, **SMALL))
+    inner, kept = model.module, []
+    inner.encoder_k.register_forward_hook(lambda module, given, out: kept.append({"weak": given[0], "u": out}))
+    inner.encoder_q.register_forward_hook(lambda module, given, out: kept[-1].update(strong=given[0]))
+    inner.predictor.register_forward_hook(lambda module, given, out: kept[-1].update(v=out.detach()))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for step in range(STEPS):
+        im_q, im_k = (view.chunk(RANKS)[rank] for view in views_of(step))
+        before = inner.encoder_q.fc[3].weight.detach().clone()
+        loss = model(im_q=im_q, im_k=im_k)
+        kept[-1] |= {"loss": loss.detach(), "online": before}
+        kept[-1]["target"] = inner.encoder_k.module.fc[3].weight.clone()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save({"steps": kept, "state": model.state_dict()}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks kept; from a fresh process, which is safe to fork."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+
+
+def test_in_ddp_the_target_is_updated_within_the_forward_and_the_ranks_agree(ranks: list[dict[str, Any]]) -> None:
+    one, other = (kept["state"] for kept in ranks)
+    statistics = ("running_mean", "running_var")  # of BatchNorm: each rank's own until DDP's next forward
+    for name, tensor in one.items():
+        assert name.endswith(statistics) or torch.equal(tensor, other[name]), name
+    expected = ranks[0]["steps"][0]["online"]  # the first update moves nothing
+    for step in ranks[0]["steps"]:
+        expected = 0.9 * expected + 0.1 * step["online"]
+        torch.testing.assert_close(step["target"], expected)
+    assert one["module.criterion._extra_state"] == one["module.encoder_k._extra_state"] == STEPS
+    assert "module.encoder_q.conv1.weight" in one  # what main_lincls.py looks for
+
+
+def test_in_ddp_the_loss_is_the_papers_on_the_bank_of_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    pushed = torch.empty(0, SMALL["dim"])
+    for step, both in enumerate(zip(*(kept["steps"] for kept in ranks), strict=True)):
+        for place, images in (("strong", views_of(step)[0]), ("weak", views_of(step)[1])):
+            assert torch.equal(torch.cat([kept[place] for kept in both]), images)
+        pushed = torch.cat([pushed, *(kept["u"] for kept in both)])
+        for kept in both:
+            expected = reference.mean_shift_loss(kept["v"], kept["u"], pushed[-SMALL["K"] :], k=3)
+            torch.testing.assert_close(kept["loss"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert ranks[0]["state"]["module.criterion.bank.pushed"] == len(pushed) > SMALL["K"]
+
+
+def test_in_eval_mode_a_forward_changes_nothing() -> None:
+    model = MSF(resnet18, **SMALL).eval()
+    nn.init.zeros_(model.encoder_q.fc[3].weight)
+    before = copy.deepcopy(model.state_dict())
+    model(*views_of(0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_defaults_are_the_papers() -> None:
+    model = MSF(resnet18)
+    assert (model.criterion.k, model.criterion.bank.size, model.encoder_k.momentum) == (5, 128_000, 0.99)
+    shapes = [module.weight.shape for head in (model.encoder_q.fc, model.predictor) for module in head[::3]]
+    assert shapes == [(4096, 512), (512, 4096), (4096, 512), (512, 4096)]
+
+
+def test_views_come_strong_first() -> None:
+    views = WeakAndStrong(strong=v2.Grayscale(), weak=v2.Identity())(torch.rand(3, 4, 4))
+    assert [len(view) for view in views] == [1, 3]
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(train_in_ddp, (sys.argv[1],), RANKS, start_method="fork")

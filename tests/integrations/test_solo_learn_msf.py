@@ -1,15 +1,18 @@
-"""The method for solo-learn, on the base class of an installed solo-learn, and on `Hooks` below, which needs none.
+"""The method for solo-learn, on the base class of a solo-learn that can be imported, and on `Hooks`, which needs none.
 
-What was tried on 2026-11-24, with Python 3.11, PyTorch 2.15 and Lightning 2.6.6:
+solo-learn is on GitHub only (PyPI has 1.0.2 of 2021, for torch 1.9.1). The tests "in solo_learn" run with a clone::
 
-- ``pip install solo-learn`` finds no solution: PyPI has 1.0.2 of 2021 alone, which pins torch 1.9.1.
-- Forced (``--no-deps`` for solo-learn 1.0.2, pytorch-lightning 1.9.5, lightning-bolts 0.7.0, einops and wandb, beside
-  setuptools below 81) it imports. Its base class still takes keywords for a config, has older names for two hooks, and
-  expects an argument that Lightning no longer gives. `renamed` translates these; its training_step, momentum update and
-  optimizer are as they are, and `test_a_step_in_solo_learn` passed.
-- 1.0.6, for which the example is written, is on GitHub only, out of reach of that machine. The test passed on a base
-  class copied by hand from its solo/methods/base.py (commit c980e9e3f553; without schedulers, validation and backbones
-  other than ResNet-18), under Lightning 2.6.6. It has not run on an unmodified 1.0.6.
+    git clone https://github.com/vturrisi/solo-learn
+    pip install einops wandb
+    PYTHONPATH=solo-learn pytest tests/integrations/test_solo_learn_msf.py
+
+What ran on 2026-11-25 on a CPU, with an unmodified clone (main at commit 9187ea3, version 1.0.6), Python 3.11, PyTorch
+2.14.1 and Lightning 2.6.6: these tests, and the clone's main_pretrain.py on a folder of 147 images with a ResNet-18:
+
+- 3 epochs, as the example's first lines say;
+- 3 epochs with small crops, ``symmetric`` and ``exclude_same_id``, bfloat16 and accumulation 2, the last epoch also
+  resumed from the checkpoint of the second;
+- the same on two processes (DDP, gloo), 2 epochs.
 """
 
 import copy
@@ -24,21 +27,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from msf_core import reference
+from msf_core import neighbor_purity, reference
 
 omegaconf = pytest.importorskip("omegaconf", reason="solo-learn's configs are omegaconf's, which is not installed")
 OmegaConf = omegaconf.OmegaConf
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "integrations" / "solo_learn_msf.py"
 BATCH, CLASSES, DIM = 8, 5, 16
-OVERRIDDEN = ("forward", "momentum_forward", "training_step", "add_and_assert_specific_cfg")
+OVERRIDDEN = (
+    "forward",
+    "multicrop_forward",
+    "momentum_forward",
+    "on_train_start",
+    "training_step",
+    "add_and_assert_specific_cfg",
+)
+EVERYTHING = {
+    "data": {"num_small_crops": 2},
+    "method_kwargs": {"symmetric": True, "exclude_same_id": True, "queue_size": 40},
+}
 
 
 class Hooks(nn.Module):
     """A few lines that call a method as solo-learn does. This is not solo-learn.
 
     Names, signatures and order of the hooks are those of BaseMethod and BaseMomentumMethod in solo/methods/base.py of
-    github.com/vturrisi/solo-learn (1.0.6, commit c980e9e3f553). Backbone, optimizer and logging are not.
+    github.com/vturrisi/solo-learn (1.0.6, commit 9187ea3). Backbone, optimizer and logging are not.
     """
 
     def __init__(self, cfg):
@@ -50,7 +64,6 @@ class Hooks(nn.Module):
         self.classifier = nn.Linear(self.features_dim, cfg.data.num_classes)
         self.tau = cfg.momentum.base_tau
         self.trainer = SimpleNamespace(global_step=0)
-        self.last_step = 0
         self.logged = {}
 
     @staticmethod
@@ -72,16 +85,26 @@ class Hooks(nn.Module):
         feats = self.backbone(X)
         return {"logits": self.classifier(feats.detach()), "feats": feats}
 
+    def multicrop_forward(self, X):
+        return {"feats": self.backbone(X)}
+
     @torch.no_grad()
     def momentum_forward(self, X):
         return {"feats": self.momentum_backbone(X)}
 
+    def on_train_start(self):
+        self.last_step = 0
+
     def training_step(self, batch, batch_idx):
         _, X, targets = batch
-        outs = [self(x) for x in X]  # every crop through the online side first, with all that the method adds
+        large = self.cfg.data.num_large_crops
+        outs = [self(x) for x in X[:large]]  # through the online side first, with all that the method adds
         outs = {name: [out[name] for out in outs] for name in outs[0]}
-        outs["loss"] = sum(F.cross_entropy(logits, targets, ignore_index=-1) for logits in outs["logits"]) / len(X)
-        momentum_outs = [self.momentum_forward(x) for x in X]
+        outs["loss"] = sum(F.cross_entropy(logits, targets, ignore_index=-1) for logits in outs["logits"]) / large
+        for out in map(self.multicrop_forward, X[large:]):
+            for name, value in out.items():
+                outs[name] = [*outs[name], value]
+        momentum_outs = [self.momentum_forward(x) for x in X[:large]]
         return outs | {f"momentum_{name}": [out[name] for out in momentum_outs] for name in momentum_outs[0]}
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -93,59 +116,6 @@ class Hooks(nn.Module):
 
     def log_dict(self, metrics, on_epoch, sync_dist):
         self.logged |= {name: value.detach() for name, value in metrics.items()}  # as Lightning
-
-
-def renamed(base):
-    """Give the base class of solo-learn 1.0.2 the constructor and the hooks' names of 1.0.6."""
-
-    class Renamed(base):
-        def __init__(self, cfg):
-            cfg = self.add_and_assert_specific_cfg(cfg)
-            super().__init__(
-                base_tau_momentum=cfg.momentum.base_tau,
-                final_tau_momentum=cfg.momentum.final_tau,
-                momentum_classifier=False,
-                encoder=cfg.backbone.name,
-                backbone_args={},
-                exclude_bias_n_norm=False,
-                lars=False,
-                extra_optimizer_args={},
-                accumulate_grad_batches=1,
-                max_epochs=cfg.max_epochs,
-                scheduler=cfg.scheduler.name,
-                min_lr=0.0,
-                warmup_start_lr=0.0,
-                warmup_epochs=0,
-                num_classes=cfg.data.num_classes,
-                num_large_crops=cfg.data.num_large_crops,
-                num_small_crops=cfg.data.num_small_crops,
-                batch_size=cfg.optimizer.batch_size,
-                optimizer=cfg.optimizer.name,
-                lr=cfg.optimizer.lr,
-                weight_decay=cfg.optimizer.weight_decay,
-                classifier_lr=cfg.optimizer.classifier_lr,
-            )
-
-        @staticmethod
-        def add_and_assert_specific_cfg(cfg):
-            return Hooks.add_and_assert_specific_cfg(cfg)
-
-        def base_forward(self, X):
-            return self.forward(X)
-
-        def forward(self, X):
-            return super().base_forward(X)
-
-        def base_momentum_forward(self, X):
-            return self.momentum_forward(X)
-
-        def momentum_forward(self, X):
-            return super().base_momentum_forward(X)
-
-        def on_train_batch_end(self, outputs, batch, batch_idx):
-            super().on_train_batch_end(outputs, batch, batch_idx, 0)  # Lightning 1.9 gives no dataloader_idx
-
-    return Renamed
 
 
 def example_on(base, monkeypatch):
@@ -169,7 +139,7 @@ def config(**changes):
     cfg = {
         "method": "msf",
         "backbone": {"name": "resnet18"},
-        "data": {"dataset": "made", "num_classes": CLASSES, "num_large_crops": 2, "num_small_crops": 0},
+        "data": {"dataset": "custom", "num_classes": CLASSES, "num_large_crops": 2, "num_small_crops": 0},
         "momentum": {},
         "optimizer": {"name": "sgd", "batch_size": BATCH, "lr": 0.1, "classifier_lr": 0.1, "weight_decay": 0.0},
         "scheduler": {"name": "none"},
@@ -185,10 +155,10 @@ def config(**changes):
     return OmegaConf.merge(OmegaConf.create(cfg), OmegaConf.create(changes))
 
 
-def batches(count):
+def batches(count, crops=2):
     generator = torch.Generator().manual_seed(0)
     for step in range(count):
-        views = [torch.randn(BATCH, 3, 32, 32, generator=generator) for _ in range(2)]
+        views = [torch.randn(BATCH, 3, 32, 32, generator=generator) for _ in range(crops)]
         labels = torch.randint(CLASSES, (BATCH,), generator=generator)
         yield [torch.arange(BATCH) + step * BATCH, views, labels]
 
@@ -197,6 +167,7 @@ def fit(model, data):
     """Step as Lightning does: loss, backward, optimizer, and then the end of the batch."""
     optimizer = torch.optim.SGD(model.learnable_params, lr=0.1)
     losses = []
+    model.on_train_start()
     for index, batch in enumerate(data):
         loss = model.training_step(batch, index)
         optimizer.zero_grad()
@@ -308,6 +279,17 @@ def test_a_resumed_run_goes_on_exactly(method):
     assert fit(model, data[2:]) == fit(resumed, data[2:])
 
 
+def test_a_resumed_run_does_not_move_the_target_before_its_first_step(method):
+    """The base class takes the first batch for a step, which it is not where gradients are accumulated."""
+    model = method(config())
+    fit(model, batches(2))
+    before = copy.deepcopy(model.state_dict())
+    model.on_train_start()
+    model.on_train_batch_end(None, None, 0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_what_main_pretrain_does_to_a_model_leaves_the_bank_whole(method):
     model = method(config())
     fit(model, batches(1))
@@ -339,22 +321,88 @@ def test_a_missing_size_is_named(method, name):
         method(cfg)
 
 
-@pytest.mark.parametrize("crops", [{"num_small_crops": 4}, {"num_large_crops": 1}])
-def test_other_crops_are_refused(method, crops):
-    with pytest.raises(ValueError, match="two large crops"):
-        method(config(data=crops))
+@pytest.mark.parametrize("crops", [1, 3])
+def test_another_number_of_large_crops_is_refused(method, crops):
+    with pytest.raises(ValueError, match=f"two large crops, online and target, got {crops}"):
+        method(config(data={"num_large_crops": crops}))
+
+
+def test_ids_that_dali_does_not_give_are_refused(method):
+    wanted = {"method_kwargs": {"exclude_same_id": True}, "data": {"format": "dali"}}
+    for dali in ({}, {"dali": {"encode_indexes_into_labels": False}}):
+        with pytest.raises(ValueError, match="encode_indexes_into_labels: True"):
+            method(config(**wanted, **dali))
+    assert method(config(**wanted, dali={"encode_indexes_into_labels": True})).criterion.exclude_same_id
+
+
+def predicted(model, view):
+    return model.predictor(model.projector(model.backbone(view)))
+
+
+def test_every_small_crop_is_drawn_to_the_weak_view(method):
+    model = method(config(data={"num_small_crops": 2}))
+    first, second = batches(2, crops=4)
+    fit(model, [first])
+    before = copy.deepcopy(model)
+    model.training_step(second, 1)
+    strong, weak, *small = second[1]
+    predictions = [before(view)["p"] for view in (strong, weak)]  # in the order of the forwards: BatchNorm moves
+    predictions += [predicted(before, view) for view in small]
+    u = [before.momentum_forward(view)["z"] for view in (strong, weak)][1]
+    rows = torch.cat([before.criterion.bank.rows[:BATCH], u])
+    del predictions[1]  # the weak view is no online view
+    expected = torch.stack([reference.mean_shift_loss(p, u, rows, k=3) for p in predictions]).mean()
+    torch.testing.assert_close(model.logged["train_msf_loss"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert len(model.criterion.bank) == 2 * BATCH, "one target an image"
+
+
+def test_symmetric_has_two_targets_each_for_all_crops_but_itself(method):
+    model = method(config(data={"num_small_crops": 1}, method_kwargs={"symmetric": True, "queue_size": 40}))
+    first, second = batches(2, crops=3)
+    fit(model, [first])
+    before, found = copy.deepcopy(model), []
+    model.criterion.register_forward_hook(lambda criterion, given, out: found.extend(out[1]))
+    model.training_step(second, 1)
+    *large, small = second[1]
+    predictions = [*(before(view)["p"] for view in large), predicted(before, small)]
+    targets = [before.momentum_forward(view)["z"] for view in large]
+    rows = torch.cat([before.criterion.bank.rows[: 2 * BATCH], *targets])
+    losses = []
+    for i, j in ((1, 0), (2, 0), (0, 1), (2, 1)):
+        for image in range(BATCH):
+            others = torch.ones(len(rows), dtype=torch.bool)
+            others[2 * BATCH + (1 - j) * BATCH + image] = False  # the other view of the same image
+            v, u = (views[image : image + 1] for views in (predictions[i], targets[j]))
+            losses.append(reference.mean_shift_loss(v, u, rows[others], k=3))
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(model.logged["train_msf_loss"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert len(model.criterion.bank) == 32, "two targets an image"
+    assert model.logged["train_neighbor_purity"] == neighbor_purity(found[0].label, second[2])
+    assert neighbor_purity(found[1].label, second[2]) != neighbor_purity(found[0].label, second[2])
+    assert model.criterion.steps == 2
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+def test_older_views_of_an_image_are_no_neighbors_where_asked(method, exclude):
+    model = method(config(method_kwargs={"exclude_same_id": exclude}))
+    found = []
+    model.criterion.register_forward_hook(lambda criterion, given, out: found.append(out[1].index[:, 1:]))
+    (batch,) = batches(1)
+    fit(model, [batch, batch])
+    own = torch.arange(BATCH)[:, None]  # slots of the first time are those of the images
+    assert (found[1] % BATCH == own).any() != exclude
+    ids = model.criterion.bank.ids
+    assert ids is None if not exclude else torch.equal(ids[: 2 * BATCH], batch[0].repeat(2))
 
 
 def solo_learn(monkeypatch):
-    """Return MSF on the base class of the solo-learn that is installed, and the Trainer that goes with it."""
+    """Return MSF on solo-learn's own base class, and Lightning's Trainer."""
     base = pytest.importorskip(
         "solo.methods.base",
-        reason="no solo-learn that can be imported: PyPI's is 1.0.2 for torch 1.9.1, 1.0.6 is on GitHub only",
+        reason="no solo-learn that can be imported: it is on GitHub only; see the first lines of this file",
         exc_type=ImportError,
     ).BaseMomentumMethod
-    current = hasattr(base, "add_and_assert_specific_cfg")
-    lightning = importlib.import_module("lightning.pytorch" if current else "pytorch_lightning")
-    return example_on(base if current else renamed(base), monkeypatch), lightning.Trainer
+    return example_on(base, monkeypatch), importlib.import_module("lightning.pytorch").Trainer
 
 
 def parameters_of(function):
@@ -367,16 +415,17 @@ def test_hooks_have_the_signatures_of_the_base_class(method, name):
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning, on loggers, workers and steps
-def test_a_step_in_solo_learn(monkeypatch, tmp_path):
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["paper", "everything"])
+def test_a_step_in_solo_learn(monkeypatch, tmp_path, options):
     method, trainer_class = solo_learn(monkeypatch)
     base = method.__mro__[1]
     for name in OVERRIDDEN:
         assert parameters_of(getattr(method, name)) == parameters_of(getattr(base, name))
 
     torch.manual_seed(0)
-    model = method(config())
+    model = method(config(**options))
     before = [[kept.clone() for kept in pair[1].parameters()] for pair in model.momentum_pairs]
-    (batch,) = batches(1)
+    (batch,) = batches(1, crops=4 if options else 2)
     trainer = trainer_class(
         max_steps=1, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
     )
@@ -384,8 +433,11 @@ def test_a_step_in_solo_learn(monkeypatch, tmp_path):
 
     assert trainer.global_step == 1
     assert 0 < trainer.callback_metrics["train_msf_loss"] < 4
-    assert (len(model.criterion.bank), model.criterion.steps) == (BATCH, 1)
-    assert torch.equal(model.criterion.bank.labels[:BATCH], batch[-1])
+    targets = 2 if options else 1
+    assert (len(model.criterion.bank), model.criterion.steps) == (targets * BATCH, 1)
+    assert torch.equal(model.criterion.bank.labels[: targets * BATCH], batch[-1].repeat(targets))
+    if options:
+        assert torch.equal(model.criterion.bank.ids[: 2 * BATCH], batch[0].repeat(2))
     assert len(model.momentum_pairs) == 2
     for (online, momentum), old in zip(model.momentum_pairs, before, strict=True):
         for new, kept, was in zip(online.parameters(), momentum.parameters(), old, strict=True):
@@ -396,3 +448,23 @@ def test_a_step_in_solo_learn(monkeypatch, tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
     assert torch.equal(saved["criterion.bank.rows"], model.criterion.bank.rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_resumed_in_solo_learn_ends_with_the_bits_of_one_that_was_not_stopped(monkeypatch, tmp_path):
+    method, trainer_class = solo_learn(monkeypatch)
+
+    def run(seed, epochs, **resumed):
+        torch.manual_seed(seed)
+        model = method(config(**EVERYTHING))
+        quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        trainer = trainer_class(max_epochs=epochs, accumulate_grad_batches=2, default_root_dir=tmp_path, **quiet)
+        trainer.fit(model, torch.utils.data.DataLoader(list(batches(4, crops=4)), batch_size=None), **resumed)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return model
+
+    run(0, 1)
+    resumed, whole = run(1, 2, ckpt_path=tmp_path / "1.ckpt", weights_only=False), run(0, 2)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert (whole.criterion.steps, int(whole.criterion.bank.pushed)) == (8, 8 * 2 * BATCH)
