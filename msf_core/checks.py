@@ -3,9 +3,11 @@
 import operator
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,11 +15,16 @@ _CHECKPOINT = os.path.join("torch", "utils", "checkpoint.py")
 _BACKWARD = os.path.join("torch", "autograd", "graph.py")
 
 
+def gives_memory_alone(fn: Callable[[Tensor], Tensor]) -> bool:
+    """Tell whether a function that `torch.nn.Module._apply` gets is that of ``to_empty``, which loses the values."""
+    return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+
+
 def whole_number(name: str, value: Any, what: str = "an int") -> int:
     """Return an int for anything that is one, such as NumPy's, or raise TypeError; a bool is none."""
     if type(value) is int:
         return value
-    if not isinstance(value, bool) and hasattr(value, "__index__"):
+    if not isinstance(value, (bool, np.bool_)) and hasattr(value, "__index__"):
         with suppress(TypeError):
             return operator.index(value)
     raise TypeError(f"{name} must be {what}, got {value!r}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msf_core.checks import check_not_recomputed
+from msf_core.checks import check_not_recomputed, gives_memory_alone
 from msf_core.masters import Masters, average_in_float32, local, needs_master
 from msf_core.pairs import BUFFER_POLICIES, Pair, pair_up, untied
 from msf_core.schedules import Schedule
@@ -206,8 +206,7 @@ class EMATarget(nn.Module):
         return {name: tensor for name, tensor, _ in named_tensors(self.module, True)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMATarget":
-        to_empty = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
-        unset = (self._tensors() if to_empty else self._still_unset()).keys()
+        unset = (self._tensors() if gives_memory_alone(fn) else self._still_unset()).keys()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._unset = {name: _version(f) for name, f in self._tensors().items() if name in unset or f.is_meta}
         return self

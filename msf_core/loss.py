@@ -8,10 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msf_core.checks import check_labels, check_not_recomputed, check_not_replica, check_tensor, whole_number
+from msf_core.checks import (
+    check_labels,
+    check_not_recomputed,
+    check_not_replica,
+    check_tensor,
+    gives_memory_alone,
+    whole_number,
+)
 from msf_core.layouts import Step
 from msf_core.memory_bank import MemoryBank
-from msf_core.ring import Found, gives_memory_alone
+from msf_core.ring import Found
 from msf_core.rows import SHORTEST, UNKNOWN, Neighbors, unit_rows
 from msf_core.schedules import Schedule
 

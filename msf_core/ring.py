@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msf_core.checks import gives_memory_alone
 from msf_core.distributed import blocks_of, is_shard
 from msf_core.rows import UNKNOWN, packed, unpacked
 from msf_core.search import Queries, Rows, SearchBackend, load_backend, search_bank, search_by
@@ -40,11 +41,6 @@ class Found(NamedTuple):
     """[Q, k, D] float32 unit vectors."""
     label: Tensor | None = None
     """[Q, k] int64; None where the ring that was searched still has them."""
-
-
-def gives_memory_alone(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Tell whether a function that `torch.nn.Module._apply` got is that of ``to_empty``: values are lost."""
-    return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
 
 
 class Ring:
