@@ -49,13 +49,14 @@ def check_labels(labels: Tensor | None, embeddings: Tensor, name: str = "labels"
         raise ValueError(f"{name} must be on the device of the embeddings, {embeddings.device}, got {labels.device}")
 
 
-def check_not_replica(module: nn.Module) -> None:
+def check_not_replica(*modules: nn.Module) -> None:
     """Raise RuntimeError in the copies of a module that nn.DataParallel runs: what they change is lost or raced for."""
-    if "_is_replica" in module.__dict__:
-        raise RuntimeError(
-            f"nn.DataParallel runs copies of {type(module).__name__}: keep it outside, on the outputs that "
-            "DataParallel gathers, or use DistributedDataParallel"
-        )
+    for module in modules:
+        if "_is_replica" in module.__dict__:
+            raise RuntimeError(
+                f"this {type(module).__name__} is a copy that nn.DataParallel makes for one forward and throws away: "
+                "call it outside of that forward, on what DataParallel gathers, or use DistributedDataParallel"
+            )
 
 
 def check_not_recomputed(what: str) -> None:

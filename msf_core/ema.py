@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msf_core.checks import check_not_recomputed, gives_memory_alone
+from msf_core.checks import check_not_recomputed, check_not_replica, gives_memory_alone
 from msf_core.masters import Masters, average_in_float32, local, needs_master
 from msf_core.pairs import BUFFER_POLICIES, Pair, pair_up, untied
 from msf_core.schedules import Schedule
 from msf_core.wrapped import (
     bare_copy,
-    check_kept,
     gather_again,
     listed,
     named_tensors,
@@ -120,7 +119,7 @@ class EMATarget(nn.Module):
     def _update(self, online: nn.Module) -> None:
         check_not_recomputed("EMATarget.update")
         _check_module(online)
-        check_kept(self, online)
+        check_not_replica(self, online)
         self._check_set()
         momentum = self.momentum(self.updates) if callable(self.momentum) else self.momentum
         _check_momentum(momentum)
@@ -145,7 +144,7 @@ class EMATarget(nn.Module):
             RuntimeError: this runs in a replica of DataParallel.
         """
         _check_module(online)
-        check_kept(self, online)
+        check_not_replica(self, online)
         gathered = to_shards(self.module, online)
         try:
             _copy(pair_up(self.module, online, "copy"))

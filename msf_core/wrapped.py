@@ -126,15 +126,6 @@ def _computes_a_weight(hook: Any) -> bool:
     return any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__)
 
 
-def check_kept(*modules: nn.Module) -> None:
-    """Raise RuntimeError for a replica that DataParallel makes for one forward, and throws away."""
-    if any(getattr(module, "_is_replica", False) for module in modules):
-        raise RuntimeError(
-            "EMATarget.update and reset change nothing in a replica of nn.DataParallel, which is thrown away after its "
-            "forward: call them outside of the forward of what DataParallel wraps"
-        )
-
-
 def to_shards(*modules: nn.Module) -> list[Any]:
     """Put FSDP2's shards in the place of gathered parameters; return the groups to `gather_again` in the end.
 

@@ -255,7 +255,7 @@ def test_copies_of_data_parallel_push_nothing() -> None:
     replica = criterion._replicate_for_data_parallel()  # what nn.DataParallel makes for each GPU
     bank = criterion.bank._replicate_for_data_parallel()
     for call in (lambda: replica(batch(0), batch(1)), lambda: bank.push(batch(0))):
-        with pytest.raises(RuntimeError, match=r"nn.DataParallel runs copies of M.*: keep it outside"):
+        with pytest.raises(RuntimeError, match=r"copy that nn.DataParallel makes .*: call it outside"):
             call()
     assert len(criterion.bank) == 0
     assert nn.DataParallel(criterion)(batch(0), batch(1)).isfinite()  # without GPUs that is the module itself

@@ -105,7 +105,7 @@ def test_an_update_in_a_replica_of_data_parallel_is_refused() -> None:
         (target, online._replicate_for_data_parallel()),
     ):
         for call in (ours.update, ours.reset):
-            with pytest.raises(RuntimeError, match=r"replica of nn\.DataParallel.*outside"):
+            with pytest.raises(RuntimeError, match=r"copy that nn.DataParallel makes .*outside"):
                 call(theirs)
     assert_same(state_of(model), before)
     assert target.updates == 0
