@@ -10,9 +10,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.io import ImageReadMode, decode_image
 
 from training.source import UNKNOWN
+
+try:
+    from torchvision.io import ImageReadMode, decode_image
+except ImportError:  # torchvision 0.29 calls its decoders deprecated; Pillow reads the same pixels, more slowly
+    decode_image = None
 
 
 class UnreadableImage(OSError):
@@ -28,6 +32,8 @@ def read_image(path: str) -> Tensor:
     Raises:
         OSError: it cannot be read, or has pixels (floats, 32-bit integers) whose range is not known.
     """
+    if decode_image is None:
+        return _read_by_pillow(path)
     data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     try:
         image = decode_image(data, mode=ImageReadMode.RGB)

@@ -140,7 +140,8 @@ class Rendering:
         matrix = torch.zeros(batch, size, size, device=images.device)
         matrix.scatter_add_(2, self._reflected.expand(batch, -1, -1), kernels[:, None, :].expand(-1, size, -1))
         rows = torch.bmm(matrix, images.reshape(batch, size, 3 * size)).view(batch, size * 3, size)
-        return torch.bmm(rows, matrix.transpose(1, 2)).view(batch, size, 3, size)
+        soft: Tensor = torch.bmm(rows, matrix.transpose(1, 2))
+        return soft.view(batch, size, 3, size)
 
 
 def recolored(images: Tensor, blends: Tensor, hue: Tensor, slots: tuple[int, ...]) -> Tensor:
@@ -177,7 +178,8 @@ def turned(images: Tensor, turns: Tensor) -> Tensor:
 def _grayscale(images: Tensor) -> Tensor:
     """Return the luma [B, H, 1, W] of images [B, H, 3, W]."""
     red, green, blue = images.split(1, dim=2)
-    return red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
+    luma: Tensor = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
+    return luma
 
 
 def blur_width(size: int) -> int:
