@@ -60,7 +60,7 @@ class Photos:
         self._target, self._online, self._classifier = (
             Rendering(view, size, IMAGENET_MEAN, IMAGENET_STD, device) for view in (*views, SUPERVISED)
         )
-        self._supervised = _Crops(self._sets["train"].images, [SUPERVISED], size, seed, stream=1)
+        self._supervised = Crops(self._sets["train"].images, [SUPERVISED], size, seed, stream=1)
         self._side = SideStream(device)
         self._options: dict[str, Any] = {
             "batch_size": share.batch_size // share.accumulate // share.ranks,
@@ -71,7 +71,7 @@ class Photos:
         }
         self._order = _EpochOrder(self.train_size, seed, share)
         self._loader = DataLoader(
-            _Crops(train, list(views), size, seed),
+            Crops(train, list(views), size, seed),
             sampler=self._order,
             drop_last=True,
             persistent_workers=workers > 0,
@@ -127,7 +127,7 @@ class Photos:
         return values.to(self._device, non_blocking=True)
 
 
-class _Crops(Dataset[tuple[Any, ...]]):
+class Crops(Dataset[tuple[Any, ...]]):
     """A crop of an image for each kind of view, its row of draws and its label, all by (seed, epoch, index) alone."""
 
     def __init__(self, images: Dataset[Any], kinds: list[View], size: int, seed: int, stream: int = 0) -> None:
