@@ -238,9 +238,11 @@ def announce(trainer: Trainer, folder: Path) -> None:
     labels = "with labels, for purity and evaluation" if source.has_labels else "without labels: no evaluation"
     stem = " with the stem for small images" if stem_of(s.stem, s.arch, s.image_size) == "small" else ""
     print(f"{what}, views {s.augmentation}, {s.arch}{stem} on {where} in {trainer.precision}")
-    print(
-        f"{source.train_size:,} training images {labels}; {trainer.total_epochs} epochs, {trainer.total_steps:,} steps"
-    )
+    readers = "" if source.workers is None else f", read by {source.workers} workers"
+    if trainer.ranks.size > 1 and readers:
+        readers += " a rank"
+    length = f"{trainer.total_epochs} epochs, {trainer.total_steps:,} steps"
+    print(f"{source.train_size:,} training images {labels}{readers}; {length}")
     print(f"writes to {folder}" + (f", from step {trainer.step}" if trainer.step else ""))
 
 

@@ -120,7 +120,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     folder = tmp_path_factory.mktemp("photos")
     tree = make_tree(folder / "tree", train=4)
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("training.timing.LOADER_SHARE", -1.0)  # whatever the machine, its loader is the limit
         assert train("--data", tree, *SMALL, "--out", folder / "run", pictures=True) == 0
     return tree, folder / "run", printed.getvalue()
 
@@ -233,6 +238,9 @@ def test_a_folder_trains_with_labels_and_without(
     run, printed = photos[1:] if labelled else unlabelled
     assert ("| MSF, k = 5 |" in printed) == labelled
     assert ("no labels to evaluate with" in printed) != labelled
+    assert "read by 0 workers" in printed
+    if labelled:
+        assert printed.count("the loader is the limit") == 1, "once, in two epochs"
     assert all((row["purity"] != "") == labelled for row in metrics(run))
     assert {path.name for path in run.iterdir()} >= FILES
     for name in ("curves.png", "neighbors.png"):

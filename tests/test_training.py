@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from training.checkpoint import load_checkpoint, save_checkpoint
 from training.data import Digits, Photos, Share, UnlabelledFolder, open_folder
 from training.features import nearest_neighbour_accuracy
 from training.models import build_backbone, export_backbone
+from training.photos import workers_of
 from training.report import keep_losses, write_losses
-from training.timing import TimedSearch
+from training.timing import TimedSearch, WaitClock, loader_limit
 
 CPU = torch.device("cpu")
 
@@ -390,3 +392,36 @@ def test_a_timed_search_finds_the_same_and_counts_its_time() -> None:
     torch.testing.assert_close(similarity, torch.ones(3, 1))
     assert timed.take_seconds() > 0
     assert timed.take_seconds() == 0
+
+
+def test_the_wait_for_items_is_counted_and_the_work_on_them_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("training.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = WaitClock(CPU)
+
+    def items() -> Iterator[int]:
+        for number in range(3):
+            now[0] += 2
+            yield number
+
+    for _ in clock.over(items()):
+        now[0] += 100
+    assert clock.take_seconds() == 6
+    assert clock.take_seconds() == 0
+
+
+def test_workers_are_the_cores_that_a_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.photos.cores", lambda: 16)
+    assert (workers_of(-1), workers_of(0), workers_of(3)) == (16, 0, 3)
+    for ranks, expected in ((1, 16), (3, 5), (40, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert workers_of(-1) == expected
+
+
+def test_a_loader_that_is_the_limit_is_said_with_what_helps() -> None:
+    row = {"epoch": 2, "data_share": 0.46, "images_per_second": 812.3}
+    said = loader_limit(row, workers=4, cores=16)
+    assert "waited for images for 46% of epoch 2, at 812 images/s with 4 workers a rank" in said
+    assert "there are 16 cores for more --workers" in said
+    assert "smaller files" in loader_limit(row, workers=16, cores=16)
+    assert loader_limit(row | {"data_share": 0.05}, workers=4, cores=16) == ""
