@@ -191,6 +191,7 @@ def blur_kernels(sigma: Tensor, width: int) -> Tensor:
     """Return Gaussian kernels [n, width] float32 of standard deviations ``sigma`` [n] in pixels, each of sum 1."""
     taps = torch.arange(width, dtype=torch.float64) - width // 2
     weights = torch.exp(-0.5 * (taps / sigma.double()[:, None]) ** 2)
+    weights = torch.where(weights < 1e-12, 0.0, weights)  # denormal numbers would be slow
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
