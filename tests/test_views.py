@@ -94,6 +94,8 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
         lambda b: b[:, 0] / np.maximum(1, height - b[:, 2]),
     ):
         assert stats.ks_2samp(measure(boxes), measure(theirs)).pvalue > LEAST
+    down, across = boxes[:, 0] / np.maximum(1, height - boxes[:, 2]), boxes[:, 1] / np.maximum(1, width - boxes[:, 3])
+    assert abs(np.corrcoef(down, across)[0, 1]) < 0.1, "drawn apart"
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 300), (300, 10), (1, 1), (1, 9)])
