@@ -270,7 +270,7 @@ def test_auto_is_small_for_resnets_up_to_64_pixels(tmp_path: Path, capsys: pytes
 # Recipes
 
 
-def test_recipes_are_settings_that_flags_go_over(capsys: pytest.CaptureFixture) -> None:
+def test_recipes_are_settings_that_flags_go_over(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     lightly = complete({"dataset": "cifar10", "recipe": "lightly-200", "k": 3})
     assert (lightly.batch_size, lightly.lr, lightly.weight_decay, lightly.epochs) == (128, 0.06, 5e-4, 200)
     assert (lightly.blur, lightly.k, lightly.arch) == (0.0, 3, "resnet18")
@@ -282,5 +282,6 @@ def test_recipes_are_settings_that_flags_go_over(capsys: pytest.CaptureFixture) 
         assert complete({"dataset": dataset}).blur == (0.5 if dataset == "stl10" else 0.0)
     assert set(RECIPES) == {"own", "lightly-200", "lightly-800", "solo-learn"}
     assert "--recipe solo-learn is for" in error_of(capsys, "--recipe", "solo-learn", "--data", "x")
+    assert "--dataset fashion-mnist" in error_of(capsys, "--data", idx_folder(tmp_path))
     assert "--blur must be between 0 and 1, got 2.0" in error_of(capsys, "--blur", 2)
     assert "--workers must be at least -1, got -2" in error_of(capsys, "--workers", -2)

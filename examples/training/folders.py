@@ -133,7 +133,8 @@ def open_folder(root: Path) -> tuple[Dataset[Any], Dataset[Any] | None, bool]:
     if len(_class_folders(train_root)) < 2:
         unlabelled = UnlabelledFolder(train_root)
         if not len(unlabelled):
-            raise ValueError(f"no images ({', '.join(IMG_EXTENSIONS)}) below {train_root}")
+            hint = "; its idx files are read with --dataset fashion-mnist" if list(root.glob("*-ubyte*")) else ""
+            raise ValueError(f"no images ({', '.join(IMG_EXTENSIONS)}) below {train_root}{hint}")
         return unlabelled, None, False
     train = datasets.ImageFolder(str(train_root), loader=read_image, allow_empty=True)
     if not _class_folders(root / "val"):
