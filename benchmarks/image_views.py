@@ -57,6 +57,15 @@ BEFORE, NOW = "before: Pillow", "now: worker"
 WHOLE = {"before: Pillow": "before, whole", "now: worker": "now, whole, on the CPU"}
 SMALL_BEFORE, SMALL_NOW, SMALL_PLAIN = "before: Pillow, 32 px", "now, 32 px", "now, 32 px, without blur"
 SMALL_COUNT = 2048  # images of the small set
+PART_COLORS = {  # what a worker does for an image
+    "decoding": "#4477aa",
+    "two crops": "#66ccee",
+    "draws and two crops": "#66ccee",
+    "jitter and grayscale": "#ddaa33",
+    "blur": "#cc6677",
+    "flip, conversion, normalization": "#aa3377",
+    "collating": "#999999",
+}
 
 
 @dataclass(frozen=True)
@@ -492,13 +501,12 @@ def draw(records: list[Record], path: Path) -> None:
     for place, prefix in enumerate(("now", "before")):
         begin = 0.0
         for record in records:
-            name = record.parameters.get("part", "")
-            if record.name == "part" and name.startswith(f"{prefix}: ") and "device" not in name:
-                bar = right.barh(place, 1000 * record.median, left=begin)
+            name = record.parameters.get("part", "").removeprefix(f"{prefix}: ")
+            if record.name == "part" and name in PART_COLORS and record.parameters["part"] != name:
+                label = name if prefix == "before" else "_"
+                right.barh(place, 1000 * record.median, left=begin, color=PART_COLORS[name], label=label)
                 begin += 1000 * record.median
-                if record.median > 5e-4:
-                    text = name.removeprefix(f"{prefix}: ").replace(", ", ",\n").replace(" and ", "\nand ")
-                    right.bar_label(bar, [text], label_type="center", fontsize=7, rotation=90)
+    right.legend(frameon=False, fontsize=9)
     right.set_yticks(range(2), ["now: worker", "before"])
     right.set_xlabel("ms of a worker for an image, part by part")
     found = records[0].environment
