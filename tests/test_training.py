@@ -1,6 +1,9 @@
 """What the trainer is made of: views, data sets, models, checkpoints, evaluation."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +187,15 @@ def test_photos_of_several_modes_and_sizes_are_one_batch(tmp_path: Path) -> None
     assert target.shape == online.shape == (12, 3, 32, 32)
     assert labels.bincount().tolist() == [4, 4, 4]
     assert len(torch.cat([images for images, _ in photos(tree).images("train")])) == 12
+
+
+def test_workers_end_with_a_process_that_still_refers_to_their_loader(tmp_path: Path) -> None:
+    script = "import sys; from test_training import *; s = photos(Path(sys.argv[1]), workers=1); "
+    script += "kept = [s.train_views(0, 0), s.images('train')]; [next(views) for views in kept]; print('read')"
+    command = [sys.executable, "-c", script, str(make_tree(tmp_path))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
 
 
 def test_an_epoch_of_photos_sees_each_image_once(tmp_path: Path) -> None:

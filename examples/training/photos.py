@@ -1,10 +1,12 @@
 """Photographs: worker processes decode and crop them, and everything else that makes a view is done on the device."""
 
+import atexit
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -81,12 +83,12 @@ class Photos:
     def train_views(self, epoch: int, first: int) -> Iterator[Views]:
         """See `DataSource`."""
         self._order.epoch, self._order.first = epoch, first
-        return self._side.over(iter(self._loader), self._rendered)
+        return self._side.over(_batches(self._loader), self._rendered)
 
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """See `DataSource`."""
         loader = DataLoader(self._sets[split], sampler=indices, **self._options)
-        for images, labels in loader:
+        for images, labels in _batches(loader):
             scaled = self._to_device(images).float().div_(255).sub_(self._mean).div_(self._std)
             layout = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
             yield scaled.contiguous(memory_format=layout), labels
@@ -95,7 +97,7 @@ class Photos:
         """See `DataSource`."""
         keys = [[(epoch, index) for index in chosen] for chosen in batches]
         options = {name: value for name, value in self._options.items() if name != "batch_size"}
-        for crops, rows, labels in DataLoader(self._supervised, batch_sampler=keys, **options):
+        for crops, rows, labels in _batches(DataLoader(self._supervised, batch_sampler=keys, **options)):
             yield self._classifier(self._to_device(crops), rows[:, :PER_VIEW]), self._to_device(labels)
 
     def labels(self, split: str) -> Tensor:
@@ -187,3 +189,23 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """Workers end when the parent does; a Ctrl-C or SIGTERM to the whole group must not take them from it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+_reading: "WeakSet[Any]" = WeakSet()  # iterators over loaders that may have workers
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Return an iterator over a loader, whose workers end when this process comes to its end."""
+    batches = iter(loader)
+    if loader.num_workers and not len(_reading):
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # what is registered last comes first, so before the workers are waited for
+    if loader.num_workers:
+        _reading.add(batches)
+    return batches
+
+
+def _end_workers() -> None:
+    """Workers ignore SIGTERM, by which Python would end those of a loader that something still refers to."""
+    for batches in list(_reading):
+        batches._shutdown_workers()
