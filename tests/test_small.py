@@ -21,7 +21,8 @@ from training.models import build_backbone, export_backbone, small_stem, stem_of
 from training.settings import RECIPES, complete
 from training.small import SmallImages, Split, statistics
 from training.small_sets import IDX_FILES, open_small
-from training.source import Share
+from training.source import Share, epoch_order, seed_of
+from training.views import PER_VIEW, SUPERVISED, crop_boxes, draws, resized_crops
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 GENERATOR = np.random.default_rng(0)
@@ -175,6 +176,25 @@ def test_views_depend_on_neither_the_batch_nor_the_ranks_nor_on_where_the_epoch_
     classifier = [views for views, _ in source(split).supervised_views(1, [[0, 1, 2], [3]])]
     assert torch.equal(torch.cat(classifier), next(iter(source(split).supervised_views(1, [[0, 1, 2, 3]])))[0])
     assert not torch.equal(classifier[0], joined_of(batches(source(split, augmentation="w/w"), 1))[0][:3])
+
+
+def test_each_view_is_made_of_its_image_and_its_part_of_the_row() -> None:
+    split = noise()
+    small = source(split, Share(24))
+    ((target, online, labels),) = batches(small, epoch=3)
+    order, rows = epoch_order(24, 0, 3), draws(seed_of(0), 3, 0, 24)
+    assert torch.equal(labels, split.labels[order])
+    for place, index in enumerate(order.tolist()):
+        for views, part, render in (
+            (target, rows[:, :PER_VIEW], small._target),
+            (online, rows[:, PER_VIEW:], small._online),
+        ):
+            row = part[index : index + 1]
+            crop = resized_crops(split.images[index : index + 1], crop_boxes(row, 12, 12, (0.2, 1.0)), 12)
+            assert torch.equal(views[place], render(crop, row)[0])
+    row = draws(seed_of(0), 3, 5, 1, stream=1)[:, :PER_VIEW]
+    crop = resized_crops(split.images[5:6], crop_boxes(row, 12, 12, SUPERVISED.area), 12)
+    assert torch.equal(next(small.supervised_views(3, [[5]]))[0], small._classifier(crop, row))
 
 
 def test_images_are_whole_and_normalized_by_the_training_set() -> None:

@@ -22,12 +22,13 @@ from msf_core.distributed import Ranks
 from training import data, evaluation
 from training.augment import DIGITS_VIEWS, DigitsView
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import Digits, Photos, Share, UnlabelledFolder, open_folder
+from training.data import Digits, Photos, Share, UnlabelledFolder, open_folder, seed_of
 from training.features import nearest_neighbour_accuracy
 from training.models import build_backbone, export_backbone
 from training.photos import workers_of
 from training.report import keep_losses, write_losses
 from training.timing import TimedSearch, WaitClock, loader_limit
+from training.views import PER_VIEW, draws
 
 CPU = torch.device("cpu")
 
@@ -187,6 +188,19 @@ def test_photos_of_several_modes_and_sizes_are_one_batch(tmp_path: Path) -> None
     assert target.shape == online.shape == (12, 3, 32, 32)
     assert labels.bincount().tolist() == [4, 4, 4]
     assert len(torch.cat([images for images, _ in photos(tree).images("train")])) == 12
+
+
+def test_each_view_is_made_of_its_image_and_its_part_of_the_row(tmp_path: Path) -> None:
+    source = photos(make_tree(tmp_path, train=4), share=Share(12))
+    ((target, online, labels),) = batches(source, epoch=3)
+    crops = source._loader.dataset
+    for place, key in enumerate(source._order):
+        weak, strong, row, label = crops[key]
+        assert torch.equal(target[place], source._target(weak[None], row[None, :PER_VIEW])[0])
+        assert torch.equal(online[place], source._online(strong[None], row[None, PER_VIEW:])[0])
+        assert torch.equal(row, draws(seed_of(0), 3, key[1], 1)[0])
+        assert labels[place] == label
+        assert not torch.equal(row, crops[4, key[1]][2]), "another epoch, other views"
 
 
 def test_workers_end_with_a_process_that_still_refers_to_their_loader(tmp_path: Path) -> None:
