@@ -91,6 +91,8 @@ def spoil(root: Path, how: str) -> None:
         images.write_bytes(b"\0\0\x0d" + images.read_bytes()[3:])
     elif how == "short":
         images.write_bytes(images.read_bytes()[:-1])
+    elif how == "long":
+        images.write_bytes(images.read_bytes() + b"!")
     elif how == "count":
         labels.write_bytes(idx(np.zeros(59, dtype=np.uint8)))
     elif how == "packed":
@@ -106,6 +108,7 @@ def spoil(root: Path, how: str) -> None:
         ("missing", "has neither train-labels-idx1-ubyte nor train-labels-idx1-ubyte.gz"),
         ("magic", "is not an idx file of bytes in 3 dimensions"),
         ("short", "should hold 47,040 bytes after its header, has 47,039"),
+        ("long", "should hold 47,040 bytes after its header, has 47,041"),
         ("count", "has 60 images, train-labels-idx1-ubyte 59 labels"),
         ("packed", r"idx3-ubyte\.gz cannot be read"),
         ("size", "differ in size"),
