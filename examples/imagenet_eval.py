@@ -75,7 +75,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--data", default="", help="ImageFolder tree with train/ and val/, or the folder of the transfer sets")
     add("--image-size", type=whole, default=0, help="default: the run's, or 224")
     add("--batch-size", type=whole, default=256, help="images at a time over all ranks, in training too")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read images, a rank")
+    add("--workers", type=int, default=-1, help="processes that read images, a rank; -1: the cores divided by ranks")
     add("--device", default="auto", help="auto: the GPU if there is one")
     add("--seed", type=int, default=0, help="of order, views and draws")
     add("--timeout", type=whole, default=1800, help="seconds that ranks wait for one another")

@@ -4,11 +4,14 @@ Needs: pip install 'msf_core[examples]'
 
     python examples/imagenet_train.py                    scikit-learn's digits on the CPU, about a minute
     python examples/imagenet_train.py --data IMAGENET    ResNet50 with the paper's settings (a GPU is advised)
+    python examples/imagenet_train.py --dataset cifar10  ResNet18 for small images, all of them on the device
     python examples/imagenet_train.py --resume RUN       go on with a run that was stopped
     torchrun --nproc-per-node=8 examples/imagenet_train.py --data IMAGENET --batchnorm shuffle       on 8 GPUs
 
 Where it departs from the paper: the target is updated after the step rather than before the next one (the same
-sequence), one process drives one GPU, and on a GPU the encoders run in bfloat16 autocast, channels last.
+sequence), one process drives one GPU, and on a GPU the encoders run in bfloat16 autocast, channels last. Views are
+drawn on the device of the training, without rounding to 8 bits in between, and their blur is a Gaussian (Pillow's,
+which the authors use, comes near one by box blurs).
 --batch-size counts the images of all ranks.
 Labels serve purity and evaluation alone; a folder of images without labels works.
 """
@@ -34,7 +37,7 @@ from training.data import UNKNOWN, DataSource, Share, open_source, seed_of
 from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warmed_up
 from training.features import features_of
 from training.health import warnings_of
-from training.models import export_backbone
+from training.models import export_backbone, stem_of
 from training.ranks import joined, may_restart, restarted, shared
 from training.report import (
     Row,
@@ -50,6 +53,7 @@ from training.report import (
 from training.settings import Settings, build_parser, check_division, complete, make_run_folder, resumed
 from training.trainer import STATE, Diverged, StopRequest, Trainer
 
+RAW_LIMIT = 10_000  # training images up to which raw pixels are evaluated: every pixel is a feature
 SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
 
 
@@ -89,6 +93,7 @@ def prepare(given: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[
             settings.data,
             image_size=settings.image_size,
             augmentation=settings.augmentation,
+            blur=settings.blur,
             share=Share(settings.batch_size, settings.accumulate, ranks.rank, ranks.size),
             workers=settings.workers,
             seed=settings.seed,
@@ -233,10 +238,13 @@ def announce(trainer: Trainer, folder: Path) -> None:
     where = f"{trainer.device}" if trainer.ranks.size == 1 else f"{trainer.ranks.size} ranks of {trainer.device.type}"
     what = "BYOL (k = 1, no bank)" if s.method == "byol" else f"MSF: k = {s.k}, a bank of {s.bank_size:,} rows"
     labels = "with labels, for purity and evaluation" if source.has_labels else "without labels: no evaluation"
-    print(f"{what}, views {s.augmentation}, {s.arch} on {where} in {trainer.precision}")
-    print(
-        f"{source.train_size:,} training images {labels}; {trainer.total_epochs} epochs, {trainer.total_steps:,} steps"
-    )
+    stem = " with the stem for small images" if stem_of(s.stem, s.arch, s.image_size) == "small" else ""
+    print(f"{what}, views {s.augmentation}, {s.arch}{stem} on {where} in {trainer.precision}")
+    readers = "" if source.workers is None else f", read by {source.workers} workers"
+    if trainer.ranks.size > 1 and readers:
+        readers += " a rank"
+    length = f"{trainer.total_epochs} epochs, {trainer.total_steps:,} steps"
+    print(f"{source.train_size:,} training images {labels}{readers}; {length}")
     print(f"writes to {folder}" + (f", from step {trainer.step}" if trainer.step else ""))
 
 
@@ -247,7 +255,7 @@ def add_rows_before(trainer: Trainer) -> None:
         return
     rows: dict[str, dict[str, float]] = {}
     if source.has_val and source.size("train") <= PROBE_LIMIT:
-        if source.image_shape[1] <= 32:
+        if source.image_shape[1] <= 32 and source.size("train") <= RAW_LIMIT:
             rows["raw pixels"] = evaluate(torch.nn.Identity(), source, k, trainer.ranks)
         rows["untrained"] = evaluate(warmed_up(trainer.backbone, source, trainer.ranks), source, k, trainer.ranks)
     trainer.notes["before"] = rows
@@ -311,7 +319,8 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
 def export(trainer: Trainer, path: Path) -> None:
     """Write the backbone, and what imagenet_eval.py needs to know of it."""
     s = trainer.settings
-    export_backbone(trainer.backbone, path, arch=s.arch, dataset=s.dataset, image_size=s.image_size)
+    facts = trainer.source.facts
+    export_backbone(trainer.backbone, path, arch=s.arch, dataset=s.dataset, image_size=s.image_size, **facts)
 
 
 def picture(trainer: Trainer, path: Path, title: str) -> None:

@@ -50,7 +50,20 @@ def photo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on a small tree whose classes have colours of their own."""
     folder = tmp_path_factory.mktemp("runs")
     tree = make_tree(folder / "tree", train=10, val=4)
-    flags = ["--arch", "resnet18", "--image-size", "32", "--hidden", "32", "--dim", "16", "--bank-size", "32"]
+    flags = [
+        "--arch",
+        "resnet18",
+        "--stem",
+        "imagenet",
+        "--image-size",
+        "32",
+        "--hidden",
+        "32",
+        "--dim",
+        "16",
+        "--bank-size",
+        "32",
+    ]
     flags += ["--batch-size", "10", "--workers", "0", "--steps", "6", "--out", str(folder / "run")]
     with blank_pictures():
         assert imagenet_train.main(["--data", str(tree), *flags]) == 0

@@ -1,8 +1,12 @@
 """What the trainer is made of: views, data sets, models, checkpoints, evaluation."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,13 +20,15 @@ from torch import nn
 import imagenet_train
 from msf_core.distributed import Ranks
 from training import data, evaluation
-from training.augment import DIGITS_VIEWS, DigitsView, photo_centre, photo_view
+from training.augment import DIGITS_VIEWS, DigitsView
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import Digits, Photos, Share, UnlabelledFolder, open_folder, open_torchvision
+from training.data import Digits, Photos, Share, UnlabelledFolder, open_folder, seed_of
 from training.features import nearest_neighbour_accuracy
 from training.models import build_backbone, export_backbone
+from training.photos import workers_of
 from training.report import keep_losses, write_losses
-from training.timing import TimedSearch
+from training.timing import TimedSearch, WaitClock, loader_limit
+from training.views import PER_VIEW, draws
 
 CPU = torch.device("cpu")
 
@@ -50,15 +56,15 @@ def blank_pictures() -> Iterator[None]:
         yield
 
 
-def photos(root: Path, workers: int = 0, augmentation: str = "w/s", seed: int = 0) -> Photos:
+def photos(root: Path, workers: int = 0, seed: int = 0, share: Share = Share(4)) -> Photos:  # noqa: B008
     train, val, has_labels = open_folder(root)
     return Photos(
         train,
         val,
         size=32,
         has_labels=has_labels,
-        augmentation=augmentation,
-        share=Share(4),
+        augmentation="w/s",
+        share=share,
         workers=workers,
         seed=seed,
         device=CPU,
@@ -67,6 +73,11 @@ def photos(root: Path, workers: int = 0, augmentation: str = "w/s", seed: int = 
 
 def batches(source: data.DataSource, epoch: int, first: int = 0) -> list[data.Views]:
     return [tuple(part.clone() for part in batch) for batch in source.train_views(epoch, first)]
+
+
+def joined_of(parts: list[data.Views]) -> data.Views:
+    target, online, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return target, online, labels
 
 
 def assert_same(ours: list[data.Views], theirs: list[data.Views]) -> None:
@@ -144,20 +155,10 @@ def test_strong_digit_views_differ_more_than_weak_ones() -> None:
     assert distance["s"] > 1.5 * distance["w"]
 
 
-def test_photo_views_are_the_papers() -> None:
-    def names(strength: str) -> list[str]:
-        return [type(part).__name__ for part in photo_view(strength, 224).transforms]
-
-    ends = ["ToImage", "ToDtype", "Normalize"]
-    assert names("w") == ["RGB", "RandomResizedCrop", "RandomHorizontalFlip", *ends]
-    strong = ["RandomApply", "RandomGrayscale", "RandomApply"]
-    assert names("s") == ["RGB", "RandomResizedCrop", *strong, "RandomHorizontalFlip", *ends]
-    grey = Image.fromarray(np.zeros((50, 60), dtype=np.uint8))  # photographs need not be RGB
-    assert photo_view("s", 32)(grey).shape == photo_centre(32)(grey).shape == (3, 32, 32)
-
-
-def test_views_of_a_photo_do_not_depend_on_the_workers_or_on_where_the_epoch_began(tmp_path: Path) -> None:
-    make_tree(tmp_path)
+def test_views_of_a_photo_do_not_depend_on_the_workers_the_batch_the_ranks_or_on_where_the_epoch_began(
+    tmp_path: Path,
+) -> None:
+    make_tree(tmp_path, train=8)
     alone, helped = photos(tmp_path, workers=0), photos(tmp_path, workers=2)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -165,8 +166,50 @@ def test_views_of_a_photo_do_not_depend_on_the_workers_or_on_where_the_epoch_beg
     assert torch.equal(torch.get_rng_state(), before), "views must leave the global generator alone"
     assert_same(first, batches(helped, epoch=1))
     assert_same(first[2:], batches(helped, epoch=1, first=2))
+    everything = joined_of(first)
+    for share in (Share(24), Share(8), Share(12, accumulate=2)):
+        assert_same([everything], [joined_of(batches(photos(tmp_path, share=share), epoch=1))])
+    ranks = [batches(photos(tmp_path, share=Share(8, rank=rank, ranks=2)), epoch=1) for rank in range(2)]
+    assert_same([everything], [joined_of([part for step in zip(*ranks, strict=True) for part in step])])
     assert not torch.equal(first[0][0], batches(alone, epoch=2)[0][0])
     assert not torch.equal(first[0][0], batches(photos(tmp_path, seed=1), epoch=1)[0][0])
+
+
+def test_photos_of_several_modes_and_sizes_are_one_batch(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path, train=2)
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 52, 4), dtype=np.uint8)
+    Image.fromarray(pixels[..., 0]).save(tree / "train" / "class0" / "gray.png")
+    Image.fromarray(pixels).save(tree / "train" / "class0" / "alpha.png")
+    Image.fromarray(pixels[:30, :20, 0].astype(np.uint16) * 257).save(tree / "train" / "class1" / "sixteen.tif")
+    Image.fromarray(pixels[..., :3]).quantize(8).save(tree / "train" / "class1" / "palette.png")
+    Image.fromarray(pixels, mode="CMYK").save(tree / "train" / "class2" / "cmyk.jpg")
+    Image.fromarray(pixels[:1, :3, 0]).save(tree / "train" / "class2" / "tiny.bmp")
+    ((target, online, labels),) = batches(photos(tree, share=Share(12)), epoch=0)
+    assert target.shape == online.shape == (12, 3, 32, 32)
+    assert labels.bincount().tolist() == [4, 4, 4]
+    assert len(torch.cat([images for images, _ in photos(tree).images("train")])) == 12
+
+
+def test_each_view_is_made_of_its_image_and_its_part_of_the_row(tmp_path: Path) -> None:
+    source = photos(make_tree(tmp_path, train=4), share=Share(12))
+    ((target, online, labels),) = batches(source, epoch=3)
+    crops = source._loader.dataset
+    for place, key in enumerate(source._order):
+        weak, strong, row, label = crops[key]
+        assert torch.equal(target[place], source._target(weak[None], row[None, :PER_VIEW])[0])
+        assert torch.equal(online[place], source._online(strong[None], row[None, PER_VIEW:])[0])
+        assert torch.equal(row, draws(seed_of(0), 3, key[1], 1)[0])
+        assert labels[place] == label
+        assert not torch.equal(row, crops[4, key[1]][2]), "another epoch, other views"
+
+
+def test_workers_end_with_a_process_that_still_refers_to_their_loader(tmp_path: Path) -> None:
+    script = "import sys; from test_training import *; s = photos(Path(sys.argv[1]), workers=1); "
+    script += "kept = [s.train_views(0, 0), s.images('train')]; [next(views) for views in kept]; print('read')"
+    command = [sys.executable, "-c", script, str(make_tree(tmp_path))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
 
 
 def test_an_epoch_of_photos_sees_each_image_once(tmp_path: Path) -> None:
@@ -228,49 +271,6 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "train" / "class1" / "0.jpg").write_bytes(b"not a JPEG")
     with pytest.raises(OSError, match=r"class1.0\.jpg"):
         batches(photos(tmp_path), epoch=0)
-
-
-def test_cifar_is_read_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pickle
-
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        content = {"data": generator.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 2, 3]}
-        (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    # The published files have known checksums; these do not.
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
-    train, gallery, test = open_torchvision("cifar10", tmp_path)
-    assert (len(train), len(gallery), len(test)) == (20, 20, 4)
-    image, label = train[1]
-    assert (image.size, label) == ((32, 32), 1)
-
-
-def test_stl10_learns_from_its_unlabelled_images_and_evaluates_on_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "stl10_binary"
-    folder.mkdir()
-    for name, count in (("train", 3), ("test", 2), ("unlabeled", 4)):
-        np.zeros(count * 3 * 96 * 96, dtype=np.uint8).tofile(folder / f"{name}_X.bin")
-        if name != "unlabeled":
-            np.arange(1, count + 1, dtype=np.uint8).tofile(folder / f"{name}_y.bin")
-    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
-    monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda *arguments: True)
-    train, gallery, test = open_torchvision("stl10", tmp_path)
-    assert [train[i][1] for i in range(len(train))] == [0, 1, 2, -1, -1, -1, -1]
-    assert ([gallery[i][1] for i in range(3)], len(test)) == ([0, 1, 2], 2)
-
-
-def test_a_data_set_that_cannot_be_had_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*arguments: object, **options: object) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
-    with pytest.raises(ValueError, match=r"cifar100 is neither in .* nor could it be downloaded: no network"):
-        open_torchvision("cifar100", tmp_path)
 
 
 def test_the_digits_backbone_is_the_recipes() -> None:
@@ -418,3 +418,36 @@ def test_a_timed_search_finds_the_same_and_counts_its_time() -> None:
     torch.testing.assert_close(similarity, torch.ones(3, 1))
     assert timed.take_seconds() > 0
     assert timed.take_seconds() == 0
+
+
+def test_the_wait_for_items_is_counted_and_the_work_on_them_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("training.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = WaitClock(CPU)
+
+    def items() -> Iterator[int]:
+        for number in range(3):
+            now[0] += 2
+            yield number
+
+    for _ in clock.over(items()):
+        now[0] += 100
+    assert clock.take_seconds() == 6
+    assert clock.take_seconds() == 0
+
+
+def test_workers_are_the_cores_that_a_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.photos.cores", lambda: 16)
+    assert (workers_of(-1), workers_of(0), workers_of(3)) == (16, 0, 3)
+    for ranks, expected in ((1, 16), (3, 5), (40, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert workers_of(-1) == expected
+
+
+def test_a_loader_that_is_the_limit_is_said_with_what_helps() -> None:
+    row = {"epoch": 2, "data_share": 0.46, "images_per_second": 812.3}
+    said = loader_limit(row, workers=4, cores=16)
+    assert "waited for images for 46% of epoch 2, at 812 images/s with 4 workers a rank" in said
+    assert "there are 16 cores for more --workers" in said
+    assert "smaller files" in loader_limit(row, workers=16, cores=16)
+    assert loader_limit(row | {"data_share": 0.05}, workers=4, cores=16) == ""

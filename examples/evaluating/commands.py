@@ -17,7 +17,7 @@ from evaluating.linear import Protocol, Standardize, accuracy, batches_of, train
 from evaluating.subsets import listed, share_of_each_class, some_of_each_class
 from evaluating.transfer import SETS, Parts, TransferSet, classify
 from msf_core.distributed import Ranks
-from training.data import DataSource, Photos, Share, open_source
+from training.data import DataSource, Photos, Share, open_source, workers_of
 from training.evaluation import few_labels, linear_probe
 from training.features import Batch, extract, features_of, nearest_neighbour_accuracy, part_of_images
 from training.ranks import shared
@@ -243,7 +243,7 @@ def photos_of(subject: Subject, images: Dataset[Any]) -> Photos:
         has_labels=True,
         augmentation="w/w",
         share=Share(subject.flags.batch_size, 1, subject.ranks.rank, subject.ranks.size),
-        workers=subject.flags.workers,
+        workers=workers_of(subject.flags.workers),
         seed=subject.flags.seed,
         device=subject.device,
     )
@@ -284,6 +284,8 @@ def view(evaluation: Evaluation) -> str:
     """Describe how test images are seen."""
     if evaluation.dataset == "digits":
         return "16 x 16, as they are"
+    if evaluation.dataset != "folder":
+        return f"whole images, {evaluation.image_size} x {evaluation.image_size}"
     return view_of(evaluation.image_size)
 
 

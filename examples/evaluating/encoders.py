@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from msf_core.distributed import Ranks
 from training.checkpoint import load_checkpoint
-from training.models import build_backbone, remove_classifier
+from training.models import build_backbone, remove_classifier, stem_of
 
 
 @dataclass
@@ -55,7 +55,8 @@ def load_encoder(name: str, ranks: Ranks, arch: str = "", weights: str = "", ima
 def _from_checkpoint(path: Path, ranks: Ranks, image_size: int) -> LoadedEncoder:
     state = load_checkpoint(path, {"settings", "online", "step"}, ranks)
     settings = state["settings"]
-    backbone = _built(settings["arch"], image_size or settings["image_size"])
+    stem = stem_of(settings.get("stem", "imagenet"), settings["arch"], settings["image_size"])
+    backbone = _built(settings["arch"], image_size or settings["image_size"], stem)
     prefix = "backbone."
     tensors = {key.removeprefix(prefix): value for key, value in state["online"].items() if key.startswith(prefix)}
     _load(backbone, tensors, path)
@@ -74,7 +75,7 @@ def _from_file(path: Path, arch: str, image_size: int) -> LoadedEncoder:
     arch = arch or facts.get("arch", "")
     if not arch:
         raise ValueError(f"{path} does not say which model it is of: give --arch")
-    backbone = _built(arch, image_size or int(facts.get("image_size", 224)))
+    backbone = _built(arch, image_size or int(facts.get("image_size", 224)), facts.get("stem", "imagenet"))
     classifier = getattr(backbone, "classifier_shapes", {})
     _load(backbone, {key: value for key, value in tensors.items() if key not in classifier}, path)
     trained_on = {key: facts[key] for key in ("dataset",) if key in facts}
@@ -102,9 +103,9 @@ def _by_name(name: str, weights: str, image_size: int) -> LoadedEncoder:
     return LoadedEncoder(backbone, name, source)
 
 
-def _built(arch: str, image_size: int) -> nn.Module:
+def _built(arch: str, image_size: int, stem: str = "imagenet") -> nn.Module:
     torch.manual_seed(0)
-    return build_backbone(arch, (1 if arch == "digits" else 3, image_size, image_size))[0]
+    return build_backbone(arch, (1 if arch == "digits" else 3, image_size, image_size), stem)[0]
 
 
 def _load(backbone: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from evaluating.encoders import LoadedEncoder
-from training.models import export_backbone
+from training.models import export_backbone, small_stem
 
 Tensors = dict[str, Tensor]
 TOLERANCE = 1e-4  # of features, relative to their largest
@@ -47,18 +47,23 @@ def to_torchvision(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exp
     path = folder / f"{encoder.arch}-torchvision.safetensors"
     export_backbone(encoder.backbone, path, arch=encoder.arch, image_size=image_size)
     peer = torchvision.models.get_model(encoder.arch)
+    small = has_small_stem(encoder)
+    if small:
+        small_stem(peer)
     peer.load_state_dict(load_file(path), strict=True)
     for name in getattr(encoder.backbone, "classifier_shapes", {}):
         if name.endswith("weight"):
             parent, _, child = name.removesuffix(".weight").rpartition(".")
             peer.get_submodule(parent).set_submodule(child, nn.Identity())
-    return Exported(path, compared(encoder.backbone, peer, image_size, "torchvision"))
+    verified = compared(encoder.backbone, peer, image_size, "torchvision")
+    return Exported(path, verified + (", into a model with the small stem: see the metadata" if small else ""))
 
 
 def to_timm(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
     """One file for ``timm.create_model(arch, num_classes=0, checkpoint_path=…)``."""
     import timm
 
+    refuse_small_stem(encoder, "timm")
     if not timm.is_model(encoder.arch):
         raise ValueError(f"timm has no {encoder.arch!r}")
     path = folder / f"{encoder.arch}-timm.safetensors"
@@ -170,9 +175,21 @@ def resnet_of(encoder: LoadedEncoder, *, plain: bool) -> ResNet:
     model = encoder.backbone
     if not isinstance(model, ResNet):
         raise ValueError(f"this layout is for torchvision's ResNets, got {encoder.arch!r}")
+    refuse_small_stem(encoder, "this layout")
     if plain and (model.groups != 1 or model.base_width != 64):
         raise ValueError(f"transformers' ResNet has neither groups nor another width, as {encoder.arch!r} has")
     return model
+
+
+def has_small_stem(encoder: LoadedEncoder) -> bool:
+    """Tell whether the backbone has the stem for small images."""
+    return getattr(encoder.backbone, "stem_name", "imagenet") == "small"
+
+
+def refuse_small_stem(encoder: LoadedEncoder, layout: str) -> None:
+    """Raise ValueError for a backbone that the library would build with another stem."""
+    if has_small_stem(encoder):
+        raise ValueError(f"{layout} has no {encoder.arch} with the stem for small images: export --to torchvision")
 
 
 def shape_of(model: ResNet) -> tuple[list[int], list[int], bool]:

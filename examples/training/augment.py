@@ -1,7 +1,7 @@
-"""Weak and strong views: the paper's for photographs (section 3.1), and a set for digits.
+"""The names of augmentations, and the weak and strong views of the digits.
 
 An augmentation is named as in the paper: "w/s" is a weak view for the target encoder and a strong one for the
-online encoder; "s/s" and "w/w" are both strong and both weak.
+online encoder; "s/s" and "w/w" are both strong and both weak. Views of photographs are in `training.views`.
 """
 
 from dataclasses import dataclass
@@ -9,44 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
 AUGMENTATIONS = ("s/s", "w/s", "w/w")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def photo_view(strength: str, size: int) -> v2.Compose:
-    """Return the view of a PIL image as a normalized tensor [3, size, size].
-
-    "s" is MoCo v2's: crop, colour jitter, greyscale, blur, flip; "w" is crop and flip.
-    """
-    crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True)
-    colours = [
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([v2.GaussianBlur(_blur_width(size), sigma=(0.1, 2.0))], p=0.5),
-    ]
-    return v2.Compose([v2.RGB(), crop, *(colours if strength == "s" else []), v2.RandomHorizontalFlip(), *_to_tensor()])
-
-
-def photo_supervised(size: int) -> v2.Compose:
-    """Return the view in which ImageNet's classifiers are trained: crop of 8 % or more of the area, and flip."""
-    crop = v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True)
-    return v2.Compose([v2.RGB(), crop, v2.RandomHorizontalFlip(), *_to_tensor()])
-
-
-def photo_centre(size: int) -> v2.Compose:
-    """Return the evaluation view (section 3.2: resize to 256, centre crop of 224, or in that proportion)."""
-    return v2.Compose([v2.RGB(), v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *_to_tensor()])
-
-
-def _to_tensor() -> list[v2.Transform]:
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-
-
-def _blur_width(size: int) -> int:
-    """Return the odd kernel width nearest to a tenth of the image, as SimCLR has it."""
-    return max(3, size // 10 // 2 * 2 + 1)
 
 
 @dataclass(frozen=True)

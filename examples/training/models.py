@@ -7,7 +7,10 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, ResNet
+
+SMALL_IMAGE = 64  # pixels up to which "auto" takes the small stem
+_RESNETS = ("resnet", "resnext", "wide_resnet")
 
 
 class DigitsResNet(nn.Module):
@@ -49,15 +52,17 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     )
 
 
-def build_backbone(arch: str, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:
+def build_backbone(arch: str, image_shape: tuple[int, int, int], stem: str = "imagenet") -> tuple[nn.Module, int]:
     """Return a randomly initialized backbone without its classifier, and its number of features.
 
     Args:
         arch: "digits", or a classification model of torchvision or timm by its name there.
         image_shape: (channels, height, width) of what it will see; it is tried on such images.
+        stem: "imagenet" leaves the model as it is, "small" gives one of torchvision's ResNets `small_stem`.
 
     Raises:
-        ValueError: no such model, or one that does not turn these images into one feature vector each.
+        ValueError: no such model, one that does not turn these images into one feature vector each, or a small stem
+            for what is no ResNet of torchvision's.
     """
     if arch == "digits":
         backbone: nn.Module = DigitsResNet()
@@ -66,6 +71,11 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int]) -> tuple[nn.Mod
         remove_classifier(backbone, arch)
     else:
         backbone = _build_timm(arch)
+    if stem == "small":
+        if not isinstance(backbone, ResNet):
+            raise ValueError(f"--stem small is for torchvision's ResNets, got {arch!r}")
+        small_stem(backbone)
+    backbone.stem_name = stem  # type: ignore[assignment]
     try:
         with torch.no_grad():
             features = backbone.eval()(torch.zeros(2, *image_shape))
@@ -77,9 +87,26 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int]) -> tuple[nn.Mod
     return backbone.train(), features.shape[1]
 
 
+def stem_of(stem: str, arch: str, image_size: int) -> str:
+    """Return the stem that is meant: "auto" is "small" for a ResNet of torchvision's on images of at most 64 pixels."""
+    if stem != "auto":
+        return stem
+    resnet = arch in torchvision.models.list_models(module=torchvision.models) and arch.startswith(_RESNETS)
+    return "small" if resnet and image_size <= SMALL_IMAGE else "imagenet"
+
+
+def small_stem(model: ResNet) -> ResNet:
+    """Give a ResNet the field's stem for small images: a 3×3 convolution of stride 1, and no max-pool; return it."""
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
 def export_backbone(backbone: nn.Module, path: Path, **facts: object) -> None:
     """Write the backbone as safetensors that load with ``strict=True`` into the model of its name.
 
+    The metadata's "stem" is "small" for one that has been through `small_stem`: so must be the model that loads it.
     torchvision's models have a classifier, which MSF does not train: it is written as zeros, and the file's
     metadata says so. timm's load with ``num_classes=0``. So does it give the ``facts``.
     """
@@ -87,6 +114,7 @@ def export_backbone(backbone: nn.Module, path: Path, **facts: object) -> None:
     classifier: dict[str, list[int]] = getattr(backbone, "classifier_shapes", {})
     tensors |= {name: torch.zeros(shape) for name, shape in classifier.items()}
     metadata = {
+        "stem": str(getattr(backbone, "stem_name", "imagenet")),
         "classifier": f"untrained, zeros: {', '.join(classifier)}" if classifier else "none",
         **{name: str(fact) for name, fact in facts.items()},
     }

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from msf_core.search import find_backend
 
 Item = TypeVar("Item")
+LOADER_SHARE = 0.1  # of an epoch: from there on waiting for images is worth a word
 
 
 class TimedSearch:
@@ -45,18 +46,65 @@ class TimedSearch:
 
 
 class WaitClock:
-    """Adds up the time that a loop waits for its next item."""
+    """Adds up the time that a loop waits for its next item, on the device that works on the items.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    On a CPU that is the time in which the item is asked for. On a GPU the host is ahead, and its waiting says little:
+    events tell how long the GPU had nothing to do between what it was given before the item and the item's arrival.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def over(self, items: Iterator[Item]) -> Iterator[Item]:
         """Yield the items."""
         while True:
             started = time.perf_counter()
+            before = self._event()
             try:
                 item = next(items)
             except StopIteration:
                 return
-            self.seconds += time.perf_counter() - started
+            self._seconds += time.perf_counter() - started
+            after = self._event()
+            if before is not None and after is not None:
+                self._events.append((before, after))
             yield item
+
+    def take_seconds(self) -> float:
+        """Return the seconds since the last call, once the GPU is done with them."""
+        seconds = self._seconds
+        if self._device.type == "cuda":
+            seconds = 0.0
+            for before, after in self._events:
+                after.synchronize()
+                seconds += before.elapsed_time(after) / 1000
+        self._seconds, self._events = 0.0, []
+        return seconds
+
+    def _event(self) -> torch.cuda.Event | None:
+        """Mark where in the GPU's queue we are."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def loader_limit(row: dict[str, Any], workers: int, cores: int) -> str:
+    """Say in words that workers which read images are what an epoch waited for; nothing where it did not.
+
+    Args:
+        row: of the epoch, with its "data_share" and "images_per_second".
+        workers: processes that read images, for each rank; 0 is the training process itself.
+        cores: that each rank may use.
+    """
+    if row["data_share"] <= LOADER_SHARE:
+        return ""
+    advice = f"there are {cores} cores for more --workers" if workers < cores else "there are no cores for more of them"
+    return (
+        f"the loader is the limit: training waited for images for {row['data_share']:.0%} of epoch {row['epoch']}, at "
+        f"{row['images_per_second']:.0f} images/s with {workers} workers a rank; {advice}"
+        + ("" if workers < cores else ", but smaller files (of 256 pixels, say) are decoded faster")
+    )

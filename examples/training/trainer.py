@@ -21,10 +21,11 @@ from msf_core.distributed import Ranks
 from msf_core.schedules import Schedule, cosine, linear
 from training.data import DataSource, UnreadableImage, Views, seed_of
 from training.health import Averages, means_of, measure, warnings_of
-from training.models import Encoder, build_backbone, mlp
+from training.models import Encoder, build_backbone, mlp, stem_of
+from training.photos import workers_of
 from training.ranks import shuffled, synchronized
 from training.settings import Settings
-from training.timing import TimedSearch, WaitClock
+from training.timing import TimedSearch, WaitClock, loader_limit
 
 Row = dict[str, Any]  # one epoch of the metrics
 SHOWN = ("loss", "purity")  # beside the progress bar
@@ -70,7 +71,8 @@ class Trainer:
         self.total_epochs = -(-self.total_steps // self.steps_per_epoch)
 
         torch.manual_seed(settings.seed)
-        backbone, features = build_backbone(settings.arch, source.image_shape)
+        stem = stem_of(settings.stem, settings.arch, settings.image_size)
+        backbone, features = build_backbone(settings.arch, source.image_shape, stem)
         online = Encoder(backbone, mlp(features, settings.hidden, settings.dim))
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         online = online.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -130,7 +132,7 @@ class Trainer:
     def _train_epoch(self, stop: StopRequest, after_epoch: Callable[[Row], None], bar: tqdm) -> None:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
         last = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
-        started, waiting = time.perf_counter(), WaitClock()
+        started, waiting = time.perf_counter(), WaitClock(self.device)
         views = waiting.over(iter(self.source.train_views(epoch, first_step * self.settings.accumulate)))
         while self.step < last:
             micro_batches = self._fetch(views, stop)
@@ -153,16 +155,23 @@ class Trainer:
             **means,
             "lr": self.lr(self.step),
             "images_per_second": steps * self.settings.batch_size / seconds,
-            "data_share": waiting.seconds / seconds,
+            "data_share": waiting.take_seconds() / seconds,
             "search_share": self.search.take_seconds() / seconds,
         }
         self.averages = Averages(self.device)
         self.history.append(row)
         for warning in warnings_of(row) if self.leads else []:
-            if warning not in self.warned:
-                tqdm.write(f"warning: after epoch {row['epoch']}: {warning}", file=sys.stderr)
-                self.warned.add(warning)
+            self._warn(f"after epoch {row['epoch']}: {warning}", once=warning)
+        workers = self.source.workers
+        if self.leads and workers is not None and (limit := loader_limit(row, workers, workers_of(-1))):
+            self._warn(limit, once="loader")
         after_epoch(row)
+
+    def _warn(self, warning: str, once: str) -> None:
+        """Print a warning, the first time that it comes under this name."""
+        if once not in self.warned:
+            tqdm.write(f"warning: {warning}", file=sys.stderr)
+            self.warned.add(once)
 
     def _fetch(self, views: Iterator[Views], stop: StopRequest) -> list[Views]:
         """Return this rank's micro-batches of the next step, once all ranks have theirs and none is to stop."""

@@ -89,7 +89,22 @@ def test_so_have_those_that_accumulate(two_ranks: Any, tmp_path: Path) -> None:
 
 def test_photos_with_accumulation_move_the_target_once_a_step(two_ranks: Any, tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", train=4)
-    flags = ["--data", tree, "--arch", "resnet18", "--image-size", 32, "--hidden", 32, "--dim", 16, "--bank-size", 32]
+    flags = [
+        "--data",
+        tree,
+        "--arch",
+        "resnet18",
+        "--stem",
+        "imagenet",
+        "--image-size",
+        32,
+        "--hidden",
+        32,
+        "--dim",
+        16,
+        "--bank-size",
+        32,
+    ]
     flags += ["--batch-size", 8, "--accumulate", 2, "--workers", 0, "--epochs", 2, "--batchnorm", "shuffle"]
     for losses, updates in two_ranks.run(train, str(tmp_path / "run"), *flags):
         assert (len(losses), updates) == (2, 2)

@@ -1,0 +1,120 @@
+"""Pixels of image files of every color mode and format: as RGB, with 16 bits scaled, or refused by name."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.folders import UnlabelledFolder, UnreadableImage, pixels_of, read_image
+
+RGB = np.random.default_rng(0).integers(0, 256, (23, 31, 3), dtype=np.uint8)
+GRAY16 = np.random.default_rng(1).integers(0, 65536, (23, 31), dtype=np.uint16)
+
+
+def as_pillow(path: Path) -> torch.Tensor:
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def with_transparency(image: Image.Image, value: int) -> Image.Image:
+    image.info["transparency"] = value
+    return image
+
+
+MODES = {
+    "rgb.jpg": Image.fromarray(RGB),
+    "gray.jpg": Image.fromarray(RGB[..., 0]),
+    "cmyk.jpg": Image.fromarray(RGB).convert("CMYK"),
+    "rgb.png": Image.fromarray(RGB),
+    "gray.png": Image.fromarray(RGB[..., 0]),
+    "gray-alpha.png": Image.fromarray(RGB[..., :2].copy(), mode="LA"),
+    "alpha.png": Image.fromarray(np.dstack([RGB, RGB[..., 0]])),
+    "bits.png": Image.fromarray(RGB[..., 0] > 128),
+    "palette.png": Image.fromarray(RGB).quantize(16),
+    "palette-transparent.png": with_transparency(Image.fromarray(RGB).quantize(16), 3),
+    "lossless.webp": Image.fromarray(RGB),
+    "alpha.webp": Image.fromarray(np.dstack([RGB, RGB[..., 0]])),
+    "rgb.bmp": Image.fromarray(RGB),
+    "rgb.ppm": Image.fromarray(RGB),
+    "gray.pgm": Image.fromarray(RGB[..., 0]),
+    "rgb.tiff": Image.fromarray(RGB),
+    "cmyk.tif": Image.fromarray(RGB).convert("CMYK"),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_color_mode_is_read_as_pillow_converts_it(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    MODES[name].save(path, **({"lossless": True} if name.endswith("webp") else {}))
+    found = read_image(str(path))
+    assert (found.dtype, found.shape) == (torch.uint8, (3, 23, 31))
+    assert torch.equal(found, as_pillow(path))
+
+
+def rgb16(path: Path) -> np.ndarray:
+    """Write a PNG of 16 bits a channel, which Pillow cannot write; return its pixels."""
+    pixels = np.random.default_rng(2).integers(0, 65536, (23, 31, 3), dtype=np.uint16)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", 31, 23, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(lines)),
+        (b"IEND", b""),
+    )
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return pixels
+
+
+@pytest.mark.parametrize("name", ["gray.png", "gray.tif", "gray.pgm", "rgb.png"])
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "rgb.png":
+        pixels = rgb16(path)
+    else:
+        Image.fromarray(GRAY16).save(path)
+        pixels = np.repeat(GRAY16[..., None], 3, axis=2)
+    expected = np.rint(pixels / 257).astype(np.uint8)
+    assert np.array_equal(read_image(str(path)).permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_file_is_what_its_bytes_say_and_an_animation_its_first_picture(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "really.png")
+    (tmp_path / "really.png").rename(tmp_path / "called.jpg")
+    pictures = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    pictures[0].save(tmp_path / "moving.gif", save_all=True, append_images=pictures[1:])
+    (tmp_path / "moving.gif").rename(tmp_path / "moving.png")
+    for name in ("called.jpg", "moving.png"):
+        assert torch.equal(read_image(str(tmp_path / name)), as_pillow(tmp_path / name))
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(RGB).save(file, "JPEG")
+    return file.getvalue()
+
+
+WRONG = {
+    "nothing in it": b"",
+    "not an image": b"not a JPEG",
+    "half a JPEG": jpeg()[: len(jpeg()) // 2],
+    "a PNG that breaks off": b"\x89PNG\r\n\x1a\n" + b"\0" * 20,
+}
+
+
+@pytest.mark.parametrize("content", WRONG.values(), ids=WRONG.keys())
+def test_what_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "odd.jpg").write_bytes(content)
+    with pytest.raises(UnreadableImage, match=r"cannot read image .*odd\.jpg"):
+        pixels_of(UnlabelledFolder(tmp_path), 0)
+
+
+@pytest.mark.parametrize("values", [np.float32(0.5), np.int32(70_000), np.int32(-1)])
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path, values: np.generic) -> None:
+    Image.fromarray(np.full((4, 4), values)).save(tmp_path / "odd.tiff")
+    with pytest.raises(UnreadableImage, match=r"odd\.tiff: pixels of mode . have no known range"):
+        pixels_of(UnlabelledFolder(tmp_path), 0)
