@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from training import views
+from training.photos import _Centred
 from training.rendering import _SLOTS, _TURN, Parameters, Rendering, blur_width
 from training.views import PER_VIEW, STRONG, WEAK, View, crop_boxes, draws, resized_crop, resized_crops
 
@@ -237,6 +238,15 @@ def test_a_crop_of_a_photograph_is_pillows_within_two_levels() -> None:
         expected = image.crop((left, top, left + width, top + height)).resize((64, 64), Image.Resampling.BILINEAR)
         found = resized_crop(pixels, box, 64).permute(1, 2, 0).numpy()
         assert np.abs(found.astype(int) - np.array(expected).astype(int)).max() <= 2
+
+
+def test_the_evaluation_view_is_pillows_within_two_levels() -> None:
+    image = smooth(90, 120)
+    found, label = _Centred([(image, 7)], 56)[0]
+    whole = image.resize((85, 64), Image.Resampling.BILINEAR)  # the shorter side to 256/224 of 56
+    expected = np.array(transforms.center_crop(whole, [56])).astype(int)
+    assert (found.shape, found.dtype, label) == ((3, 56, 56), torch.uint8, 7)
+    assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
 
 
 def smooth(height: int, width: int) -> Image.Image:
