@@ -52,13 +52,17 @@ class Local:
         """
         return _NOTHING
 
-    def push(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
-        """Store unit rows [B, D] float32, labels and ids [B] int64; return their slots [B] int64."""
-        return self.ring.push(unit, labels, ids)
+    def push(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> tuple[Tensor, int]:
+        """Store unit rows [B, D] float32, labels and ids [B] int64.
 
-    def search(self, queries: Queries, k: int, backend: str | SearchBackend) -> Found:
-        """Find the k nearest rows of unit queries in `Ring.query_dtype`."""
-        similarity, index = self.ring.find(queries, k, backend)
+        Returns:
+            Their slots [B] int64, −1 for those that are out again, and how many rows were pushed on all ranks.
+        """
+        return self.ring.push(unit, labels, ids), unit.shape[0]
+
+    def search(self, queries: Queries, k: int, backend: str | SearchBackend, *, own_elsewhere: bool = False) -> Found:
+        """Find the k nearest rows of unit queries in `Ring.query_dtype`; some of their ``own`` may be no slots."""
+        similarity, index = self.ring.find(queries, k, backend, own_elsewhere)
         return Found(similarity, index, self.ring.embeddings(index))
 
     def step(
@@ -74,12 +78,12 @@ class Local:
         Views of the same image are not found. Args and the slots that are returned are those of `push`; where a row
         has no others, None comes with them.
         """
-        slots = self.push(unit, labels, ids)
+        slots, pushed = self.push(unit, labels, ids)
         others = self._others(unit, step)
         if others == 0:
             return slots, None
         asked = Queries(unit.to(self.ring.query_dtype), *step.limits(labels, ids), _own_slots(slots, step.views))
-        return slots, self.search(asked, others, backend)
+        return slots, self.search(asked, others, backend, own_elsewhere=pushed > self.ring.size)
 
     def _others(self, pushed: Tensor, step: Step) -> int:
         """Return how many rows that are no views of the same image each row finds."""
@@ -100,16 +104,16 @@ class Replicated(Local):
         """See `Local.checking`."""
         return _NOTHING if call == "search" or self.ranks.size == 1 else self.ranks.sharing_errors(call)
 
-    def push(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
+    def push(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> tuple[Tensor, int]:
         """See `Local.push`; the rows of rank 0 come first."""
         if self.ranks.size == 1:
             return super().push(unit, labels, ids)
         return self._push_together(unit, labels, ids)
 
     @untraced
-    def _push_together(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
+    def _push_together(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> tuple[Tensor, int]:
         everyones, counts = self._gather("push", unit, labels, ids)
-        return self._own(self.ring.push(*everyones), counts)
+        return self._own(self.ring.push(*everyones), counts), sum(counts)
 
     def _gather(
         self, call: str, unit: Tensor, labels: Tensor | None, ids: Tensor | None, **same: int | str
@@ -165,10 +169,10 @@ class Sharded(Replicated):
         # In an empty bank there is nothing to search: no rank comes to that.
         return _NOTHING if ranks == 1 or (call == "search" and not len(self.ring)) else self.ranks.sharing_errors(call)
 
-    def search(self, queries: Queries, k: int, backend: str | SearchBackend) -> Found:
+    def search(self, queries: Queries, k: int, backend: str | SearchBackend, *, own_elsewhere: bool = False) -> Found:
         """See `Local.search`; all ranks search together, each for queries of its own."""
         if self.shards == 1:
-            return super().search(queries, k, backend)
+            return super().search(queries, k, backend, own_elsewhere=own_elsewhere)
         return self._search_together(queries, k, backend)
 
     @untraced
@@ -237,7 +241,7 @@ class Sharded(Replicated):
         if there and count:
             own = None if queries.own is None else queries.own - ring.begin
             asked = Queries(queries.values, queries.labels, queries.ids, own)
-            similarity[:, :there], place = ring.find(asked, there, backend)
+            similarity[:, :there], place = ring.find(asked, there, backend, own_elsewhere=own is not None)
             slot[:, :there] = (place + ring.begin).masked_fill(place < 0, -1)
             label[:, :there] = ring.labels[place]
             rows[:, :there] = ring.rows[place]

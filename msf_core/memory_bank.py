@@ -162,7 +162,7 @@ class MemoryBank(nn.Module):
         """
         with self._layout.checking("push"):
             self._check_batch(embeddings, labels, ids)
-        return self._layout.push(unit_rows(embeddings), _whole(labels), _whole(ids))
+        return self._layout.push(unit_rows(embeddings), _whole(labels), _whole(ids))[0]
 
     @torch.no_grad()
     def search(

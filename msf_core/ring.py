@@ -15,7 +15,7 @@ from torch import Tensor
 from msf_core.checks import gives_memory_alone
 from msf_core.distributed import blocks_of, is_shard
 from msf_core.rows import UNKNOWN, packed, unpacked
-from msf_core.search import Queries, Rows, SearchBackend, load_backend, search_bank, search_by
+from msf_core.search import Queries, Rows, SearchBackend, search_bank, search_by
 from msf_core.search.base import without_autocast
 from msf_core.search.general import leaving_out_own
 
@@ -153,16 +153,16 @@ class Ring:
                 here = slice(begin - wrap - self.begin, end - wrap - self.begin)
                 yield here, slice(begin - first + gone, end - first + gone)
 
-    def find(self, queries: Queries, k: int, backend: str | SearchBackend) -> tuple[Tensor, Tensor]:
+    def find(
+        self, queries: Queries, k: int, backend: str | SearchBackend, own_elsewhere: bool
+    ) -> tuple[Tensor, Tensor]:
         """Return similarity [Q, k] float32 and place [Q, k] int64 among the rows held here, −1 where there is none.
 
-        Queries are unit vectors in `query_dtype`; their ``own`` is a place, or none of those here. k rows are filled.
+        Queries are unit vectors in `query_dtype`; with ``own_elsewhere`` their ``own`` may be no place here. k rows are
+        filled.
         """
         if isinstance(backend, str):
-            shard, many = self.end - self.begin < self.size, queries.values.shape[0] > self.size
-            if queries.own is None or not (shard or many):
-                return search_bank(queries, self.kept(), self._filled(), k, backend)
-            backend = load_backend(backend)  # some of ``own`` may be no places here
+            return search_bank(queries, self.kept(), self._filled(), k, backend, own_elsewhere)
         rows = self.kept().part(0, int(self._filled()))
         with torch.no_grad(), without_autocast(self.rows.device):
             return leaving_out_own(partial(search_by, backend), queries, rows, k)

@@ -1,10 +1,12 @@
 """The search of a bank as one PyTorch operator, ``torch.ops.msf_core.search``: `torch.compile` traces past it."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from msf_core.search.base import Queries, Rows
-from msf_core.search.general import search_by
+from msf_core.search.general import leaving_out_own, search_by
 from msf_core.search.registry import load_backend
 
 # torch.library.custom_op would do the same in fewer lines, but imports the compiler, seconds, at the first call.
@@ -13,12 +15,15 @@ _LIBRARY = torch.library.Library("msf_core", "DEF")
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # PyTorch 2.9
 _LIBRARY.define(
     "search(Tensor queries, Tensor rows, Tensor filled, int k, str backend, Tensor? scale, "
-    "Tensor? row_labels, Tensor? labels, Tensor? row_ids, Tensor? ids, Tensor? own=None) -> (Tensor, Tensor)",
+    "Tensor? row_labels, Tensor? labels, Tensor? row_ids, Tensor? ids, Tensor? own=None, "
+    "bool own_elsewhere=False) -> (Tensor, Tensor)",
     tags=() if _UNSAFE is None else (_UNSAFE,),
 )
 
 
-def search_bank(queries: Queries, rows: Rows, filled: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+def search_bank(
+    queries: Queries, rows: Rows, filled: Tensor, k: int, backend: str, own_elsewhere: bool = False
+) -> tuple[Tensor, Tensor]:
     """Search the first ``filled`` rows, all where there are fewer, by the backend of that name.
 
     Args:
@@ -27,6 +32,7 @@ def search_bank(queries: Queries, rows: Rows, filled: Tensor, k: int, backend: s
         filled: int64 scalar on the CPU, so that reading it makes no GPU wait.
         k: between 1 and n, the smaller of N and ``filled``.
         backend: a name as `load_backend` knows it.
+        own_elsewhere: whether some of ``queries.own`` may be none of these rows.
 
     Returns:
         similarity [Q, k] float32 and index [Q, k] int64, as `GeneralSearch.general_topk`.
@@ -35,11 +41,11 @@ def search_bank(queries: Queries, rows: Rows, filled: Tensor, k: int, backend: s
         ValueError, TypeError, ImportError: as `load_backend` and `SearchBackend.topk`.
     """
     if type(queries.values) is Tensor and not torch.compiler.is_compiling():  # nothing is traced
-        return _search_rows(queries, rows, filled, k, backend)
+        return _search_rows(queries, rows, filled, k, backend, own_elsewhere)
     q, labels, ids, own = queries
     values, scale, row_labels, row_ids = rows
     similarity, index = torch.ops.msf_core.search(
-        q, values, filled, k, backend, scale, row_labels, labels, row_ids, ids, own
+        q, values, filled, k, backend, scale, row_labels, labels, row_ids, ids, own, own_elsewhere
     )
     return similarity, index
 
@@ -56,15 +62,19 @@ def _search(
     row_ids: Tensor | None,
     ids: Tensor | None,
     own: Tensor | None = None,
+    own_elsewhere: bool = False,
 ) -> tuple[Tensor, Tensor]:
     kept = Rows(rows, scale, row_labels, row_ids)
-    return _search_rows(Queries(queries, labels, ids, own), kept, filled, k, backend)
+    return _search_rows(Queries(queries, labels, ids, own), kept, filled, k, backend, own_elsewhere)
 
 
-def _search_rows(queries: Queries, rows: Rows, filled: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+def _search_rows(
+    queries: Queries, rows: Rows, filled: Tensor, k: int, backend: str, own_elsewhere: bool
+) -> tuple[Tensor, Tensor]:
     n = int(filled)
     there = rows if n >= rows.values.shape[0] else rows.part(0, n)
-    return search_by(load_backend(backend), queries, there, k)
+    search = partial(search_by, load_backend(backend))
+    return leaving_out_own(search, queries, there, k) if own_elsewhere else search(queries, there, k)
 
 
 def _fake_search(queries: Tensor, rows: Tensor, filled: Tensor, k: int, *beside: object) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,25 @@ def test_several_views_are_those_of_one_process(ranks: Any, layout: str) -> None
     ranks.run(a_loss_of_views, layout)
 
 
+def more_rows_than_the_bank(rank: int, layout: str, views: int) -> None:
+    """All ranks' rows push some of this rank's own out again, though its own alone would fit."""
+    shared = MeanShiftLoss(MemoryBank(4 * views, DIM, layout=layout), 3)
+    for step in range(3):
+        own = [rows(step + 10 * rank + view) for view in range(views)]
+        loss, found = shared(own if views > 1 else own[0], own if views > 1 else own[0], return_neighbors=True)
+        assert loss.isfinite()
+        for of_view in found if views > 1 else [found]:
+            assert (of_view.index[:, 1:] >= 0).all()
+            assert (of_view.index[:, 0] == -1).any() == (rank == 0)
+            assert (of_view.index[:, 1:] != of_view.index[:, :1]).all()
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_a_batch_of_all_ranks_may_be_larger_than_the_bank(two_ranks: Any, layout: str) -> None:
+    for views in (1, 2):
+        two_ranks.run(more_rows_than_the_bank, layout, views)
+
+
 def not_everyone_comes(rank: int) -> None:
     group = dist.new_group(timeout=timedelta(seconds=2))
     criterion = MeanShiftLoss(MemoryBank(8, DIM, group=group), 2)
