@@ -32,7 +32,8 @@ class EMATarget(nn.Module):
     A step of 1 − m is smaller than what bfloat16 and float16 resolve. The average of such tensors is kept in float32,
     in ``masters``, and ``module`` holds it rounded. That takes 4 bytes for each of their values, from the first
     `update` or ``state_dict`` on; models of float32 pay nothing. Values that somebody changes in ``module`` win over
-    the masters. The ``state_dict`` has them under ``masters.``; one without them loads too.
+    the masters. The ``state_dict`` has them under ``masters.``; one without them loads too. A cast of the target to
+    another dtype, or a state loaded into one, starts again from the rounded values.
 
     With FSDP2 make the target first, and then call ``fully_shard`` on ``online`` and on ``target.module`` (or the
     target) alike, or on a module that holds both. Each rank averages its shards, and nothing travels, except where
@@ -161,7 +162,7 @@ class EMATarget(nn.Module):
         dtypes = {pair.f.dtype for pair in averaged}
         rounded = {dtype for dtype in dtypes if needs_master(dtype)}
         halves = [pair for pair in averaged if pair.f.dtype in rounded] if rounded else []
-        if self.masters._buffers:
+        if self.masters:
             self.masters.keep([pair.name for pair in halves])
         if momentum == 1:  # exactly f: an Inf on the other side must not make a NaN
             return _copy(copied)

@@ -220,11 +220,12 @@ class MeanShiftLoss(nn.Module):
 
         - ``criterion([p1, p2, p3], u)``: the target goes with every prediction; likewise one prediction with every
           target.
-        - ``criterion([p1, p2], [z1, z2])``: prediction i goes with every target j ≠ i. This is BYOL's symmetric loss,
-          and ``criterion([p1, p2, p3, p4], [z1, z2])`` is multi-crop as in DINO, the first two crops being global.
+        - ``criterion([p1, p2], [z1, z2])``: prediction i goes with every target j ≠ i. This is BYOL's symmetric loss.
+          ``criterion([p1, p2, p3, p4], [z1, z2])`` is multi-crop as in DINO: the first two crops are the global ones,
+          the others go with both targets.
 
-        All targets are pushed, the first view's first. Those of the same image are never each other's neighbors, and
-        the call is one step of a schedule.
+        All targets are pushed, the first view's first. Those of the same image are never each other's neighbors, so
+        with V targets a bank of n rows has n − V others for each. The call is one step of a schedule.
 
         Args:
             prediction: v [B, D], the online side: predictor(encoder(view)); or a list of those. Any float dtype and
@@ -411,7 +412,7 @@ def _name(name: str, views: Sequence[Tensor], i: int) -> str:
 def _check_prediction(prediction: Tensor, name: str = "prediction") -> None:
     check_tensor(name, prediction)
     if prediction.ndim != 2 or prediction.shape[0] < 1:
-        raise ValueError(f"{name} must be [B, D] with at least one row, got {list(prediction.shape)}")
+        raise ValueError(f"{name} must be [B, D] with at least one row, views as a list, got {list(prediction.shape)}")
     if not prediction.is_floating_point():
         raise TypeError(f"{name} must be floating, got {prediction.dtype}")
 
@@ -420,7 +421,7 @@ def _check_like(prediction: Tensor, view: Tensor, name: str) -> None:
     """Raise unless a view fits beside the first prediction."""
     check_tensor(name, view)
     if view.shape != prediction.shape:
-        raise ValueError(f"{name} must be {list(prediction.shape)} as the prediction, got {list(view.shape)}")
+        raise ValueError(f"{name} must be {list(prediction.shape)} as the first prediction, got {list(view.shape)}")
     if not view.is_floating_point():
         raise TypeError(f"{name} must be floating, got {view.dtype}")
     if view.device != prediction.device:

@@ -24,54 +24,71 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class Masters(nn.Module):
-    """The float32 values, a buffer for each tensor, under its name with "/" for ".".
+    """The float32 values of each tensor, made when they are first asked for.
 
-    A buffer is made when it is first asked for. It goes to devices with the module, and is never cast with it. A
-    ``state_dict`` of any tensors loads.
+    They move to other devices with the module, but keep their dtype when it is cast. In the ``state_dict`` they have
+    the tensor's name with "/" for "."; whatever a ``state_dict`` holds of them is taken. They are no buffers: DDP would
+    send those of rank 0 to all ranks at every forward.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getattr__(self, name: str) -> Any:
+        # torch.distributed.checkpoint looks up each entry of a state_dict as an attribute.
+        values: dict[str, Tensor] = self.__dict__.get("values", {})
+        return values[name] if name in values else super().__getattr__(name)
 
     def of(self, name: str, f: Tensor) -> Tensor:
         """Return the master of ``f``: the one there is, if it fits, else a new one."""
         key, wide = name.replace(".", "/"), _WIDE[f.dtype]
-        master = self._buffers.get(key)
-        if master is not None and (master.dtype, master.shape) == (wide, f.shape):
-            if placement(master) != placement(f):
-                master = _placed(master, f)
-        else:
-            master = None
-        if master is None or (master.is_meta and not f.is_meta):
-            with torch.inference_mode(False):  # tensors made in that mode could never be updated outside of it
+        master = self.values.get(key)
+        with torch.inference_mode(False):  # tensors made in that mode could never be updated outside of it
+            if master is not None and (master.dtype, master.shape) == (wide, f.shape):
+                if placement(master) != placement(f):
+                    master = _placed(master, f)
+            else:
+                master = None
+            if master is None or (master.is_meta and not f.is_meta):
                 master = f.detach().to(wide)
-        elif master.device != f.device:
-            master = master.to(f.device)
-        self._buffers[key] = master
+            elif master.device != f.device:
+                master = master.to(f.device)
+        self.values[key] = master
         return master
 
     def keep(self, names: Iterable[str]) -> None:
         """Forget all others."""
         kept = {name.replace(".", "/") for name in names}
-        for key in list(self._buffers):
+        for key in list(self.values):
             if key not in kept:
-                del self._buffers[key]
+                del self.values[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Masters":
-        for key, master in list(self._buffers.items()):
-            assert master is not None
-            moved = fn(master)
-            self._buffers[key] = moved if moved.dtype == master.dtype else master.to(moved.device)
+        with torch.inference_mode(False):
+            for key, master in list(self.values.items()):
+                moved = fn(master)
+                self.values[key] = moved if moved.dtype == master.dtype else master.to(moved.device)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination.update((prefix + key, master) for key, master in self.values.items())
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *_: Any
     ) -> None:
         assign = local_metadata.get("assign_to_params_buffers", False)
         loaded = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        for key, value in loaded.items():
-            own = self._buffers.get(key)
-            device = value.device if own is None or assign else own.device
-            loaded[key] = value.detach() if assign else value.detach().to(device, copy=True)
-        self._buffers.clear()
-        self._buffers.update(loaded)
+        with torch.inference_mode(False):
+            for key, value in loaded.items():
+                own = self.values.get(key)
+                device = value.device if own is None or assign else own.device
+                keeps = assign and not value.is_inference()
+                loaded[key] = value.detach() if keeps else value.detach().to(device, copy=True)
+        self.values = loaded
 
 
 _WIDE = {

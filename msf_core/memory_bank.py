@@ -262,6 +262,8 @@ class MemoryBank(nn.Module):
             )
         if not embeddings.is_floating_point():
             raise TypeError(f"{name} must be floating, got {embeddings.dtype}")
+        if self._ring.rows.is_meta and not embeddings.is_meta:
+            raise ValueError("the bank is on the meta device: call to_empty first, or load with assign=True")
         if embeddings.device != self._ring.rows.device:
             raise ValueError(
                 f"{name} must be on the bank's device, {self._ring.rows.device}, got {embeddings.device}; "

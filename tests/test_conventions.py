@@ -115,6 +115,8 @@ def test_without_assign_a_bank_on_meta_says_what_to_do_and_so_does_a_state_of_no
         nothing = criterion_of()
     with pytest.raises(RuntimeError, match=r"bank is on the meta device: call to_empty first, or .* assign=True"):
         nothing.load_state_dict(trained().state_dict())
+    with pytest.raises(ValueError, match="bank is on the meta device: call to_empty first"):
+        nothing(batch(0), batch(1))
     criterion = trained()
     before = next_losses(trained())
     with pytest.raises(RuntimeError, match="saved buffers are on the meta device and hold nothing"):

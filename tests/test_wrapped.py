@@ -175,6 +175,19 @@ def test_tensors_made_in_inference_mode_do_not_stay_so() -> None:
     )
 
 
+def test_a_state_loaded_in_inference_mode_can_be_updated_afterwards() -> None:
+    online = nn.Linear(3, 2).bfloat16()
+    saved = EMATarget(online)
+    saved.update(online)
+    for assign in (False, True):
+        target = EMATarget(online)
+        with torch.inference_mode():
+            state = {name: part.clone() for name, part in saved.state_dict().items() if "masters" in name or not assign}
+            target.load_state_dict(state, strict=False, assign=assign)
+        target.update(online)
+        assert target.updates == 2 - assign
+
+
 def test_a_target_of_half_precision_leaves_inference_mode_too() -> None:
     online = made().bfloat16()
     with torch.inference_mode():
