@@ -45,6 +45,8 @@ keep() {
     keep "options" bank_options "bank_options_${name}"
     part "trial_cost" "$python" benchmarks/trial_cost.py --out "$work/trial"
     keep "trial" trial_cost "trial_cost_${name}"
+    part "image_views" "$python" benchmarks/image_views.py --device cuda --out "$work/views"
+    keep "views" image_views "image_views_${name}"
     part "tiles" "$python" benchmarks/tune_triton.py --out "$out/tune_triton_$name.jsonl"
     if [ ${#failed[@]} -gt 0 ]; then
         echo "failed: ${failed[*]}"
