@@ -69,7 +69,8 @@ def check_not_recomputed(what: str) -> None:
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code.co_filename.endswith(_BACKWARD):  # a hook of a backward that checkpointing runs is none
+        # Checkpointing may itself run a backward: what that calls, a hook, say, is no recomputed forward.
+        if frame.f_code.co_filename.endswith(_BACKWARD):
             return
         if frame.f_code.co_filename.endswith(_CHECKPOINT):
             raise RuntimeError(

@@ -771,7 +771,7 @@ def test_a_schedule_breaks_the_graph_and_is_compiled_once() -> None:
     compiled = torch.compile(traced, backend=counter)
     for ours, theirs in zip(losses_of(traced, compiled), losses_of(plain, plain), strict=True):
         assert torch.equal(ours, theirs)
-    assert counter.frame_count <= 2
+    assert 1 <= counter.frame_count <= 2
     assert traced.target.updates == 12
     assert_same(state_of(traced), state_of(plain))
 

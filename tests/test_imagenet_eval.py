@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
-from test_training import blank_pictures, make_tree
+from test_training import SMALL_NETWORK, blank_pictures, make_tree
 from torch import Tensor
 
 import imagenet_eval
@@ -50,21 +50,7 @@ def photo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on a small tree whose classes have colours of their own."""
     folder = tmp_path_factory.mktemp("runs")
     tree = make_tree(folder / "tree", train=10, val=4)
-    flags = [
-        "--arch",
-        "resnet18",
-        "--stem",
-        "imagenet",
-        "--image-size",
-        "32",
-        "--hidden",
-        "32",
-        "--dim",
-        "16",
-        "--bank-size",
-        "32",
-    ]
-    flags += ["--batch-size", "10", "--workers", "0", "--steps", "6", "--out", str(folder / "run")]
+    flags = [*SMALL_NETWORK, "--batch-size", "10", "--workers", "0", "--steps", "6", "--out", str(folder / "run")]
     with blank_pictures():
         assert imagenet_train.main(["--data", str(tree), *flags]) == 0
     return folder / "run"

@@ -17,7 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file
-from test_training import blank_pictures, make_tree
+from test_training import SMALL_NETWORK, blank_pictures, make_tree
 
 import imagenet_train
 from msf_core import Neighbors
@@ -37,21 +37,7 @@ FILES = {
     "neighbors.png",
 }
 DIGITS = ["--steps", "30", "--eval-every", "1"]
-SMALL = [
-    "--arch",
-    "resnet18",
-    "--stem",
-    "imagenet",
-    "--image-size",
-    "32",
-    "--hidden",
-    "32",
-    "--dim",
-    "16",
-    "--bank-size",
-    "32",
-]
-SMALL += ["--batch-size", "4", "--workers", "0", "--epochs", "2"]
+SMALL = [*SMALL_NETWORK, "--batch-size", "4", "--workers", "0", "--epochs", "2"]
 
 
 def train(*arguments: object, pictures: bool = False) -> int:

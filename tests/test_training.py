@@ -33,6 +33,11 @@ from training.views import PER_VIEW, draws
 CPU = torch.device("cpu")
 
 
+# Flags of a ResNet18 that trains on photographs within seconds.
+SMALL_NETWORK = ["--arch", "resnet18", "--stem", "imagenet", "--image-size", "32"]
+SMALL_NETWORK += ["--hidden", "32", "--dim", "16", "--bank-size", "32"]
+
+
 def make_tree(root: Path, train: int = 6, val: int = 2, classes: int = 3, size: int = 40) -> Path:
     """Write JPEGs of noise, each class of another tint."""
     generator = np.random.default_rng(0)
