@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from training.folders import labels_of, pixels_of
 from training.prefetch import SideStream
-from training.rendering import Rendering
+from training.rendering import Normalization, Rendering
 from training.source import Share, Views, epoch_order, seed_of
 from training.views import PER_VIEW, STRONG, SUPERVISED, View, crop_boxes, draws, resized_crop, views_of
 
@@ -56,9 +56,7 @@ class Photos:
             self._sets["val"] = _Centred(val, size)
         views = views_of(augmentation, blur)
         self._device = device
-        self._mean, self._std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        self._normalized = Normalization(IMAGENET_MEAN, IMAGENET_STD, device)
         self._target, self._online, self._classifier = (
             Rendering(view, size, IMAGENET_MEAN, IMAGENET_STD, device) for view in (*views, SUPERVISED)
         )
@@ -89,9 +87,7 @@ class Photos:
         """See `DataSource`."""
         loader = DataLoader(self._sets[split], sampler=indices, **self._options)
         for images, labels in _batches(loader):
-            scaled = self._to_device(images).float().div_(255).sub_(self._mean).div_(self._std)
-            layout = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
-            yield scaled.contiguous(memory_format=layout), labels
+            yield self._normalized(self._to_device(images)), labels
 
     def supervised_views(self, epoch: int, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """See `DataSource`."""
@@ -114,8 +110,7 @@ class Photos:
 
     def displayable(self, images: Tensor) -> np.ndarray:
         """See `DataSource`."""
-        mean, std = self._mean.cpu(), self._std.cpu()
-        return (images.cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        return self._normalized.undone(images).numpy()
 
     def _rendered(self, batch: list[Tensor]) -> Views:
         target, online, rows, labels = batch

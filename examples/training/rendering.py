@@ -76,6 +76,33 @@ def _order_codes() -> Tensor:
 _ORDER_CODES = _order_codes()
 
 
+class Normalization:
+    """Makes 0 of the mean and 1 of the standard deviation of each of three channels; undone for display.
+
+    Args:
+        mean: of each channel.
+        std: of each channel.
+        device: where images come to lie, channels last if it is a GPU.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        self._mean, self._std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+        self._layout = layout_on(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return images [B, C, H, W] of 0 to 255 on the device normalized, [B, 3, H, W] float32."""
+        return ((images.float() / 255 - self._mean) / self._std).contiguous(memory_format=self._layout)
+
+    def undone(self, images: Tensor) -> Tensor:
+        """Return normalized images [B, 3, H, W] as [B, H, W, 3] in [0, 1], on the CPU."""
+        return (images.cpu() * self._std.cpu() + self._mean.cpu()).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def layout_on(device: torch.device) -> torch.memory_format:
+    """Return the layout in which convolutions are fast there."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
 class Rendering:
     """Turns crops into normalized views on a device: ``Rendering(STRONG, 224, mean, std, device)(crops, rows)``.
 
@@ -105,8 +132,8 @@ class Rendering:
             rows: draws [B, PER_VIEW] on the CPU.
         """
         parameters = Parameters.of(rows, self.view)
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        views = torch.empty(len(crops), 3, self.size, self.size, device=self.device, memory_format=layout)
+        shape = (len(crops), 3, self.size, self.size)
+        views = torch.empty(shape, device=self.device, memory_format=layout_on(self.device))
         chunk = len(crops) if self.device.type == "cuda" else max(1, _CPU_PIXELS // self.size**2)
         for first in range(0, len(crops), chunk):
             part = slice(first, first + chunk)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.prefetch import SideStream
-from training.rendering import Rendering
+from training.rendering import Normalization, Rendering
 from training.source import Share, Views, epoch_order, seed_of
 from training.views import PER_VIEW, SUPERVISED, View, crop_boxes, draws, resized_crops, views_of
 
@@ -50,7 +50,7 @@ class SmallImages:
         mean, std = statistics(train.images)
         self.facts: dict[str, Any] = {"mean": mean, "std": std}
         self._size, self._device, self._share, self._seed = size, device, share, seed
-        self._mean, self._std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+        self._normalized = Normalization(mean, std, device)
         self._learned = _placed(train, device)
         self._sets = {
             "train": self._learned if gallery is None else _placed(gallery, device),
@@ -85,8 +85,7 @@ class SmallImages:
             images, labels = _picked(self._sets[split], chosen, self._device)
             if images.shape[-1] != self._size:
                 images = F.interpolate(images.float(), self.image_shape[1:], mode="bilinear", antialias=True)
-            layout = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
-            yield ((images.float() / 255 - self._mean) / self._std).contiguous(memory_format=layout), labels
+            yield self._normalized(images), labels
 
     def supervised_views(self, epoch: int, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """See `DataSource`."""
@@ -110,8 +109,7 @@ class SmallImages:
 
     def displayable(self, images: Tensor) -> np.ndarray:
         """See `DataSource`."""
-        shown = (images.cpu() * self._std.cpu() + self._mean.cpu()).clamp(0, 1)
-        return shown.permute(0, 2, 3, 1).numpy()
+        return self._normalized.undone(images).numpy()
 
     def _cropped(self, images: Tensor, rows: Tensor, view: View) -> Tensor:
         return resized_crops(images, crop_boxes(rows, images.shape[2], images.shape[3], view.area), self._size)

@@ -38,10 +38,8 @@ class TimedSearch:
 
     def take_seconds(self) -> float:
         """Return the seconds since the last call, once the GPU is done with them."""
-        for begin, end in self._events:
-            end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1000
-        seconds, self._seconds, self._events = self._seconds, 0.0, []
+        seconds = self._seconds + _seconds_between(self._events)
+        self._seconds, self._events = 0.0, []
         return seconds
 
 
@@ -74,12 +72,7 @@ class WaitClock:
 
     def take_seconds(self) -> float:
         """Return the seconds since the last call, once the GPU is done with them."""
-        seconds = self._seconds
-        if self._device.type == "cuda":
-            seconds = 0.0
-            for before, after in self._events:
-                after.synchronize()
-                seconds += before.elapsed_time(after) / 1000
+        seconds = _seconds_between(self._events) if self._device.type == "cuda" else self._seconds
         self._seconds, self._events = 0.0, []
         return seconds
 
@@ -90,6 +83,15 @@ class WaitClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def _seconds_between(pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
+    """Return the sum of the times between two events each, once the GPU has passed them."""
+    seconds = 0.0
+    for begin, end in pairs:
+        end.synchronize()
+        seconds += begin.elapsed_time(end) / 1000
+    return seconds
 
 
 def loader_limit(row: dict[str, Any], workers: int, cores: int) -> str:
