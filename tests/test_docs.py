@@ -57,7 +57,7 @@ def table_rows(text: str) -> list[str]:
 
 def test_tables_of_measured_figures_are_those_of_the_records() -> None:
     records = [row for file in (ROOT / "benchmarks" / "results").glob("*.md") for row in table_rows(file.read_text())]
-    rows = table_rows((ROOT / "docs" / "choosing.md").read_text())
+    rows = table_rows((ROOT / "docs" / "guides" / "choosing.md").read_text())
     assert len(rows) > 20
     assert [row for row in rows if row not in records] == []
 
@@ -78,7 +78,7 @@ def test_counted_operations_of_the_walkthrough_are_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as backward:
         v.sum().backward()
     counted = {"online encoder": forward, "the same, backward": backward, "target encoder": target}
-    rows = table_rows((ROOT / "docs" / "walkthrough.md").read_text())
+    rows = table_rows((ROOT / "docs" / "concepts" / "walkthrough.md").read_text())
     for step, counter in counted.items():
         (row,) = (row for row in rows if row.startswith(f"| {step}"))
         assert f"| {counter.get_total_flops() / len(images) / 1e9:#.3g} GFLOP | counted |" in row
