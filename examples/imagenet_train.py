@@ -13,7 +13,7 @@ sequence), one process drives one GPU, and on a GPU the encoders run in bfloat16
 drawn on the device of the training, without rounding to 8 bits in between, and their blur is a Gaussian (Pillow's,
 which the authors use, comes near one by box blurs).
 --batch-size counts the images of all ranks.
-Labels serve purity and evaluation alone; a folder of images without labels works.
+Labels serve purity and evaluation alone, unless --same-label is given; a folder of images without labels works.
 """
 
 import contextlib
@@ -102,9 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def leave_the_word_to_rank_0(seconds: float = 10) -> None:
-    """On another rank, wait before saying what is wrong and ending.
+    """On another rank, wait before saying what is wrong and ending: rank 0 mostly says the same.
 
-    Rank 0 says it too, unless it is on another machine or did not notice. Once a rank has ended, torchrun ends the others.
+    Once it has ended, torchrun ends the others on its machine.
     """
     if int(os.environ.get("RANK", 0)):
         sys.stdout.flush()
@@ -130,7 +130,7 @@ def prepare(
         folder = folder_of(given, path)
         if ranks.rank == 0 and folder is not None:
             writable_folder("--out" if given.get("out") else "--resume", folder)
-            if FolderLock.is_in(folder) or (folder / "checkpoint.pt").exists():
+            if FolderLock.is_in(folder) or has_checkpoint(folder):
                 occupy(folder, path, lock)
         state = None if path is None else load_checkpoint(path, STATE, ranks)
         settings = complete(given) if state is None else resumed(state["settings"], given)
@@ -166,7 +166,9 @@ def prepare(
     if ranks.size > 1:
         dist.broadcast_object_list(chosen)
     if ranks.rank == 0 and state is not None and is_old(state["settings"]) and settings.dataset != "digits":
-        print("the run was begun by version 0.2.0 or older: from here on, its views are other ones than they were there")
+        print(
+            "the run was begun by version 0.2.0 or older: from here on, its views are other ones than they were there"
+        )
     return trainer, Path(chosen[0])
 
 
@@ -217,7 +219,7 @@ def occupy(folder: Path, checkpoint: Path | None, lock: FolderLock | None) -> No
     except OSError as error:
         raise ValueError(f"--out: nothing can be written to {folder}: {error.strerror or error}") from None
     other = checkpoint is None or checkpoint.parent.resolve() != folder.resolve()
-    if other and (folder / "checkpoint.pt").exists():
+    if other and has_checkpoint(folder):
         raise ValueError(f"{folder} holds a run: go on with --resume {folder}, or choose another --out")
 
 
@@ -246,51 +248,47 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
 
     started, first_step = time.perf_counter(), trainer.step
     problem = None
-    try:
-        with contextlib.closing(writer) if writer is not None else contextlib.nullcontext():
-            try:
-                add_rows_before(trainer)
-                trainer.train(stop, after_epoch)
-            except OSError as error:  # an unreadable image
-                problem = error
-            if problem is not None or trainer.step < trainer.total_steps:
-                saved = save(trainer, folder)
-                if trainer.leads:
-                    print(f"\nstopped after step {trainer.step} of {trainer.total_steps}{how_to_go_on(folder)}")
-                    if problem is not None:
-                        print(f"error: {problem}", file=sys.stderr)
-                return 1 if problem is not None or not saved else 128 + trainer.stopped
-            rows = rows_after(trainer)
-            with shared(trainer.ranks):
-                if writer is not None:
-                    trainer.history[-1] |= {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
-                    log(writer, trainer.history[-1])
-        if not save(trainer, folder):
+    with contextlib.closing(writer) if writer is not None else contextlib.nullcontext():
+        try:
+            add_rows_before(trainer)
+            trainer.train(stop, after_epoch)
+        except OSError as error:  # an unreadable image
+            problem = error
+        except Diverged as error:  # a checkpoint of this would take the place of a sound one
+            if trainer.leads:
+                kept = "; the last checkpoint is from before" if has_checkpoint(folder) else ""
+                print(f"\nerror: {error}{kept}", file=sys.stderr)
             return 1
-    except Diverged as error:  # a checkpoint of this would take the place of a sound one
-        if trainer.leads:
-            kept = "; the last checkpoint is from before" if (folder / "checkpoint.pt").exists() else ""
-            print(f"\nerror: {error}{kept}", file=sys.stderr)
+        if problem is not None or trainer.step < trainer.total_steps:
+            saved = save(trainer, folder)
+            if trainer.leads:
+                then = f"go on with --resume {folder}" if has_checkpoint(folder) else "there is no checkpoint"
+                print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; {then}")
+                if problem is not None:
+                    print(f"error: {problem}", file=sys.stderr)
+            return 1 if problem is not None or not saved else 128 + trainer.stopped
+        rows = rows_after(trainer)
+        with shared(trainer.ranks):
+            if writer is not None:
+                trainer.history[-1] |= {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
+                log(writer, trainer.history[-1])
+    if not save(trainer, folder):
         return 1
     if trainer.leads:
         report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
     return 0
 
 
-def how_to_go_on(folder: Path) -> str:
-    """Return the end of a sentence about a run that has stopped."""
-    return f"; go on with --resume {folder}" if (folder / "checkpoint.pt").exists() else ", without a checkpoint"
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether there is one to go on from."""
+    return (folder / "checkpoint.pt").exists()
 
 
 def save(trainer: Trainer, folder: Path) -> bool:
     """Write the checkpoint and the metrics; return whether that worked. All ranks call it.
 
     A run does not end because a disk is full: the last whole checkpoint is there, and the next one may work.
-
-    Raises:
-        Diverged: there is nothing left that is worth it.
     """
-    trainer.check_sound()
     losses, state = trainer.average_losses(), trainer.state_dict()
     try:
         with shared(trainer.ranks):
@@ -301,7 +299,7 @@ def save(trainer: Trainer, folder: Path) -> bool:
         save_checkpoint(folder / "checkpoint.pt", state, trainer.ranks)
     except OSError as error:
         if trainer.leads:
-            kept = "the earlier checkpoint is kept" if (folder / "checkpoint.pt").exists() else "there is no checkpoint"
+            kept = "an earlier checkpoint is kept" if has_checkpoint(folder) else "there is no checkpoint"
             print(f"\nwarning: {error}; {kept}", file=sys.stderr)
         return False
     return True
@@ -331,6 +329,8 @@ def announce(trainer: Trainer, folder: Path) -> None:
     where = f"{trainer.device}" if trainer.ranks.size == 1 else f"{trainer.ranks.size} ranks of {trainer.device.type}"
     what = "BYOL (k = 1, no bank)" if s.method == "byol" else f"MSF: k = {s.k}, a bank of {s.bank_size:,} rows"
     labels = "with labels, for purity and evaluation" if source.has_labels else "without labels: no evaluation"
+    if s.same_label:
+        labels = "with labels, which choose the neighbors"
     stem = " with the stem for small images" if stem_of(s.stem, s.arch, s.image_size) == "small" else ""
     print(f"{what}, views {s.augmentation}, {s.arch}{stem} on {where} in {trainer.precision}")
     readers = "" if source.workers is None else f", read by {source.workers} workers"
@@ -404,7 +404,7 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
         }
         (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     picture(trainer, folder / "neighbors.png", title)
-    print(verdict(rows, name, last))
+    print(verdict(rows, name, last, with_labels=s.same_label))
     files = "checkpoint.pt, backbone.safetensors, metrics.csv, losses.csv, tensorboard/, curves.png, neighbors.png"
     print(f"{folder}: {files}")
 
@@ -443,16 +443,17 @@ def gather(source: DataSource, split: str, places: list[int]) -> tuple[torch.Ten
     return torch.cat([images.cpu() for images, _ in parts]), torch.cat([labels.cpu() for _, labels in parts])
 
 
-def verdict(rows: dict[str, dict[str, float]], name: str, last: Row) -> str:
-    """Say in one sentence what happened."""
+def verdict(rows: dict[str, dict[str, float]], name: str, last: Row, *, with_labels: bool = False) -> str:
+    """Say in one sentence what happened; ``with_labels`` where they chose the neighbors."""
+    how = "with labels" if with_labels else "without labels"
     if warnings := warnings_of(last):
         return "\n".join(f"warning: {warning}" for warning in warnings)
     after = rows.get(name, {})
     if "one_label" in after:
         others = " and ".join(f"{row['one_label']:.1%} ({title})" for title, row in rows.items() if title != name)
-        return f"{name}, trained without labels: {after['one_label']:.1%} with one label a class, against {others}."
+        return f"{name}, trained {how}: {after['one_label']:.1%} with one label a class, against {others}."
     if after:
-        return f"{name}: 20-NN accuracy on the test images is {after['nn20']:.1%}, learned without labels."
+        return f"{name}: 20-NN accuracy on the test images is {after['nn20']:.1%}, learned {how}."
     return f"{name}: the loss is {last['loss']:.3f} and the spread {last['spread']:.2f}; no labels to evaluate with."
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,8 @@ from msf_core.distributed import Ranks
 from msf_core.rows import unit_rows
 from training.data import Digits
 from training.health import measure
-from training.settings import build_parser, resumed
-from training.trainer import Trainer
+from training.settings import build_parser, complete, resumed
+from training.trainer import StopRequest, Trainer
 
 SCRIPT = Path(imagenet_train.__file__)
 TIMES = {"images_per_second", "data_share", "search_share"}
@@ -95,12 +96,42 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
 
 
+def as_0_2_0(settings: dict[str, object]) -> dict[str, object]:
+    """Settings as version 0.2.0 saved them."""
+    since = {"recipe", "stem", "blur", "symmetric", "exclude_same_id", "same_label"}
+    return {name: value for name, value in settings.items() if name not in since}
+
+
+@pytest.fixture
+def _untrained_is_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imagenet_train, "add_rows_before", lambda trainer: trainer.notes.update(before={}))
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def disturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    """The folder of a run, and what others got that would have written to it too."""
+    folder, others = tmp_path_factory.mktemp("whole") / "run", []
+    train_step = Trainer._train_step
+
+    def with_others(self: Trainer, *views: torch.Tensor) -> None:
+        attempts = {2: 1, 22: 3}.get(self.step, 0)  # before the first checkpoint, and after it
+        for flags in ([*DIGITS, "--out", folder], ["--resume", folder], ["--resume", "auto", "--out", folder])[
+            :attempts
+        ]:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                others.append((train(*flags), said.getvalue()))
+        train_step(self, *views)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Trainer, "_train_step", with_others)
+        assert train(*DIGITS, "--checkpoint-every", 1, "--out", folder) == 0
+    return folder, others
+
+
+@pytest.fixture(scope="module")
+def whole(disturbed: tuple[Path, list[tuple[int, str]]]) -> Path:
     """The folder of a run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert train(*DIGITS, "--checkpoint-every", 1, "--out", folder) == 0
-    return folder
+    return disturbed[0]
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +215,9 @@ def test_a_run_that_is_stopped_goes_on_exactly(
         assert train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run") == 128 + number
     assert f"stopped after step {step + 1} of 30; go on with --resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if step == 4:  # as if an older version had begun it
+        state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+        torch.save(state | {"settings": as_0_2_0(state["settings"])}, tmp_path / "run" / "checkpoint.pt")
     torch.manual_seed(99)  # what another process would have
     assert train("--resume", tmp_path / "run") == 0
     if step != 20:  # a stop is not kept waiting by the evaluation that its epoch's end would have
@@ -326,7 +360,7 @@ def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pyt
         ("--bank-size 64 --symmetric", "--bank-size must be at least 128, the embeddings of a batch (two of each"),
         ("--image-size 32", "16 pixels wide, got --image-size 32"),
         ("--data TREE --image-size 1", "argument --image-size: must be at least 8, got 1"),
-        ("--data TREE --arch alexnet --image-size 32", "Output size is too small; 'alexnet' takes --image-size 64"),
+        ("--data TREE --arch test_vit3 --image-size 32", "; 'test_vit3' takes --image-size 160"),
         ("--method byol --k 5", "--method byol is k = 1, got --k 5"),
         ("--method byol --same-label", "--same-label chooses among neighbors, and --method byol has none"),
         ("--k 1 --exclude-same-id", "--exclude-same-id chooses among neighbors, and --k 1 has none"),
@@ -363,24 +397,15 @@ def test_a_wrong_flag_is_one_line_that_names_it_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture, whole: Path) -> None:
-    folder, refused = tmp_path / "run", []
-    train_step = Trainer._train_step
-
-    def with_another(self: Trainer, *views: torch.Tensor) -> None:
-        if self.step in (2, 22):  # before the first checkpoint and after it
-            for flags in ([*DIGITS, "--out", folder], ["--resume", folder], ["--resume", "auto", "--out", folder]):
-                if self.step > 2 or "--resume" not in flags[:1]:
-                    refused.append(error_of(capsys, *flags))
-        train_step(self, *views)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Trainer, "_train_step", with_another)
-        assert train(*DIGITS, "--checkpoint-every", 1, "--out", folder) == 0
-    assert len(refused) == 5
-    assert all(f"{folder} is in use by another run of this process: choose another --out" in said for said in refused)
-    assert_same_run(whole, folder)
-    assert "holds a run: go on with --resume" in error_of(capsys, *DIGITS, "--out", folder)
+def test_two_runs_do_not_share_a_folder(
+    capsys: pytest.CaptureFixture, disturbed: tuple[Path, list[tuple[int, str]]], whole: Path
+) -> None:
+    """What the first run was like in the end, other tests look at."""
+    for status, said in disturbed[1]:
+        assert status == 2
+        assert f"{whole} is in use by another run of this process: choose another --out" in said
+    assert len(disturbed[1]) == 4
+    assert "holds a run: go on with --resume" in error_of(capsys, *DIGITS, "--out", whole)
 
 
 def test_main_returns_a_status_in_a_thread_and_in_an_event_loop_as_notebooks_have_it(
@@ -400,7 +425,9 @@ def test_main_returns_a_status_in_a_thread_and_in_an_event_loop_as_notebooks_hav
 
 def test_a_ctrl_c_during_the_imports_is_no_traceback() -> None:
     script = "import runpy, signal, sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1])\n"
-    script += "class Finder:\n def find_spec(self, name, *_):\n  name == 'torch' and signal.raise_signal(signal.SIGINT)\n"
+    script += (
+        "class Finder:\n def find_spec(self, name, *_):\n  name == 'torch' and signal.raise_signal(signal.SIGINT)\n"
+    )
     script += "del sys.modules['torch']; sys.meta_path.insert(0, Finder())\n"
     script += "runpy.run_path(sys.argv[2], run_name='__main__')"
     command = [sys.executable, "-c", script, str(SCRIPT.parent), str(SCRIPT)]
@@ -420,6 +447,7 @@ def poisoned(step: int) -> Callable[..., None]:
     return spoiling
 
 
+@pytest.mark.usefixtures("_untrained_is_not_evaluated")
 @pytest.mark.parametrize(("step", "stop"), [(3, 0), (23, 0), (23, 25)])
 def test_divergence_is_said_within_50_steps_and_leaves_the_last_sound_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, step: int, stop: int
@@ -439,34 +467,30 @@ def test_divergence_is_said_within_50_steps_and_leaves_the_last_sound_checkpoint
         assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 21
 
 
+@pytest.mark.usefixtures("_untrained_is_not_evaluated")
 def test_a_rate_that_is_far_too_high_is_said_before_the_loss_shows_it(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert train("--steps", 1, "--lr", 1e30, "--out", tmp_path / "run") == 1
-    assert "error: a weight is no longer a finite number by step 1 of 1: train anew with a lower" in capsys.readouterr().err
+    assert (
+        "error: a weight is no longer a finite number by step 1 of 1: train anew with a lower"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_a_run_of_an_older_version_goes_on_as_that_would_have(
-    tmp_path: Path, capsys: pytest.CaptureFixture, whole: Path
-) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        stop_at(monkeypatch, 4)
-        assert train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run") == 143
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    since = {"recipe", "stem", "blur", "symmetric", "exclude_same_id", "same_label"}
-    state["settings"] = {name: value for name, value in state["settings"].items() if name not in since}
-    torch.save(state, tmp_path / "run" / "checkpoint.pt")
-    assert "--stem is 'imagenet' there, 'small' here" in error_of(capsys, "--resume", tmp_path / "run", "--stem", "small")
-    assert train("--resume", tmp_path / "run") == 0
-    assert_same_run(whole, tmp_path / "run")
-
-    old = resumed({**state["settings"], "dataset": "folder", "arch": "resnet18", "image_size": 32}, {})
-    assert (old.stem, old.blur, old.recipe, old.symmetric) == ("imagenet", 0.5, "own", False)
-    with pytest.raises(ValueError, match=r"saved by version 0\.2\.0 or older, which normalized cifar10 otherwise"):
-        resumed({**state["settings"], "dataset": "cifar10"}, {})
-    with pytest.raises(ValueError, match="saved by a newer version, which has --warp-factor"):
-        resumed({**state["settings"], "warp_factor": 9}, {})
+def test_what_an_older_version_saved_means_what_it_did_there() -> None:
+    """That such a run of the digits goes on exactly is tested above."""
+    saved = as_0_2_0(asdict(complete({"data": "x", "arch": "resnet18", "image_size": 32})))
+    now = resumed(saved, {"workers": 3})
+    assert (now.stem, now.blur, now.recipe, now.symmetric, now.workers) == ("imagenet", 0.5, "own", False, 3)
+    for changed, given, message in (
+        ({}, {"stem": "small"}, "the run to resume has other settings: --stem is 'imagenet' there, 'small' here"),
+        ({"dataset": "cifar10"}, {}, "saved by version 0.2.0 or older, which normalized cifar10 otherwise"),
+        ({"warp_factor": 9}, {}, "saved by a newer version, which has --warp-factor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resumed(saved | changed, given)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here: a disk that is always full")
@@ -575,9 +599,10 @@ def test_what_restricts_the_neighbors_in_the_library_does_so_in_the_trainer(
         return measure(loss, u, found, labels, views, bank)
 
     monkeypatch.setattr("training.trainer.measure", watched)
-    flags = ["--steps", 24, "--bank-size", 2048, "--bank-dtype", "int8", "--eval-every", 0, "--symmetric"]
-    assert train(*flags, option, "--out", tmp_path / "run") == 0
+    trainer = prepared(
+        tmp_path / "run", "--steps", 24, "--bank-size", 2048, "--bank-dtype", "int8", "--symmetric", option
+    )
+    trainer.train(StopRequest(), lambda row: None)
     assert len(alike) > 1000
     assert set(alike) == {option == "--same-label"}
-    criterion = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["criterion"]
-    assert criterion["bank.int8_rows"].dtype == torch.int8
+    assert trainer.criterion.bank.dtype == torch.int8

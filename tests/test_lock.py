@@ -42,7 +42,9 @@ def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen]:
 
 def test_a_folder_is_one_processs_until_that_is_killed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with held_elsewhere(tmp_path) as holder, FolderLock() as ours:
-        with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} on .* since 20.*: choose another --out"):
+        with pytest.raises(
+            ValueError, match=rf"is in use by process {holder.pid} on .* since 20.*: choose another --out"
+        ):
             ours.take(tmp_path)
         holder.kill()
         holder.wait()

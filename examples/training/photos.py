@@ -126,7 +126,7 @@ class Photos:
 
 
 class Crops(Dataset[tuple[Any, ...]]):
-    """A crop of an image for each kind of view, its row of draws, label and index; all by (seed, epoch, index) alone."""
+    """A crop of an image for each kind of view, its row of draws, label and index: by (seed, epoch, index) alone."""
 
     def __init__(self, images: Dataset[Any], kinds: list[View], size: int, seed: int, stream: int = 0) -> None:
         self.images, self.kinds, self.size, self.stream = images, kinds, size, stream

@@ -195,9 +195,9 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "images": ("dataset", "data", "image_size", "augmentation", "blur", "views", "workers"),
     "method": ("method", "k", "k_end", "symmetric", "exclude_same_id", "same_label", "momentum"),
     "memory bank": ("bank_size", "bank_dtype", "bank_layout", "backend"),
-    "networks": ("arch", "stem", "hidden", "dim", "predictor", "batchnorm"),
-    "training": ("recipe", "epochs", "steps", "batch_size", "accumulate", "lr", "sgd_momentum", "weight_decay")
-    + ("precision", "seed", "device", "timeout"),
+    "networks": ("arch", "stem", "hidden", "dim", "predictor"),
+    "training": ("recipe", "epochs", "steps", "batch_size", "lr", "sgd_momentum", "weight_decay", "seed"),
+    "devices": ("device", "precision", "accumulate", "batchnorm", "timeout"),
     "the run": ("out", "resume", "eval_every", "checkpoint_every", "keep_every"),
 }
 _METAVARS = {"data": "DIR", "out": "DIR", "resume": "DIR", "arch": "NAME", "backend": "NAME", "device": "NAME"}

@@ -139,7 +139,11 @@ class Trainer:
             disable=not self.leads,
         ) as bar:
             while self.step < self.total_steps and not self.stopped:
-                self._train_epoch(stop, after_epoch, bar)
+                try:
+                    self._train_epoch(stop, after_epoch, bar)
+                except UnreadableImage:
+                    self.check_sound()  # a checkpoint will be written
+                    raise
 
     def _train_epoch(self, stop: StopRequest, after_epoch: Callable[[Row], None], bar: tqdm) -> None:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
@@ -149,6 +153,7 @@ class Trainer:
         while self.step < last:
             micro_batches = self._fetch(views, stop)
             if self.stopped:
+                self.check_sound()
                 return  # within the epoch: its sums are kept
             self._train_step(micro_batches)
             bar.update()
@@ -246,7 +251,7 @@ class Trainer:
         return detached
 
     def _targets(self, view: Tensor, seeds: tuple[int, ...]) -> Tensor:
-        """Return the target encoder's embeddings of a view; ``seeds`` are those of the order in which it is shuffled."""
+        """Return the target encoder's embeddings of a view; ``seeds`` are of the order in which ranks shuffle it."""
         if self.settings.batchnorm == "shuffle" and self.ranks.size > 1:
             return shuffled(self.target, view, self.ranks, *seeds)
         embeddings: Tensor = self.target(view)
@@ -256,12 +261,13 @@ class Trainer:
         """Return the loss of predictions and targets, one or two views each, and the neighbors of all targets."""
         kept = ids if self.settings.exclude_same_id else None  # beside each row, in 8 bytes
         if len(us) == 1:
-            return self.criterion(vs[0], us[0], labels, ids=kept, return_neighbors=True)
+            loss, neighbors = self.criterion(vs[0], us[0], labels, ids=kept, return_neighbors=True)
+            return loss, neighbors
         loss, of_views = self.criterion(vs, us, labels, ids=kept, return_neighbors=True)
         return loss, Neighbors(*(torch.cat(parts) for parts in zip(*of_views, strict=True)))
 
     def check_sound(self) -> None:
-        """Raise Diverged, on all ranks, if a loss of this epoch or a weight is not finite. All ranks call it together."""
+        """Raise Diverged if a loss of this epoch or a weight is not finite: on all ranks, which call it together."""
         loss = float(self._sums_of_all()[:, 0, MEASURES.index("loss")].sum())
         parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
         lengths = torch.stack([torch.linalg.vector_norm(parameter.detach().float()) for parameter in parameters])
