@@ -579,7 +579,7 @@ def test_a_symmetric_loss_takes_each_view_through_both_encoders(tmp_path: Path) 
     torch.testing.assert_close(trainer._backward(0, weak, strong, labels, ids), expected.detach())
     assert torch.equal(trainer.criterion.bank.rows[:128], unit_rows(torch.cat([z1, z2])))
     means = trainer.averages.means()
-    assert means["loss"] == pytest.approx(float(expected))
+    assert means["loss"] == pytest.approx(expected.item())
     assert means["spread"] > 0.5
 
 
