@@ -13,18 +13,22 @@ sequence), one process drives one GPU, and on a GPU the encoders run in bfloat16
 drawn on the device of the training, without rounding to 8 bits in between, and their blur is a Gaussian (Pillow's,
 which the authors use, comes near one by box blurs).
 --batch-size counts the images of all ranks.
-Labels serve purity and evaluation alone; a folder of images without labels works.
+Labels serve purity and evaluation alone, unless --same-label is given; a folder of images without labels works.
 """
 
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # a Ctrl-C ends it without a traceback during the imports, which take seconds
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -36,7 +40,9 @@ from training.checkpoint import check_sharded_checkpoints, load_checkpoint, load
 from training.data import UNKNOWN, DataSource, Share, open_source, seed_of
 from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warmed_up
 from training.features import features_of
+from training.flags import writable_folder
 from training.health import warnings_of
+from training.lock import FolderLock
 from training.models import export_backbone, stem_of
 from training.ranks import joined, may_restart, restarted, shared
 from training.report import (
@@ -50,7 +56,16 @@ from training.report import (
     write_csv,
     write_losses,
 )
-from training.settings import Settings, build_parser, check_division, complete, make_run_folder, resumed
+from training.settings import (
+    Settings,
+    build_parser,
+    check_division,
+    check_source,
+    complete,
+    is_old,
+    new_run_folder,
+    resumed,
+)
 from training.trainer import STATE, Diverged, StopRequest, Trainer
 
 RAW_LIMIT = 10_000  # training images up to which raw pixels are evaluated: every pixel is a feature
@@ -58,31 +73,65 @@ SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the script; return its exit status."""
-    parser = build_parser(__doc__.partition("\n\n")[0])
-    given = vars(parser.parse_args(arguments))
+    """Run the script, here or in a notebook or a thread; return its exit status.
+
+    Args:
+        arguments: the flags; None are those of the command line.
+    """
+    title, _, examples, *_ = (__doc__ or "\n\n\n\n").split("\n\n")
+    parser = build_parser(title, f"examples:\n{examples}")
+    parser.prog = "imagenet_train.py"  # in a notebook the program is another
+    try:
+        given = vars(parser.parse_args(arguments))
+    except SystemExit as end:  # --help, or a flag that it refuses
+        leave_the_word_to_rank_0()
+        return int(end.code or 0)
+    timeout = given.get("timeout", Settings.timeout)
     with ExitStack() as stack:
         try:
-            ranks, device = stack.enter_context(
-                joined(given.get("device", Settings.device), given.get("timeout", Settings.timeout))
-            )
-            trainer, folder = prepare(given, ranks, device)
+            ranks, device = stack.enter_context(joined(given.get("device", Settings.device), timeout))
+            # Where torchrun starts it again on another machine, a file server may not yet know that the first one died.
+            lock = stack.enter_context(FolderLock(patience=timeout / 2 if restarted() else 0))
+            trainer, folder = prepare(given, ranks, device, lock)
         except (ValueError, ImportError, RuntimeError, OSError) as error:
-            if int(os.environ.get("RANK", 0)) and str(error).startswith("rank "):
-                return 2  # the rank that it befell says it, and so does rank 0
-            parser.exit(2, f"{parser.prog}: error: {error}\n")
+            leave_the_word_to_rank_0()
+            print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
         stop = stack.enter_context(StopRequest())
         return run(trainer, folder, stop)
 
 
-def prepare(given: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[Trainer, Path]:
+def leave_the_word_to_rank_0(seconds: float = 10) -> None:
+    """On another rank, wait before saying what is wrong and ending: rank 0 mostly says the same.
+
+    Once it has ended, torchrun ends the others on its machine.
+    """
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout.flush()
+        time.sleep(seconds)
+
+
+def prepare(
+    given: dict[str, Any], ranks: Ranks, device: torch.device, lock: FolderLock | None = None
+) -> tuple[Trainer, Path]:
     """Return the trainer, at its start or where the run to resume was, and the folder of the run.
+
+    Args:
+        given: the flags that were given.
+        ranks: those that take part.
+        device: of this one.
+        lock: keeps other runs out of the folder, for as long as it is held.
 
     Raises:
         ValueError, ImportError, RuntimeError, OSError: on all ranks, where it goes wrong on one.
     """
     with shared(ranks):
         path = checkpoint_of(given)
+        folder = folder_of(given, path)
+        if ranks.rank == 0 and folder is not None:
+            writable_folder("--out" if given.get("out") else "--resume", folder)
+            if FolderLock.is_in(folder) or has_checkpoint(folder):
+                occupy(folder, path, lock)
         state = None if path is None else load_checkpoint(path, STATE, ranks)
         settings = complete(given) if state is None else resumed(state["settings"], given)
         check_division(settings, ranks.size)
@@ -99,28 +148,35 @@ def prepare(given: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[
             seed=settings.seed,
             device=device,
         )
+        check_source(settings, source)
     if ranks.size > 1:  # one that does not see the checkpoint would begin anew
         ranks.agree("prepare", same={"step to go on from": -1 if state is None else int(state["step"])})
     trainer = Trainer(settings, source, device, ranks)
-    with shared(ranks):
-        chosen = [str(folder_of(given, path, settings)) if ranks.rank == 0 else ""]
-    if ranks.size > 1:
-        dist.broadcast_object_list(chosen)
-    folder = Path(chosen[0])
     if state is not None and path is not None:
         load_shards(path, state, trainer.criterion.state_dict())
         trainer.load_state_dict(state)
-    if ranks.rank == 0:
-        keep_losses(folder / "losses.csv", trainer.step)
-        (folder / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
-    return trainer, folder
+    with shared(ranks):
+        chosen = [""]
+        if ranks.rank == 0:
+            folder = new_run_folder(settings.dataset) if folder is None else folder
+            occupy(folder, path, lock)
+            keep_losses(folder / "losses.csv", trainer.step)
+            (folder / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
+            chosen = [str(folder)]
+    if ranks.size > 1:
+        dist.broadcast_object_list(chosen)
+    if ranks.rank == 0 and state is not None and is_old(state["settings"]) and settings.dataset != "digits":
+        print(
+            "the run was begun by version 0.2.0 or older: from here on, its views are other ones than they were there"
+        )
+    return trainer, Path(chosen[0])
 
 
 def checkpoint_of(given: dict[str, Any]) -> Path | None:
     """Return the checkpoint to go on from: the one of --resume, by its file or its folder, or the one in --out.
 
     Raises:
-        ValueError: a run that may be restarted has no --out to find its checkpoint in.
+        ValueError: there is none, or a run that may be restarted has no --out to find its checkpoint in.
     """
     resume = given.get("resume", "auto" if restarted() else "")
     if may_restart() and not given.get("out") and resume in ("", "auto"):
@@ -132,17 +188,39 @@ def checkpoint_of(given: dict[str, Any]) -> Path | None:
         return path if path.exists() else None
     if not resume:
         return None
-    path = Path(resume)
-    return path / "checkpoint.pt" if path.is_dir() else path
+    path = Path(resume) / "checkpoint.pt" if Path(resume).is_dir() else Path(resume)
+    if not path.is_file():
+        raise ValueError(f"--resume {resume}: no checkpoint at {path}")
+    return path
 
 
-def folder_of(given: dict[str, Any], checkpoint: Path | None, settings: Settings) -> Path:
-    """Return the folder of the run, which exists then."""
-    if checkpoint is None:
-        return make_run_folder(settings.out, settings.dataset)
-    old = checkpoint.parent
-    new = Path(given.get("out", old))
-    return old if new.resolve() == old.resolve() else make_run_folder(str(new), settings.dataset)
+def folder_of(given: dict[str, Any], checkpoint: Path | None) -> Path | None:
+    """Return the folder of the run; None is a new one below runs/."""
+    if given.get("out"):
+        return Path(given["out"])
+    return None if checkpoint is None else checkpoint.parent
+
+
+def occupy(folder: Path, checkpoint: Path | None, lock: FolderLock | None) -> None:
+    """Make the folder of the run, unless it is there, and lock it.
+
+    Args:
+        folder: of the run.
+        checkpoint: that the run goes on from.
+        lock: to take.
+
+    Raises:
+        ValueError: another run is there, or was and has left a checkpoint; or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
+            lock.take(folder)
+    except OSError as error:
+        raise ValueError(f"--out: nothing can be written to {folder}: {error.strerror or error}") from None
+    other = checkpoint is None or checkpoint.parent.resolve() != folder.resolve()
+    if other and has_checkpoint(folder):
+        raise ValueError(f"{folder} holds a run: go on with --resume {folder}, or choose another --out")
 
 
 def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
@@ -178,12 +256,14 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
             problem = error
         except Diverged as error:  # a checkpoint of this would take the place of a sound one
             if trainer.leads:
-                print(f"\nerror: {error}", file=sys.stderr)
+                kept = "; the last checkpoint is from before" if has_checkpoint(folder) else ""
+                print(f"\nerror: {error}{kept}", file=sys.stderr)
             return 1
         if problem is not None or trainer.step < trainer.total_steps:
             saved = save(trainer, folder)
             if trainer.leads:
-                print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; go on with --resume {folder}")
+                then = f"go on with --resume {folder}" if has_checkpoint(folder) else "there is no checkpoint"
+                print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; {then}")
                 if problem is not None:
                     print(f"error: {problem}", file=sys.stderr)
             return 1 if problem is not None or not saved else 128 + trainer.stopped
@@ -197,6 +277,11 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
     if trainer.leads:
         report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
     return 0
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether there is one to go on from."""
+    return (folder / "checkpoint.pt").exists()
 
 
 def save(trainer: Trainer, folder: Path) -> bool:
@@ -214,7 +299,8 @@ def save(trainer: Trainer, folder: Path) -> bool:
         save_checkpoint(folder / "checkpoint.pt", state, trainer.ranks)
     except OSError as error:
         if trainer.leads:
-            print(f"\nwarning: {error}; an earlier checkpoint is kept", file=sys.stderr)
+            kept = "an earlier checkpoint is kept" if has_checkpoint(folder) else "there is no checkpoint"
+            print(f"\nwarning: {error}; {kept}", file=sys.stderr)
         return False
     return True
 
@@ -229,7 +315,12 @@ def rows_after(trainer: Trainer) -> dict[str, float]:
     """Return the table's last row: what the trained encoder is worth; nothing where there is nothing to test on."""
     if not trainer.source.has_val:
         return {}
-    return evaluate(trainer.backbone, trainer.source, max(trainer.settings.k, 5), trainer.ranks)
+    return evaluate(trainer.backbone, trainer.source, neighbors_of(trainer), trainer.ranks)
+
+
+def neighbors_of(trainer: Trainer) -> int:
+    """Return how many of its nearest an image's purity is measured with."""
+    return min(max(trainer.settings.k, 5), trainer.source.size("train"))
 
 
 def announce(trainer: Trainer, folder: Path) -> None:
@@ -238,6 +329,8 @@ def announce(trainer: Trainer, folder: Path) -> None:
     where = f"{trainer.device}" if trainer.ranks.size == 1 else f"{trainer.ranks.size} ranks of {trainer.device.type}"
     what = "BYOL (k = 1, no bank)" if s.method == "byol" else f"MSF: k = {s.k}, a bank of {s.bank_size:,} rows"
     labels = "with labels, for purity and evaluation" if source.has_labels else "without labels: no evaluation"
+    if s.same_label:
+        labels = "with labels, which choose the neighbors"
     stem = " with the stem for small images" if stem_of(s.stem, s.arch, s.image_size) == "small" else ""
     print(f"{what}, views {s.augmentation}, {s.arch}{stem} on {where} in {trainer.precision}")
     readers = "" if source.workers is None else f", read by {source.workers} workers"
@@ -250,7 +343,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
 
 def add_rows_before(trainer: Trainer) -> None:
     """Note the table's first rows, once: raw pixels where they are few, and the untrained encoder."""
-    source, k = trainer.source, max(trainer.settings.k, 5)
+    source, k = trainer.source, neighbors_of(trainer)
     if trainer.step:
         return
     rows: dict[str, dict[str, float]] = {}
@@ -311,7 +404,7 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
         }
         (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     picture(trainer, folder / "neighbors.png", title)
-    print(verdict(rows, name, last))
+    print(verdict(rows, name, last, with_labels=s.same_label))
     files = "checkpoint.pt, backbone.safetensors, metrics.csv, losses.csv, tensorboard/, curves.png, neighbors.png"
     print(f"{folder}: {files}")
 
@@ -350,18 +443,22 @@ def gather(source: DataSource, split: str, places: list[int]) -> tuple[torch.Ten
     return torch.cat([images.cpu() for images, _ in parts]), torch.cat([labels.cpu() for _, labels in parts])
 
 
-def verdict(rows: dict[str, dict[str, float]], name: str, last: Row) -> str:
-    """Say in one sentence what happened."""
+def verdict(rows: dict[str, dict[str, float]], name: str, last: Row, *, with_labels: bool = False) -> str:
+    """Say in one sentence what happened; ``with_labels`` where they chose the neighbors."""
+    how = "with labels" if with_labels else "without labels"
     if warnings := warnings_of(last):
         return "\n".join(f"warning: {warning}" for warning in warnings)
     after = rows.get(name, {})
     if "one_label" in after:
         others = " and ".join(f"{row['one_label']:.1%} ({title})" for title, row in rows.items() if title != name)
-        return f"{name}, trained without labels: {after['one_label']:.1%} with one label a class, against {others}."
+        return f"{name}, trained {how}: {after['one_label']:.1%} with one label a class, against {others}."
     if after:
-        return f"{name}: 20-NN accuracy on the test images is {after['nn20']:.1%}, learned without labels."
+        return f"{name}: 20-NN accuracy on the test images is {after['nn20']:.1%}, learned {how}."
     return f"{name}: the loss is {last['loss']:.3f} and the spread {last['spread']:.2f}; no labels to evaluate with."
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        signal.signal(signal.SIGINT, before)  # IPython's %run goes on

@@ -81,8 +81,8 @@ def batches(source: data.DataSource, epoch: int, first: int = 0) -> list[data.Vi
 
 
 def joined_of(parts: list[data.Views]) -> data.Views:
-    target, online, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return target, online, labels
+    target, online, labels, ids = (torch.cat(part) for part in zip(*parts, strict=True))
+    return target, online, labels, ids
 
 
 def assert_same(ours: list[data.Views], theirs: list[data.Views]) -> None:
@@ -95,6 +95,9 @@ def test_an_epoch_of_digits_is_a_function_of_seed_and_epoch() -> None:
     source = Digits("w/s", Share(64), seed=0, device=CPU)
     first = batches(source, epoch=0)
     assert len(first) == 1347 // 64
+    _, _, labels, ids = joined_of(first)
+    assert len(ids.unique()) == 1344
+    assert torch.equal(source.labels("train")[ids], labels)
     assert_same(first, batches(Digits("w/s", Share(64), seed=0, device=CPU), epoch=0))
     assert_same(first[5:], batches(source, epoch=0, first=5))
     assert not torch.equal(first[0][0], batches(source, epoch=1)[0][0])
@@ -189,7 +192,7 @@ def test_photos_of_several_modes_and_sizes_are_one_batch(tmp_path: Path) -> None
     Image.fromarray(pixels[..., :3]).quantize(8).save(tree / "train" / "class1" / "palette.png")
     Image.fromarray(pixels, mode="CMYK").save(tree / "train" / "class2" / "cmyk.jpg")
     Image.fromarray(pixels[:1, :3, 0]).save(tree / "train" / "class2" / "tiny.bmp")
-    ((target, online, labels),) = batches(photos(tree, share=Share(12)), epoch=0)
+    ((target, online, labels, _),) = batches(photos(tree, share=Share(12)), epoch=0)
     assert target.shape == online.shape == (12, 3, 32, 32)
     assert labels.bincount().tolist() == [4, 4, 4]
     assert len(torch.cat([images for images, _ in photos(tree).images("train")])) == 12
@@ -197,14 +200,14 @@ def test_photos_of_several_modes_and_sizes_are_one_batch(tmp_path: Path) -> None
 
 def test_each_view_is_made_of_its_image_and_its_part_of_the_row(tmp_path: Path) -> None:
     source = photos(make_tree(tmp_path, train=4), share=Share(12))
-    ((target, online, labels),) = batches(source, epoch=3)
+    ((target, online, labels, ids),) = batches(source, epoch=3)
     crops = source._loader.dataset
     for place, key in enumerate(source._order):
-        weak, strong, row, label = crops[key]
+        weak, strong, row, label, _ = crops[key]
         assert torch.equal(target[place], source._target(weak[None], row[None, :PER_VIEW])[0])
         assert torch.equal(online[place], source._online(strong[None], row[None, PER_VIEW:])[0])
         assert torch.equal(row, draws(seed_of(0), 3, key[1], 1)[0])
-        assert labels[place] == label
+        assert (labels[place], ids[place]) == (label, key[1])
         assert not torch.equal(row, crops[4, key[1]][2]), "another epoch, other views"
 
 
@@ -219,8 +222,10 @@ def test_workers_end_with_a_process_that_still_refers_to_their_loader(tmp_path: 
 
 def test_an_epoch_of_photos_sees_each_image_once(tmp_path: Path) -> None:
     source = photos(make_tree(tmp_path, train=4))
-    labels = torch.cat([labels for _, _, labels in source.train_views(0, 0)])
+    _, _, labels, ids = joined_of(batches(source, 0))
     assert labels.bincount().tolist() == [4, 4, 4]
+    assert ids.sort().values.tolist() == list(range(12))
+    assert torch.equal(source.labels("train")[ids], labels)
 
 
 def test_a_folder_with_classes_has_labels_that_agree_between_train_and_val(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ class Digits:
                 view(images[chosen.flatten()], generator).reshape(*chosen.shape, *self.image_shape)[rank]
                 for view in (self._target_view, self._online_view)
             )
-            yield self._normalized(target), self._normalized(online), labels[chosen[rank]]
+            ids = chosen[rank]
+            yield self._normalized(target), self._normalized(online), labels[ids], ids
 
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """See `DataSource`."""

@@ -1,6 +1,8 @@
 """Backbones by name, the paper's MLPs, and the export of a trained backbone."""
 
+import contextlib
 import copy
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # of images, in pixels
 SMALL_IMAGE = 64  # pixels up to which "auto" takes the small stem
 _RESNETS = ("resnet", "resnext", "wide_resnet")
 
@@ -87,6 +90,15 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int], stem: str = "im
     return backbone.train(), features.shape[1]
 
 
+def usual_size(arch: str, channels: int, stem: str = "imagenet") -> int:
+    """Return the first of `USUAL_SIZES` of which a model takes images, or 0 where there is none."""
+    for size in USUAL_SIZES:
+        with contextlib.suppress(ValueError):
+            build_backbone(arch, (channels, size, size), stem)
+            return size
+    return 0
+
+
 def stem_of(stem: str, arch: str, image_size: int) -> str:
     """Return the stem that is meant: "auto" is "small" for a ResNet of torchvision's on images of at most 64 pixels."""
     if stem != "auto":
@@ -124,8 +136,11 @@ def export_backbone(backbone: nn.Module, path: Path, **facts: object) -> None:
 def _build_timm(arch: str) -> nn.Module:
     import timm  # takes seconds, and most runs do without
 
-    if arch not in timm.list_models():
-        raise ValueError(f"no model {arch!r} in torchvision or timm")
+    known = timm.list_models()
+    if arch not in known:
+        near = get_close_matches(arch, ["digits", *torchvision.models.list_models(module=torchvision.models), *known])
+        hint = f": did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+        raise ValueError(f"no model {arch!r} in torchvision or timm{hint}")
     return timm.create_model(arch, pretrained=False, num_classes=0)
 
 

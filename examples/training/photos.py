@@ -93,7 +93,7 @@ class Photos:
         """See `DataSource`."""
         keys = [[(epoch, index) for index in chosen] for chosen in batches]
         options = {name: value for name, value in self._options.items() if name != "batch_size"}
-        for crops, rows, labels in _batches(DataLoader(self._supervised, batch_sampler=keys, **options)):
+        for crops, rows, labels, _ in _batches(DataLoader(self._supervised, batch_sampler=keys, **options)):
             yield self._classifier(self._to_device(crops), rows[:, :PER_VIEW]), self._to_device(labels)
 
     def labels(self, split: str) -> Tensor:
@@ -113,11 +113,12 @@ class Photos:
         return self._normalized.undone(images).numpy()
 
     def _rendered(self, batch: list[Tensor]) -> Views:
-        target, online, rows, labels = batch
+        target, online, rows, labels, ids = batch
         return (
             self._target(self._to_device(target), rows[:, :PER_VIEW]),
             self._online(self._to_device(online), rows[:, PER_VIEW:]),
             self._to_device(labels),
+            self._to_device(ids),
         )
 
     def _to_device(self, values: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class Photos:
 
 
 class Crops(Dataset[tuple[Any, ...]]):
-    """A crop of an image for each kind of view, its row of draws and its label, all by (seed, epoch, index) alone."""
+    """A crop of an image for each kind of view, its row of draws, label and index: by (seed, epoch, index) alone."""
 
     def __init__(self, images: Dataset[Any], kinds: list[View], size: int, seed: int, stream: int = 0) -> None:
         self.images, self.kinds, self.size, self.stream = images, kinds, size, stream
@@ -139,7 +140,7 @@ class Crops(Dataset[tuple[Any, ...]]):
         for kind, part in zip(self.kinds, row.split(PER_VIEW, dim=1), strict=False):
             (box,) = crop_boxes(part, image.shape[1], image.shape[2], kind.area)
             crops.append(resized_crop(image, box, self.size))
-        return (*crops, row[0], label)
+        return (*crops, row[0], label, index)
 
 
 class _Centred(Dataset[tuple[Tensor, int]]):

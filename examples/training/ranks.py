@@ -41,11 +41,7 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
     Raises:
         ValueError: no such device here.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch sees no GPU here")
+    chosen = device_of(device)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks(), chosen
         return
@@ -64,6 +60,29 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
         yield Ranks(), chosen
     finally:
         dist.destroy_process_group()
+
+
+def device_of(name: str) -> torch.device:
+    """Return a device of PyTorch's by name, or for "auto" the GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or a GPU as cuda:0, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch sees no GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here, the first is cuda:0")
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # each kind of device has another
+        raise ValueError(f"--device {name}: PyTorch cannot compute on it here ({type(error).__name__})") from None
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def restarted() -> bool:

@@ -74,6 +74,7 @@ class SmallImages:
                 self._target(self._cropped(images, target, self._views[0]), target),
                 self._online(self._cropped(images, online, self._views[1]), online),
                 labels,
+                chosen.to(self._device, non_blocking=True),
             )
 
         return self._side.over(iter(micro_batches[first:, self._share.rank]), drawn)

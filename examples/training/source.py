@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 UNKNOWN = -1
-Views = tuple[Tensor, Tensor, Tensor]  # for the target [B, C, H, W], for the online encoder, labels [B]
+# For the target [B, C, H, W], for the online encoder, labels [B], and ids [B]: the images' places in the training set.
+Views = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
