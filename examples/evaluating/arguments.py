@@ -104,7 +104,7 @@ def _add_machine(parser: argparse.ArgumentParser, command: str) -> None:
         add("--workers", type=whole(-1, 4096), default=-1, metavar="N", help=help_)
     add("--device", default="auto", help="auto: the GPU if there is one")
     add("--timeout", type=whole(), default=1800, metavar="SECONDS", help="that ranks wait for one another")
-    out = f"file of the record; default: eval_{command}.json beside the encoder, or here"
+    out = f"file of the record; default: eval_{command}.json beside the encoder, or eval_{command}_MODEL.json here"
     add("--out", default="", metavar="FILE", help=out)
 
 

@@ -15,7 +15,7 @@ _PLAIN = (ValueError, OSError, RuntimeError, ImportError)  # their names say no 
 _TRACEBACK = "Traceback (most recent call last):"
 
 
-class Told(Exception):  # noqa: N818
+class Told(Exception):
     """An error of which somebody has been told already."""
 
 

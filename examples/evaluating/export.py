@@ -6,7 +6,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,11 +27,7 @@ class Exported:
 
     path: Path
     verified: str
-
-    @property
-    def files(self) -> list[Path]:
-        """All files."""
-        return sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+    files: tuple[Path, ...] = ()  # all that were written, once they are in their place
 
 
 @dataclass(frozen=True)
@@ -56,11 +52,12 @@ def export_to(layout: str, encoder: LoadedEncoder, folder: Path, image_size: int
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as draft:
         done = LAYOUTS[layout].write(encoder, Path(draft), image_size)
-        for file in done.files:
-            final = folder / file.relative_to(draft)
+        drafts = sorted(done.path.iterdir()) if done.path.is_dir() else [done.path]
+        finals = [folder / file.relative_to(draft) for file in drafts]
+        for file, final in zip(drafts, finals, strict=True):
             final.parent.mkdir(exist_ok=True)
             file.replace(final)
-    return replace(done, path=folder / done.path.name)
+    return Exported(folder / done.path.name, done.verified, tuple(finals))
 
 
 def check_torchvision(encoder: LoadedEncoder) -> None:

@@ -65,10 +65,8 @@ def listed(path: Path, source: DataSource) -> list[int]:
         else:
             strangers.append(line)
     if strangers:
-        count = (
-            f"{len(strangers)} of the images that it lists are" if len(strangers) > 1 else "an image that it lists is"
-        )
-        raise ValueError(f"--list {path}: {count} not there: {strangers[0]}{', …' if len(strangers) > 1 else ''}")
+        count = f"{len(strangers)} of the {len(wanted)} that are listed, as {strangers[0]}"
+        raise ValueError(f"--list {path}: images that are not there: {count}")
     if not found:
         raise ValueError(f"--list {path} lists no images")
     return sorted(found)
