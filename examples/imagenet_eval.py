@@ -18,13 +18,15 @@ if __name__ == "__main__":
     interrupts.leave_on_interrupt()
 
 import argparse
+import os
 import sys
 import time
 
 from evaluating.arguments import PROGRAM, build_parser, check_flags
 from evaluating.commands import COMMANDS, check_device
-from evaluating.errors import Told, speaks_for_its_machine, tell, telling_once
+from evaluating.errors import Told, tell, telling_once
 from evaluating.record import record_path, report
+from training.flags import speaks
 from training.ranks import joined, shared
 
 
@@ -38,13 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
         flags = build_parser((__doc__ or "").partition("\n\n")[0]).parse_args(arguments)
         evaluate(flags)
     except KeyboardInterrupt:
-        if speaks_for_its_machine():
+        if not int(os.environ.get("RANK", 0)):
             print(f"\n{PROGRAM}: {interrupts.LINE}", file=sys.stderr, flush=True)
         return interrupts.STATUS
     except Told:
         return 2
     except Exception as error:
-        if speaks_for_its_machine():
+        if speaks():
             tell(PROGRAM, error)
         return 2
     return 0

@@ -69,8 +69,8 @@ class Evaluation(Subject):
             existing_folder("--data", flags.data)
         super().__init__(flags, ranks, device)
         known = self.encoder.trained_on
-        usual = "folder" if flags.data or not self.gray else "digits"
-        self.dataset: str = flags.dataset or (usual if flags.data else known.get("dataset", usual))
+        usual = "folder" if flags.data else known.get("dataset", "digits" if self.gray else "folder")
+        self.dataset: str = flags.dataset or usual
         self.data: str = flags.data or known.get("data", "" if self.dataset == "folder" else "data")
         self._check()
         self.source: DataSource = open_source(

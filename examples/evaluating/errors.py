@@ -1,7 +1,6 @@
 """Whatever befalls an evaluation, in one line: without a traceback, and from one of the ranks alone."""
 
 import builtins
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,11 +60,6 @@ def in_one_line(error: BaseException) -> str:
     text = text.partition("Exception raised from ")[0]  # the stack of PyTorch's C++
     text = " ".join(text.split()).rstrip(": ") or type(error).__name__
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-
-
-def speaks_for_its_machine() -> bool:
-    """Tell whether this is the first of the processes that torchrun has started here, or the only one."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def _cause(text: str) -> str:
