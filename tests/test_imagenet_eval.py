@@ -224,10 +224,13 @@ def test_an_exported_backbone_is_worth_what_its_checkpoint_is(digits_run: Path, 
     assert record["encoder"]["metadata"]["arch"] == "digits"
 
 
-def test_the_linear_protocol_runs_with_and_without_a_cache(photo_run: Path, tmp_path: Path) -> None:
+def test_the_linear_protocol_runs_with_and_without_a_cache(photo_run: Path, tmp_path: Path, capsys: Any) -> None:
     flags = ["--workers", 0, "--epochs", 2, "--batch-size", 8]
     _, plain = measured("linear", photo_run, *flags, "--sweep", 0.1, 1, tmp_path / "plain.json")
-    result, cached = measured("linear", photo_run, *flags, "--cache", tmp_path / "cached.json")
+    result, cached = measured("linear", photo_run, *flags, "--cache", "--sweep", 1e38, tmp_path / "cached.json")
+    assert "diverged" not in plain["protocol"]
+    assert cached["protocol"]["diverged"] == [1e38]
+    assert "warning: training diverged at learning rate 1e+38" in capsys.readouterr().err
     assert plain["protocol"]["training view"] == "random resized crop 32 (area 0.08 to 1), horizontal flip"
     assert cached["protocol"]["training view"] == cached["protocol"]["test view"] == "resize 37, center crop 32"
     for record, is_cached in ((plain, False), (cached, True)):

@@ -212,7 +212,7 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
     with progress_bar(evaluation, f"training on {len(places)} images", "epoch", protocol.epochs) as bar:
         layers = train_linear(views, standardize, evaluation.classes, protocol, ranks, lambda loss: shown(bar, loss))
     results = accuracy(list(layers), standardize, evaluation.part("val"), ranks)
-    described = {
+    described: dict[str, Any] = {
         **asdict(protocol),
         "optimizer": "SGD, learning rate to a tenth at the milestones",
         "features": "normalized to unit length, then standardized over the labelled training images",
@@ -222,6 +222,11 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
         "all": {f"{lr:g}": result for lr, result in zip(protocol.lrs, results, strict=True)},
     }
     row = dict(results[0])
+    for lr, layer in zip(protocol.lrs, layers, strict=True):
+        if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+            described.setdefault("diverged", []).append(lr)
+            if ranks.rank == 0:
+                print(f"warning: training diverged at learning rate {lr:g}: its accuracy says nothing", file=sys.stderr)
     if flags.sweep:
         row["best top1"] = max(result["top1"] for result in results)
         described["best top1"] = "of these learning rates the best on the test images"
