@@ -106,7 +106,9 @@ class Photos:
 
     def names(self) -> list[str]:
         """See `DataSource`."""
-        return [Path(path).name for path, _ in getattr(self._sets["train"].images, "samples", [])]
+        images = self._sets["train"].images
+        root = getattr(images, "root", "")
+        return [Path(path).relative_to(root).as_posix() for path, _ in getattr(images, "samples", [])]
 
     def displayable(self, images: Tensor) -> np.ndarray:
         """See `DataSource`."""

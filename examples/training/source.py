@@ -64,7 +64,7 @@ class DataSource(Protocol):
         ...
 
     def names(self) -> list[str]:
-        """Return the file names of the "train" images without their folders; nothing where there are no files."""
+        """Return the paths of the "train" images below their folder, "class/name.jpg"; nothing where there are none."""
         ...
 
     def displayable(self, images: Tensor) -> np.ndarray:
