@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from training.folders import UnlabelledFolder, UnreadableImage, pixels_of, read_image
+from training.folders import UnreadableImage, pixels_of, read_image
+from training.trees import open_folder
 
 RGB = np.random.default_rng(0).integers(0, 256, (23, 31, 3), dtype=np.uint8)
 GRAY16 = np.random.default_rng(1).integers(0, 65536, (23, 31), dtype=np.uint16)
@@ -110,11 +111,11 @@ WRONG = {
 def test_what_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "odd.jpg").write_bytes(content)
     with pytest.raises(UnreadableImage, match=r"cannot read image .*odd\.jpg"):
-        pixels_of(UnlabelledFolder(tmp_path), 0)
+        pixels_of(open_folder(tmp_path)[0], 0)
 
 
 @pytest.mark.parametrize("values", [np.float32(0.5), np.int32(70_000), np.int32(-1)])
 def test_pixels_of_unknown_range_are_refused(tmp_path: Path, values: np.generic) -> None:
     Image.fromarray(np.full((4, 4), values)).save(tmp_path / "odd.tiff")
     with pytest.raises(UnreadableImage, match=r"odd\.tiff: pixels of mode . have no known range"):
-        pixels_of(UnlabelledFolder(tmp_path), 0)
+        pixels_of(open_folder(tmp_path)[0], 0)

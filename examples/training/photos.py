@@ -4,7 +4,6 @@ import atexit
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -17,7 +16,8 @@ from torchvision.transforms.v2 import functional as transforms
 from training.folders import labels_of, pixels_of
 from training.prefetch import SideStream
 from training.rendering import Normalization, Rendering
-from training.source import Share, Views, epoch_order, seed_of
+from training.source import Found, Share, Views, epoch_order, seed_of
+from training.trees import ImageTree
 from training.views import PER_VIEW, STRONG, SUPERVISED, View, crop_boxes, draws, resized_crop, views_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,6 +37,7 @@ class Photos:
         val: Dataset[Any] | None,
         *,
         gallery: Dataset[Any] | None = None,
+        found: Found | None = None,
         size: int,
         has_labels: bool,
         augmentation: str,
@@ -50,6 +51,7 @@ class Photos:
         self.train_size = len(train)  # type: ignore[arg-type]
         self.has_labels, self.has_val = has_labels, val is not None and has_labels
         self.workers: int | None = workers
+        self.found = found or Found()
         self.facts: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         self._sets = {"train": _Centred(train if gallery is None else gallery, size)}
         if val is not None:
@@ -106,7 +108,8 @@ class Photos:
 
     def names(self) -> list[str]:
         """See `DataSource`."""
-        return [Path(path).name for path, _ in getattr(self._sets["train"].images, "samples", [])]
+        images = self._sets["train"].images
+        return list(images.paths.names()) if isinstance(images, ImageTree) else []
 
     def displayable(self, images: Tensor) -> np.ndarray:
         """See `DataSource`."""
