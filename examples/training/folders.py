@@ -22,7 +22,8 @@ def read_image(path: str) -> Tensor:
     """Return the pixels [3, H, W] uint8 of an image file, as RGB.
 
     Grayscale, palettes and CMYK are converted, an alpha channel is dropped, and 16 bits are scaled to 8. JPEG, PNG,
-    WebP and GIF are decoded by torchvision, everything else, and what it refuses, by Pillow.
+    WebP and GIF are decoded by torchvision, everything else, and what it refuses, by Pillow. Images are not turned as
+    their EXIF data say, except for TIFF, which Pillow turns: torchvision's ImageFolder does the same.
 
     Raises:
         OSError: it cannot be read, or has pixels (floats, 32-bit integers) whose range is not known.
@@ -47,14 +48,18 @@ def _read_by_pillow(path: str) -> Tensor:
 
 
 def as_rgb(image: Image.Image | Tensor) -> Tensor:
-    """Return [3, H, W] uint8 of a Pillow image; a tensor is one already."""
+    """Return [3, H, W] uint8 of a Pillow image; a tensor is one already.
+
+    Raises:
+        OSError: its pixels are floats or 32-bit integers.
+    """
     if isinstance(image, Tensor):
         return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = torch.from_numpy(np.array(image).astype(np.float64))
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise OSError(f"pixels of mode {image.mode} have no known range: save it with 8 or 16 bits a channel")
-        return _eight_bits(values)[None].expand(3, -1, -1)
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not sixteen:  # "I" holds 32 bits, which only these formats do not have
+        raise OSError(f"pixels of mode {image.mode} have no known range: save it with 8 or 16 bits a channel")
+    if sixteen:
+        return _eight_bits(torch.from_numpy(np.array(image).astype(np.float64)))[None].expand(3, -1, -1)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
