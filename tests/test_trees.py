@@ -158,6 +158,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "the folders train2017, val2017, which seem to be no .* or give --data .*/train2017 to train without",
     ),
     "names with a prefix": (split("seg_train") + split("seg_test"), "the folders seg_train, seg_test, which seem"),
+    "names in one": (split("TrainData") + split("testImages"), "the folders TrainData, testImages, which seem"),
     "splits further down": (
         [*split("ILSVRC/Data/CLS-LOC/train"), "ILSVRC/Data/CLS-LOC/val/0.jpg", "ILSVRC/Lists/0.txt"],
         r"the folders train, val are further down: give --data .*/ILSVRC/Data/CLS-LOC$",
@@ -200,7 +201,8 @@ def test_a_val_that_does_not_serve_is_said_at_the_start_with_what_helps(
     train, val, found = open_folder(tmp_path)
     assert (len(train), val) == (4, None)
     assert re.search(
-        f"^no evaluation: .*{message}.* expected is DIR/train/CLASS/IMAGE .* or give --val-split$", found.lines[-1]
+        rf"^no evaluation: .*{message}.* expected is DIR/train/CLASS/IMAGE .*; --val-split 0\.1 evaluates on a tenth",
+        found.lines[-1],
     )
     assert message in found.no_val
     train, val, found = open_folder(tmp_path, val_split=0.5)

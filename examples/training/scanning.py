@@ -52,9 +52,9 @@ class Paths(Sequence[str]):
         text = self._text.numpy().tobytes()
         return (os.fsdecode(text[begin:end]) for begin, end in itertools.pairwise(self._ends.tolist()))
 
-    def part(self, places: Tensor) -> "Paths":
-        """Return those at these places [n]."""
-        return Paths(Path(self.root), map(self.name, places.tolist()))
+    def part(self, chosen: Tensor) -> "Paths":
+        """Return those that are chosen, by a tensor [n] of bool."""
+        return Paths(Path(self.root), itertools.compress(self.names(), chosen.tolist()))
 
 
 class LeftOut:

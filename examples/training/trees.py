@@ -19,6 +19,11 @@ from training.source import UNKNOWN, Found
 # Names of the folders of a split, in any case. A test set serves where there is no validation set.
 TRAIN, VAL = {"train", "training"}, {"val", "valid", "validation", "dev"}
 TEST = {"test", "testing", "eval", "evaluation", "holdout"}
+# Words in other names that seem to be splits', as in train2017, seg_test and ValidationSet.
+_LIKE_TRAIN, _LIKE_TEST = (
+    re.compile(rf"({'|'.join(sorted(names))})(set|data|split|images?|imgs?)?s?")
+    for names in (TRAIN | {"trainval"}, VAL | TEST)
+)
 LAYOUT = "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE, with the same names of classes in both"
 
 
@@ -43,9 +48,9 @@ class ImageTree(Dataset[tuple[Tensor, int]]):
         """Return (pixels [3, H, W] uint8, label)."""
         return read_image(self.paths[index]), int(self.targets[index])
 
-    def part(self, places: Tensor) -> "ImageTree":
-        """Return the images at these places [n]."""
-        return ImageTree(self.paths.part(places), self.targets[places], self.classes)
+    def part(self, chosen: Tensor) -> "ImageTree":
+        """Return the images that are chosen, by a tensor [n] of bool."""
+        return ImageTree(self.paths.part(chosen), self.targets[chosen], self.classes)
 
     def held_out(self, fraction: float) -> tuple["ImageTree", "ImageTree"]:
         """Return (the rest, the images held out): of each class this fraction, at least one image, never all.
@@ -61,7 +66,7 @@ class ImageTree(Dataset[tuple[Tensor, int]]):
         for own in places:
             count = min(len(own) - 1, max(1, round(fraction * len(own))))
             out[sorted(own, key=keys.__getitem__)[:count]] = True
-        return self.part((~out).nonzero().flatten()), self.part(out.nonzero().flatten())
+        return self.part(~out), self.part(out)
 
 
 def open_folder(root: Path, val_split: float = 0.0) -> tuple[ImageTree, ImageTree | None, Found]:
@@ -112,7 +117,8 @@ def open_folder(root: Path, val_split: float = 0.0) -> tuple[ImageTree, ImageTre
     lines = [f"{found.root} has {_counted(train)} to train on" + (f"; {tested}" if tested else ""), *notes]
     lines += [f"left out: {line}" for line in left_out.lines()]
     if val is None:
-        lines.append(f"no evaluation: {no_val}; expected is {LAYOUT}" + (", or give --val-split" if classes else ""))
+        instead = "; --val-split 0.1 evaluates on a tenth of each class, which is not trained on" if classes else ""
+        lines.append(f"no evaluation: {no_val}; expected is {LAYOUT}{instead}")
     return train, val, Found(tuple(map(printable, lines)), no_val if val is None else "")
 
 
@@ -131,8 +137,9 @@ def _splits(root: Path, left_out: LeftOut) -> tuple[str, str]:
     if not train:
         if tested:
             raise ValueError(f"{root} has a folder {tested[0]} but no folder train: there are {_listed(folders)}")
-        words = {name: set(re.findall("[a-z]+", name.lower())) for name in folders}
-        like_train, like_test = ([name for name in folders if words[name] & names] for names in (TRAIN, VAL | TEST))
+        like_train, like_test = (
+            [name for name in folders if _has_a_word(like, name)] for like in (_LIKE_TRAIN, _LIKE_TEST)
+        )
         if like_train and like_test:
             raise ValueError(
                 f"{root} has the folders {_listed([like_train[0], like_test[0]])}, which seem to be no classes: "
@@ -145,6 +152,10 @@ def _splits(root: Path, left_out: LeftOut) -> tuple[str, str]:
             if name not in train + tested[:1]:
                 left_out.add(f"{kind} beside {train[0]}", name)
     return train[0], tested[0] if tested else ""
+
+
+def _has_a_word(like: re.Pattern[str], name: str) -> bool:
+    return any(like.fullmatch(word.lower()) for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name))
 
 
 def _classes(found: Scan) -> list[str]:
@@ -253,4 +264,4 @@ def _tree(found: Scan, classes: list[str]) -> ImageTree:
     folders = torch.tensor([places.get(folder.split("/")[0], UNKNOWN) for folder in found.folders])
     labels = folders.repeat_interleave(torch.tensor(list(found.folders.values())))
     tree = ImageTree(found.paths, labels, classes)
-    return tree if not found.loose else tree.part((labels != UNKNOWN).nonzero().flatten())
+    return tree.part(labels != UNKNOWN) if found.loose else tree
