@@ -93,6 +93,12 @@ def _add_images(parser: argparse.ArgumentParser, command: str) -> None:
     else:
         add("--dataset", choices=DATASETS, default="", help="default: the run's, or folder")
         add("--data", default="", metavar="DIR", help="folder with train/ and val/, a folder a class in each")
+        add(
+            "--val-split",
+            type=finite(above=0, below=1),
+            metavar="FRACTION",
+            help="of --data to test on, if it has no val/; default: the run's, or none",
+        )
     add("--batch-size", type=whole(), default=256, metavar="N", help="images at a time over all ranks, in training too")
     add("--seed", type=whole(0, _MOST_SEED), default=0, metavar="N", help="of order, views and draws")
 

@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from training.augment import DIGITS_VIEWS
-from training.source import Share, Views, epoch_order, seed_of
+from training.source import Found, Share, Views, epoch_order, seed_of
 
 
 class Digits:
@@ -20,6 +20,7 @@ class Digits:
     image_shape = (1, 16, 16)
     has_labels = has_val = True
     workers: int | None = None
+    found = Found()
 
     def __init__(self, augmentation: str, share: Share, seed: int, device: torch.device) -> None:
         pixels, labels = load_digits(return_X_y=True)
