@@ -17,9 +17,10 @@ from evaluating.linear import Protocol, Standardize, accuracy, train_linear
 from msf_core.distributed import Ranks
 from training import evaluation
 from training.data import Digits, Photos, Share, open_folder
+from training.lock import FolderLock
 from training.ranks import SyncBatchNormAnywhere, shuffled, synchronized
 from training.settings import build_parser
-from training.trainer import StopRequest
+from training.trainer import Diverged, StopRequest
 
 STEPS = 10
 RECIPE = ["--steps", STEPS, "--batch-size", 16, "--lr", 0.005, "--batchnorm", "sync"]
@@ -295,3 +296,43 @@ def test_shuffled_batchnorm_sees_images_of_all_ranks_and_gives_each_its_own_back
     seen = ranks.run(shuffles)
     assert sorted(image for images in seen for image in images) == list(range(6 * ranks.size))
     assert all(len({image // 6 for image in images}) > 1 for images in seen)
+
+
+# What ends a run ends it on all ranks
+
+
+def diverges(rank: int, folder: str) -> int:
+    given = vars(build_parser("").parse_args(["--out", folder, "--steps", "12"]))
+    trainer, _ = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    train_step = trainer._train_step
+
+    def spoiled(views: Any) -> None:
+        train_step(views)
+        if rank == 1:
+            trainer.averages.sums[0, 0] = torch.nan
+
+    trainer._train_step = spoiled
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("training.trainer.CHECK_EVERY", 5)
+        with pytest.raises(Diverged, match="the loss became nan by step 5 of 12"):
+            trainer.train(StopRequest(), lambda row: None)
+    return trainer.step
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_all_at_the_same_step(two_ranks: Any, tmp_path: Path) -> None:
+    assert two_ranks.run(diverges, str(tmp_path / "run")) == [5, 5]
+
+
+def finds_another_run(rank: int, folder: str) -> str:
+    given = vars(build_parser("").parse_args(["--out", folder, "--steps", "1"]))
+    with FolderLock() as theirs, FolderLock() as ours:
+        if rank == 0:
+            theirs.take(Path(folder))
+        with pytest.raises(ValueError, match="in use by") as raised:
+            imagenet_train.prepare(given, Ranks(), torch.device("cpu"), ours)
+    return str(raised.value)
+
+
+def test_a_folder_in_use_is_an_error_on_all_ranks(two_ranks: Any, tmp_path: Path) -> None:
+    own, others = two_ranks.run(finds_another_run, str(tmp_path))
+    assert others == f"rank 0: {own}"
