@@ -30,7 +30,8 @@ from msf_core.distributed import Ranks
 from training.data import DataSource, Share, open_source, seed_of
 from training.evaluation import COLUMNS
 from training.features import features_of
-from training.report import draw_neighbors, environment, in_words
+from training.pictures import draw_neighbors
+from training.report import environment, in_words
 
 Variants = dict[str, tuple[str, ...]]  # a name -> flags of the trainer
 PLAIN = ("--k", "5")  # the same flags wherever nothing is varied: one run serves all

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from training.augment import AUGMENTATIONS
+from training.loggers import LOGGERS
 
 DATASETS = ("digits", "folder", "cifar10", "cifar100", "fashion-mnist", "stl10")
 METHODS = ("msf", "byol")
 STEMS = ("auto", "imagenet", "small")
 # What may differ between a run and its continuation. Everything else decides the numbers.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
-FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every"}
+FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "logger"}
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Settings:
     eval_every: int = 0
     checkpoint_every: int = 1
     keep_every: int = 0
+    logger: str = "tensorboard"
     out: str = ""
     resume: str = ""
 
@@ -152,6 +154,8 @@ _HELP = {
     "eval_every": "epochs between nearest-neighbor evaluations; 0: at the end alone",
     "checkpoint_every": "epochs between checkpoints",
     "keep_every": "epochs between backbones that are kept, the first epoch's too; 0: the last alone",
+    "logger": "where the numbers go beside metrics.csv and losses.csv, which are written in any case: tensorboard, "
+    "wandb (pip install wandb), or nowhere else (csv and none)",
     "out": "folder of the run; the default is a new one below runs/",
     "resume": "folder of an earlier run: go on from its checkpoint, with its settings; or auto: go on from the one "
     "in --out, if there is one (a restart by torchrun does so in any case)",
@@ -168,6 +172,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "bank_layout": ("replicated", "sharded"),
     "batchnorm": ("local", "sync", "shuffle"),
     "precision": ("auto", "float32", "bfloat16"),
+    "logger": LOGGERS,
 }
 _AT_LEAST_ONE = ("image_size", "k", "bank_size", "hidden", "dim", "epochs", "checkpoint_every", "accumulate", "timeout")
 _NOT_NEGATIVE = ("steps", "lr", "sgd_momentum", "weight_decay", "seed", "eval_every", "keep_every", "k_end")
@@ -226,6 +231,7 @@ def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
     Raises:
         ValueError: one that decides the numbers was given and differs.
     """
+    saved = {"logger": Settings.logger, **saved}  # runs of 0.2.0 have none
     differing = [
         f"--{name.replace('_', '-')} is {saved[name]!r} there, {value!r} here"
         for name, value in given.items()
