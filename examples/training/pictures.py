@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 Row = dict[str, Any]
 PANELS = (
@@ -26,6 +27,11 @@ LEGEND = (
     "One point an epoch, joined by lines: the mean over its steps; 20-NN is measured after the epoch. "
     "The number in a heading is the last point's."
 )
+FRAMES: dict[bool | None, tuple[str, int, str]] = {  # of a neighbor whose class is the query's, or not, or unknown
+    True: ("tab:green", 3, "green: the query's class"),
+    False: ("tab:red", 3, "red and crossed: another class"),
+    None: ("0.6", 1, "gray: class unknown"),
+}
 MOST_DOTS = 25  # points up to which each gets a dot
 
 
@@ -61,8 +67,10 @@ def draw_curves(path: Path, history: list[Row], title: str) -> Figure:
                 axes.set(xticks=[], yticks=[])
                 continue
             axes.ticklabel_format(style="plain", useOffset=False)
-            axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+            axes.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)
             axes.plot(*zip(*points, strict=True), color="C0", lw=2, marker="o" if len(points) < MOST_DOTS else "", ms=4)
+            if points[0][0] == points[-1][0]:
+                axes.set_xlim(points[0][0] - 0.9, points[0][0] + 0.9)  # one tick, that of the epoch
             if name == "spread":
                 axes.set_ylim(0, 1.1)
                 axes.axhline(1, color="0.5", ls=":", lw=1)
@@ -85,7 +93,8 @@ def draw_neighbors(path: Path, queries: np.ndarray, rows: list[Row], title: str)
     column = max(n * pitch, 2.2)  # a heading is wider than one picture
     wide = pitch + len(rows) * (gap + column)
     inches = max(side * wide, 5.2)
-    marks = "green frame: the query's class; red and crossed: another; gray: unknown"
+    seen = {right for row in rows for of_query in row["right"] for right in of_query}
+    marks = "; ".join(words for right, (_, _, words) in FRAMES.items() if right in seen)
     heading = wrapped(f"{title}\n{marks}", inches, 11)
     lines = max(text.count("\n") for text in headings) + 1
     top = 0.35 + 0.4 * lines
@@ -101,11 +110,12 @@ def draw_neighbors(path: Path, queries: np.ndarray, rows: list[Row], title: str)
         axes.text(left + n * pitch / 2, -0.3, headings[j], ha="center", fontsize=10)
         for i, m in np.ndindex(count, n):
             right = row["right"][i][m]
-            color, width = {True: ("tab:green", 3), False: ("tab:red", 3), None: ("0.6", 1)}[right]
+            color, width, _ = FRAMES[right]
             x, y = left + m * pitch, i * pitch
             _show(axes, row["images"][i, m], x, y, color, width)
             if right is False:
-                axes.text(x + 0.08, y + 0.08, "✗", va="top", color=color, fontsize=15, weight="bold")
+                cross = axes.text(x + 0.08, y + 0.08, "✗", va="top", color=color, fontsize=15, weight="bold")
+                cross.set_path_effects([withStroke(linewidth=3, foreground="white")])
     axes.set(xlim=(-0.1, wide), ylim=(count * pitch, -top), aspect="equal")
     axes.axis("off")
     return write_picture(figure, path, dpi=130)
