@@ -24,8 +24,8 @@ PANELS = (
     ("difference", "difference of the two views", "in standard deviations of their pixels"),
 )
 LEGEND = (
-    "One point an epoch, joined by lines: the mean over its steps; 20-NN is measured after the epoch. "
-    "The number in a heading is the last point's."
+    "The line joins one point an epoch, the mean over its steps; 20-NN is measured after some of the epochs. "
+    "Where points are few, they are dots. The number in a heading is the last point's."
 )
 FRAMES: dict[bool | None, tuple[str, int, str]] = {  # of a neighbor whose class is the query's, or not, or unknown
     True: ("tab:green", 3, "green: the query's class"),
@@ -58,7 +58,7 @@ def draw_curves(path: Path, history: list[Row], title: str) -> Figure:
         for axes, (name, heading, meaning) in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
             points = [(row["epoch"], row[name]) for row in history if math.isfinite(row.get(name, math.nan))]
             last = f": {_rounded(points[-1][1])}" if points else ""
-            axes.set_title(f"{heading}{last}\n", fontsize=12)
+            axes.set_title(f"{heading}{last}", fontsize=12, pad=24)
             axes.text(0.5, 1.03, meaning, transform=axes.transAxes, ha="center", color="0.4", fontsize=10)
             axes.set_xlabel("epoch")
             axes.grid(alpha=0.3)
