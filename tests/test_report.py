@@ -190,6 +190,7 @@ def test_wandb_goes_on_with_its_run_and_gets_every_number(
         if first:
             logger.result(4, {"nn20": 0.5}, {"linear": 0.9}, settings, [tmp_path / "curves.png"])
         logger.close()
+    wandb.teardown()  # waits for the process that writes
     stores = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert [path.stem for path in stores] == [f"run-{notes['wandb_id']}"] * 2
     found: dict[int, dict[str, str]] = {}
