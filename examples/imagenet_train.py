@@ -32,7 +32,6 @@ if __name__ == "__main__":  # a Ctrl-C ends it without a traceback during the im
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from msf_core.distributed import Ranks
 from msf_core.search import find_backend
@@ -43,18 +42,20 @@ from training.features import features_of
 from training.flags import writable_folder
 from training.health import warnings_of
 from training.lock import FolderLock
+from training.loggers import Logger, check_logger, open_logger
 from training.models import export_backbone, stem_of
+from training.pictures import draw_curves, draw_neighbors
 from training.ranks import joined, may_restart, restarted, shared
 from training.report import (
     Row,
-    draw_curves,
-    draw_neighbors,
     environment,
     in_words,
     keep_losses,
+    read_losses,
     table,
     write_csv,
     write_losses,
+    written,
 )
 from training.settings import (
     Settings,
@@ -70,6 +71,7 @@ from training.trainer import STATE, Diverged, StopRequest, Trainer
 
 RAW_LIMIT = 10_000  # training images up to which raw pixels are evaluated: every pixel is a feature
 SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
+REDRAW = 60.0  # seconds between drawings of curves.png, each of which takes one or two
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,6 +136,8 @@ def prepare(
                 occupy(folder, path, lock)
         state = None if path is None else load_checkpoint(path, STATE, ranks)
         settings = complete(given) if state is None else resumed(state["settings"], given)
+        if ranks.rank == 0:
+            check_logger(settings.logger)
         check_division(settings, ranks.size)
         if settings.bank_layout == "sharded" and ranks.size > 1:
             check_sharded_checkpoints()
@@ -227,32 +231,44 @@ def occupy(folder: Path, checkpoint: Path | None, lock: FolderLock | None) -> No
 def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
     """Train, and report; return the exit status. With several ranks, the first of them reports."""
     source, settings = trainer.source, trainer.settings
-    writer = None
-    if trainer.leads:
-        announce(trainer, folder)
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=trainer.step + 1 if trainer.step else 0)
+    logger, drawn = Logger(), time.monotonic()
+    reported = trainer.step == trainer.total_steps and (folder / "neighbors.png").exists()
+    try:
+        with shared(trainer.ranks):
+            if trainer.leads:
+                announce(trainer, folder)
+                logger = open_logger(folder, trainer.step, asdict(settings), trainer.notes)
+                catch_up(logger, trainer, folder)
+    except RuntimeError as error:
+        if trainer.leads:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
 
     def after_epoch(row: Row) -> None:
+        nonlocal drawn
         last, every = trainer.step == trainer.total_steps, settings.eval_every
         due = every and (row["epoch"] == 1 or not row["epoch"] % every)
         if source.has_val and not trainer.stopped and not last and due:
             row |= nearest_neighbours(trainer.backbone, source, trainer.ranks)
         with shared(trainer.ranks):
-            if writer is not None:
-                if "first_neighbors" not in trainer.notes:
-                    trainer.notes["first_neighbors"] = find_neighbors(trainer)
-                log(writer, row)
+            log(logger, trainer)
+            if trainer.leads:
+                logger.epoch(row["step"], numbers_of(row))
                 if settings.keep_every and (row["epoch"] == 1 or last or not row["epoch"] % settings.keep_every):
                     export(trainer, folder / f"backbone-epoch-{row['epoch']:04d}.safetensors")
-        if last or row["epoch"] % settings.checkpoint_every == 0:
-            save(trainer, folder)
+        checkpoint_due = last or row["epoch"] % settings.checkpoint_every == 0
+        if checkpoint_due:
+            save(trainer, folder, logger)
+        if trainer.leads and not last and (due or checkpoint_due) and time.monotonic() - drawn > REDRAW:
+            redraw_curves(trainer, folder)
+            drawn = time.monotonic()
 
     started, first_step = time.perf_counter(), trainer.step
     problem = None
-    with contextlib.closing(writer) if writer is not None else contextlib.nullcontext():
+    with contextlib.closing(logger):
         try:
             add_rows_before(trainer)
-            trainer.train(stop, after_epoch)
+            trainer.train(stop, after_epoch, lambda: log(logger, trainer))
         except OSError as error:  # an unreadable image
             problem = error
         except Diverged as error:  # a checkpoint of this would take the place of a sound one
@@ -261,22 +277,28 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
                 print(f"\nerror: {error}{kept}", file=sys.stderr)
             return 1
         if problem is not None or trainer.step < trainer.total_steps:
-            saved = save(trainer, folder)
+            saved = save(trainer, folder, logger)
             if trainer.leads:
+                redraw_curves(trainer, folder)
                 then = f"go on with --resume {folder}" if has_checkpoint(folder) else "there is no checkpoint"
                 print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; {then}")
                 if problem is not None:
                     print(f"error: {problem}", file=sys.stderr)
             return 1 if problem is not None or not saved else 128 + trainer.stopped
         rows = rows_after(trainer)
-        with shared(trainer.ranks):
-            if writer is not None:
-                trainer.history[-1] |= {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
-                log(writer, trainer.history[-1])
-    if not save(trainer, folder):
-        return 1
+        evaluated = {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
+        if trainer.leads:
+            trainer.history[-1] |= evaluated
+        if not save(trainer, folder, logger):
+            return 1
+        if trainer.leads:
+            report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
+            if logger.new or not reported:
+                last = trainer.history[-1]
+                final = {name: last[name] for name in ("loss", "spread", "rank") if name in last} | rows
+                logger.result(trainer.step, evaluated, final, asdict(settings), [folder / "neighbors.png"])
     if trainer.leads:
-        report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
+        print(f"{folder}: {', '.join(written(folder))}")
     return 0
 
 
@@ -285,8 +307,8 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / "checkpoint.pt").exists()
 
 
-def save(trainer: Trainer, folder: Path) -> bool:
-    """Write the checkpoint and the metrics; return whether that worked. All ranks call it.
+def save(trainer: Trainer, folder: Path, logger: Logger | None = None) -> bool:
+    """Write the checkpoint, the metrics, and what is logged; return whether that worked. All ranks call it.
 
     A run does not end because a disk is full: the last whole checkpoint is there, and the next one may work.
     """
@@ -294,6 +316,9 @@ def save(trainer: Trainer, folder: Path) -> bool:
     try:
         with shared(trainer.ranks):
             if trainer.leads:  # losses first: what a checkpoint does not know of, a resumed run drops
+                if logger is not None:
+                    log_losses(logger, trainer, losses, trainer.step)
+                    logger.flush()
                 write_losses(folder / "losses.csv", losses, trainer.step)
                 trainer.losses_written()
                 write_csv(folder / "metrics.csv", trainer.history)
@@ -306,10 +331,55 @@ def save(trainer: Trainer, folder: Path) -> bool:
     return True
 
 
-def log(writer: SummaryWriter, row: Row) -> None:
-    """Write an epoch's metrics to TensorBoard."""
-    for name, value in row.items():
-        writer.add_scalar(name, value, row["step"])
+def log(logger: Logger, trainer: Trainer) -> None:
+    """Log the loss and the learning rate of every step since the last time; all ranks call it."""
+    losses = trainer.average_losses()
+    if trainer.leads:
+        log_losses(logger, trainer, losses, trainer.step)
+
+
+def log_losses(logger: Logger, trainer: Trainer, losses: list[float], last_step: int) -> None:
+    """Log those of the losses, the last of them of ``last_step``, that have not been logged."""
+    steps = range(max(logger.last_step, last_step - len(losses)), last_step)
+    if steps:
+        logger.last_step = steps.start
+        logger.steps(losses[-len(steps) :], [trainer.lr(step) for step in steps])
+
+
+def catch_up(logger: Logger, trainer: Trainer, folder: Path) -> None:
+    """Log what the run has come to so far, if it is resumed with a logger that it did not have."""
+    if logger.new and trainer.step:
+        losses = read_losses(folder / "losses.csv")
+        first = trainer.step - len(losses)
+        for row in trainer.history:
+            log_losses(logger, trainer, losses[: max(0, row["step"] - first)], row["step"])
+            logger.epoch(row["step"], numbers_of(row))
+        log_losses(logger, trainer, losses, trainer.step)
+
+
+def numbers_of(row: Row) -> dict[str, float]:
+    """Return an epoch's metrics without those that say when it was, and without the rate, which is logged by steps."""
+    return {name: value for name, value in row.items() if name not in ("epoch", "step", "lr")}
+
+
+def redraw_curves(trainer: Trainer, folder: Path) -> None:
+    """Draw the curves of a run that is not at its end; a picture is not worth a run."""
+    try:
+        if trainer.history:
+            draw_curves(folder / "curves.png", trainer.history, title_of(trainer))
+    except OSError as error:
+        print(f"\nwarning: {folder / 'curves.png'} could not be drawn: {error}", file=sys.stderr)
+
+
+def title_of(trainer: Trainer) -> str:
+    """Return the title of a run's pictures."""
+    s = trainer.settings
+    return f"{name_of(s)} on {s.dataset}, seed {s.seed}\n{in_words(environment(trainer.device))}"
+
+
+def name_of(settings: Settings) -> str:
+    """Return what the method is called in the table."""
+    return "BYOL" if settings.method == "byol" else f"MSF, k = {settings.k}"
 
 
 def rows_after(trainer: Trainer) -> dict[str, float]:
@@ -342,30 +412,34 @@ def announce(trainer: Trainer, folder: Path) -> None:
         readers += " a rank"
     length = f"{trainer.total_epochs} epochs, {trainer.total_steps:,} steps"
     print(f"{source.train_size:,} training images {labels}{readers}; {length}")
-    print(f"writes to {folder}" + (f", from step {trainer.step}" if trainer.step else ""))
+    print(f"writes to {folder}" + (f", from step {trainer.step}" if trainer.step else ""), flush=True)
 
 
 def add_rows_before(trainer: Trainer) -> None:
-    """Note the table's first rows, once: raw pixels where they are few, and the untrained encoder."""
+    """Note what there is before training: the table's rows, raw pixels where they are few, and the first neighbors."""
     source, k = trainer.source, neighbors_of(trainer)
     if trainer.step:
         return
     rows: dict[str, dict[str, float]] = {}
+    untrained = warmed_up(trainer.backbone, source, trainer.ranks)
     if source.has_val and source.size("train") <= PROBE_LIMIT:
         if source.image_shape[1] <= 32 and source.size("train") <= RAW_LIMIT:
             rows["raw pixels"] = evaluate(torch.nn.Identity(), source, k, trainer.ranks)
-        rows["untrained"] = evaluate(warmed_up(trainer.backbone, source, trainer.ranks), source, k, trainer.ranks)
+        rows["untrained"] = evaluate(untrained, source, k, trainer.ranks)
+    with shared(trainer.ranks):
+        if trainer.leads:
+            trainer.notes["untrained_neighbors"] = find_neighbors(trainer, untrained)
     trainer.notes["before"] = rows
 
 
-def find_neighbors(trainer: Trainer) -> list[list[int]]:
+def find_neighbors(trainer: Trainer, backbone: torch.nn.Module) -> list[list[int]]:
     """Return for a few fixed queries the places of their nearest images in a fixed gallery of training images."""
     source = trainer.source
     queries, gallery = shown(source)
     wanted = (("val" if source.has_val else "train", queries), ("train", gallery))
     query_features, gallery_features = (
         torch.nn.functional.normalize(
-            torch.cat([part for part, _ in features_of(trainer.backbone, source.images(split, chosen))]), dim=1
+            torch.cat([part for part, _ in features_of(backbone, source.images(split, chosen))]), dim=1
         )
         for split, chosen in wanted
     )
@@ -388,10 +462,9 @@ def shown(source: DataSource) -> tuple[list[int], list[int]]:
 def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: float, steps: int) -> None:
     """Print the table, write pictures, weights and the record."""
     s, source = trainer.settings, trainer.source
-    name = "BYOL" if s.method == "byol" else f"MSF, k = {s.k}"
+    name, title = name_of(s), title_of(trainer)
     export(trainer, folder / "backbone.safetensors")
     found_with = environment(trainer.device)
-    title = f"{name} on {s.dataset}, seed {s.seed}\n{in_words(found_with)}"
     draw_curves(folder / "curves.png", trainer.history, title)
     last = trainer.history[-1]
     print(f"\n{steps:,} steps in {seconds:.0f} s; in the last epoch {last['images_per_second']:.0f} images/s, ", end="")
@@ -409,8 +482,6 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
         (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     picture(trainer, folder / "neighbors.png", title)
     print(verdict(rows, name, last, with_labels=s.same_label))
-    files = "checkpoint.pt, backbone.safetensors, metrics.csv, losses.csv, tensorboard/, curves.png, neighbors.png"
-    print(f"{folder}: {files}")
 
 
 def export(trainer: Trainer, path: Path) -> None:
@@ -421,13 +492,16 @@ def export(trainer: Trainer, path: Path) -> None:
 
 
 def picture(trainer: Trainer, path: Path, title: str) -> None:
-    """Draw the queries' neighbours after the first and after the last epoch."""
+    """Draw the queries' neighbors before training and at its end."""
     source = trainer.source
     queries, _ = shown(source)
     images, labels = gather(source, "val" if source.has_val else "train", queries)
     rows = []
-    ends = [(1, trainer.notes["first_neighbors"]), (trainer.total_epochs, find_neighbors(trainer))]
-    for epoch, found in ends:
+    # A run that version 0.2.0 began knows those after its first epoch; one without any shows the last alone.
+    titles = {"untrained_neighbors": "before training", "first_neighbors": "after epoch 1"}
+    ends = [(title, trainer.notes[key]) for key, title in titles.items() if key in trainer.notes][:1]
+    ends.append((f"after epoch {trainer.total_epochs}", find_neighbors(trainer, trainer.backbone)))
+    for when, found in ends:
         flat, found_labels = gather(source, "train", [place for places in found for place in places])
         pairs = found_labels.view(len(found), -1).tolist()
         right = [
@@ -435,9 +509,7 @@ def picture(trainer: Trainer, path: Path, title: str) -> None:
             for one, others in zip(labels.tolist(), pairs, strict=True)
         ]
         shape = (len(found), len(found[0]), *source.displayable(flat).shape[1:])
-        rows.append(
-            {"title": f"after epoch {epoch}", "images": source.displayable(flat).reshape(shape), "right": right}
-        )
+        rows.append({"title": when, "images": source.displayable(flat).reshape(shape), "right": right})
     draw_neighbors(path, source.displayable(images), rows, f"Queries and their nearest training images: {title}")
 
 

@@ -14,12 +14,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_training import SMALL_NETWORK, blank_pictures, make_tree
 
 import imagenet_train
@@ -41,6 +44,7 @@ FILES = {
     "tensorboard",
     "curves.png",
     "neighbors.png",
+    "config.json",
 }
 DIGITS = ["--steps", "30", "--eval-every", "1"]
 SMALL = [*SMALL_NETWORK, "--batch-size", "4", "--workers", "0", "--epochs", "2"]
@@ -82,6 +86,26 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert torch.equal(value, states[1][name]), name
         elif not name.startswith(".settings.") and name.rpartition(".")[2] not in TIMES:
             assert value == states[1][name] or value != value, name
+
+
+def logged(folder: Path) -> dict[str, Any]:
+    """What TensorBoard shows of a run: (step, value) of each scalar but the times, steps of the picture, settings."""
+    events = EventAccumulator(str(folder / "tensorboard"), dict.fromkeys(("scalars", "images", "tensors"), 0)).Reload()
+    found: dict[str, Any] = {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+        if name.rpartition("/")[2] not in TIMES
+    }
+    found["neighbors"] = [event.step for event in events.Images("neighbors")] if events.Tags()["images"] else []
+    session = events.summary_metadata.get("_hparams_/session_start_info")
+    if session is not None:
+        hparams = HParamsPluginData.FromString(session.plugin_data.content).session_start_info.hparams
+        found["hparams"] = {
+            name: value.string_value if value.HasField("string_value") else value.number_value
+            for name, value in hparams.items()
+            if name not in ("out", "resume", "logger", "checkpoint_every")
+        }
+    return found
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
@@ -176,8 +200,13 @@ def test_the_digits_job_learns_in_its_short_form_without_a_warning(tmp_path: Pat
     assert rows["MSF, k = 5"]["nn1"] >= 0.96
     assert rows["MSF, k = 5"]["one_label"] >= 0.72
     assert "| MSF, k = 5 |" in done.stdout
-    assert "600/600" in done.stderr
-    assert {path.name for path in folder.iterdir()} == FILES | {"config.json", "results.json", ".lock"}
+    assert done.stderr == "", "no progress bar where there is no terminal"
+    assert [line.split(" of ")[0] for line in done.stdout.splitlines() if line.startswith("epoch ")] == [
+        f"epoch {number}" for number in range(1, 30)
+    ]
+    assert {path.name for path in folder.iterdir()} == FILES | {"results.json", ".lock"}
+    *_, files = done.stdout.splitlines()
+    assert set(files.replace("/,", ",").removeprefix(f"{folder}: ").split(", ")) == FILES | {"results.json"}
     history = metrics(folder)
     assert [int(row["epoch"]) for row in history] == list(range(1, 30))
     assert [int(row["epoch"]) for row in history if row["nn1"]] == [1, 10, 20, 29]
@@ -214,6 +243,7 @@ def test_a_run_that_is_stopped_goes_on_exactly(
         stop_at(monkeypatch, step, number)
         assert train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run") == 128 + number
     assert f"stopped after step {step + 1} of 30; go on with --resume" in capsys.readouterr().out
+    assert (tmp_path / "run" / "curves.png").exists() == (step >= 20), "as soon as there is an epoch to draw"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if step == 4:  # as if an older version had begun it
         state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -222,8 +252,63 @@ def test_a_run_that_is_stopped_goes_on_exactly(
     assert train("--resume", tmp_path / "run") == 0
     if step != 20:  # a stop is not kept waiting by the evaluation that its epoch's end would have
         assert_same_run(whole, tmp_path / "run")
+        assert logged(tmp_path / "run") == logged(whole)
     one, other = (load_file(folder / "backbone.safetensors") for folder in (whole, tmp_path / "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tensorboard_has_every_number_once_although_the_run_crashed(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.trainer.LOG_EVERY", 1)
+    monkeypatch.setattr(imagenet_train, "REDRAW", 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        train_step = Trainer._train_step
+
+        def crashing(self: Trainer, *views: torch.Tensor) -> None:
+            if self.step == 25:  # the checkpoint is that of step 21
+                raise MemoryError
+            train_step(self, *views)
+
+        patch.setattr(Trainer, "_train_step", crashing)
+        with pytest.raises(MemoryError):
+            train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert len(logged(tmp_path / "run")["step/loss"]) == 25
+    for _ in range(2):  # it goes on, and is looked at again
+        assert train("--resume", tmp_path / "run") == 0
+        found = logged(tmp_path / "run")
+        assert found == logged(whole)
+    rows = metrics(whole)
+    assert [step for step, _ in found["step/lr"]] == list(range(1, 31))
+    assert found["step/lr"][0][1] == pytest.approx(0.1)
+    losses = [float(line.split(",")[1]) for line in (whole / "losses.csv").read_text().splitlines()[1:]]
+    assert [value for _, value in found["step/loss"]] == pytest.approx(losses)
+    for name in ("loss", "purity", "nn20", "spread"):
+        assert found[f"epoch/{name}"] == [(int(row["step"]), pytest.approx(float(row[name]))) for row in rows]
+    assert not {name.partition("/")[2] for name in found if name.startswith("epoch/")} & {"epoch", "step", "lr"}
+    results = json.loads((whole / "results.json").read_text())["rows"]["MSF, k = 5"]
+    assert found["final/one_label"] == [(30, pytest.approx(results["one_label"]))]
+    assert found["neighbors"] == [30]
+    assert found["hparams"]["k"] == 5
+    assert found["hparams"]["augmentation"] == "w/s"
+    assert not [path for path in (whole / "tensorboard").iterdir() if path.is_dir()], "one run, not two"
+
+
+def test_a_run_may_be_resumed_with_another_logger(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 25)
+        assert train(*DIGITS, "--logger", "none", "--out", tmp_path / "run") == 143
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)  # not installed
+        before = sorted((tmp_path / "run").iterdir())
+        assert "pip install wandb" in error_of(capsys, "--resume", tmp_path / "run", "--logger", "wandb")
+        assert sorted((tmp_path / "run").iterdir()) == before
+    assert train("--resume", tmp_path / "run", "--logger", "tensorboard") == 0
+    assert logged(tmp_path / "run") == logged(whole)
 
 
 @pytest.mark.slow
@@ -237,8 +322,9 @@ def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path, caps
     run = subprocess.Popen(
         [*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    while run.stderr.read(1) not in (b"%", b""):  # the progress bar is there: training has begun
-        pass
+    for line in run.stdout:
+        if line.startswith(b"writes to"):  # it has begun
+            break
     os.killpg(run.pid, signal.SIGTERM)  # as timeout, systemd and Slurm do: the workers get it too
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 128 + signal.SIGTERM, output
@@ -318,6 +404,23 @@ def test_a_finished_run_can_be_looked_at_again(tmp_path: Path, whole: Path) -> N
     before = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert train("--resume", tmp_path / "run") == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"] == before
+
+
+def test_the_picture_of_neighbors_begins_with_the_earliest_that_are_known(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    trainer, _ = imagenet_train.prepare({"resume": str(tmp_path / "run")}, Ranks(), torch.device("cpu"))
+    drawn: list[str] = []
+    monkeypatch.setattr(
+        imagenet_train, "draw_neighbors", lambda path, queries, rows, title: drawn.append(rows[0]["title"])
+    )
+    neighbors = trainer.notes.pop("untrained_neighbors")
+    # Untrained; in a run that version 0.2.0 began, after its first epoch; or not at all.
+    for notes in ({"untrained_neighbors": neighbors}, {"first_neighbors": neighbors}, {}):
+        trainer.notes = notes
+        imagenet_train.picture(trainer, tmp_path / "neighbors.png", "title")
+    assert drawn == ["before training", "after epoch 1", "after epoch 2"]
 
 
 def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

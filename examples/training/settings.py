@@ -9,6 +9,7 @@ from typing import Any
 
 from training.augment import AUGMENTATIONS
 from training.flags import Parser, finite, whole
+from training.loggers import LOGGERS
 from training.source import DataSource
 
 DATASETS = ("digits", "folder", "cifar10", "cifar100", "fashion-mnist", "stl10")
@@ -16,7 +17,7 @@ METHODS = ("msf", "byol")
 STEMS = ("auto", "imagenet", "small")
 # What may differ between a run and its continuation. Everything else decides the numbers.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
-FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every"}
+FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "logger"}
 # What version 0.2.0 did, where it was not today's default, and the data sets whose images it normalized otherwise.
 _OLD = {"stem": "imagenet"}
 _NORMALIZED_OTHERWISE = ("cifar10", "cifar100", "stl10")
@@ -66,6 +67,7 @@ class Settings:
     eval_every: int = 0
     checkpoint_every: int = 1
     keep_every: int = 0
+    logger: str = "tensorboard"
     out: str = ""
     resume: str = ""
 
@@ -166,6 +168,8 @@ _HELP = {
     "eval_every": "epochs between nearest-neighbor evaluations; 0: at the end alone",
     "checkpoint_every": "epochs between checkpoints",
     "keep_every": "epochs between backbones that are kept, the first epoch's too; 0: the last alone",
+    "logger": "where the numbers go beside metrics.csv and losses.csv, which are written in any case: tensorboard, "
+    "wandb (pip install wandb), or nowhere else (csv and none)",
     "out": "folder of the run; the default is a new one below runs/",
     "resume": "folder of an earlier run: go on from its checkpoint, with its settings; or auto: go on from the one "
     "in --out, if there is one (a restart by torchrun does so in any case)",
@@ -182,6 +186,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "bank_layout": ("replicated", "sharded"),
     "batchnorm": ("local", "sync", "shuffle"),
     "precision": ("auto", "float32", "bfloat16"),
+    "logger": LOGGERS,
 }
 # Ranges of numbers; others are finite, and whole numbers not negative.
 _TYPES: dict[str, Callable[[str], Any]] = {
@@ -194,13 +199,13 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     "seed": whole(0, 2**63 - 1),
 }
 _GROUPS: dict[str, tuple[str, ...]] = {
-    "images": ("dataset", "data", "image_size", "augmentation", "blur", "views", "workers"),
+    "images": ("dataset", "data", "image_size", "augmentation", "blur", "views", "workers", "val_split"),
     "method": ("method", "k", "k_end", "symmetric", "exclude_same_id", "same_label", "momentum"),
     "memory bank": ("bank_size", "bank_dtype", "bank_layout", "backend"),
     "networks": ("arch", "stem", "hidden", "dim", "predictor"),
     "training": ("recipe", "epochs", "steps", "batch_size", "lr", "sgd_momentum", "weight_decay", "seed"),
     "devices": ("device", "precision", "accumulate", "batchnorm", "timeout"),
-    "the run": ("out", "resume", "eval_every", "checkpoint_every", "keep_every"),
+    "the run": ("out", "resume", "eval_every", "checkpoint_every", "keep_every", "logger"),
 }
 _METAVARS = {"data": "DIR", "out": "DIR", "resume": "DIR", "arch": "NAME", "backend": "NAME", "device": "NAME"}
 

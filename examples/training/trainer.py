@@ -24,13 +24,14 @@ from training.data import DataSource, UnreadableImage, Views, seed_of
 from training.health import MEASURES, Averages, means_of, measure, warnings_of
 from training.models import Encoder, build_backbone, mlp, stem_of, usual_size
 from training.photos import workers_of
+from training.progress import Progress
 from training.ranks import shuffled, synchronized
 from training.settings import Settings
 from training.timing import TimedSearch, WaitClock, loader_limit
 
 Row = dict[str, Any]  # one epoch of the metrics
-SHOWN = ("loss", "purity")  # beside the progress bar
 CHECK_EVERY = 50  # steps between looks at whether loss and weights are numbers still, for which the GPU is waited for
+LOG_EVERY = 100  # steps between calls of ``log``, for which the GPU is waited for
 PARTS = ("online", "predictor", "target", "criterion", "optimizer")
 STATE = {"settings", "train_size", "step", "history", "sums", "notes", *PARTS}
 
@@ -122,30 +123,33 @@ class Trainer:
         """Whether this process is the one that evaluates, logs and writes."""
         return self.ranks.rank == 0
 
-    def train(self, stop: StopRequest, after_epoch: Callable[[Row], None]) -> None:
-        """Train to the last step, or until a rank is asked to stop. ``after_epoch`` may add to its row.
+    def train(
+        self, stop: StopRequest, after_epoch: Callable[[Row], None], log: Callable[[], None] = lambda: None
+    ) -> None:
+        """Train to the last step, or until a rank is asked to stop.
+
+        Args:
+            stop: asks for it.
+            after_epoch: is called with each epoch's averages, and may add to them.
+            log: is called within an epoch every `LOG_EVERY` steps.
 
         Raises:
             UnreadableImage: on all ranks; nothing of that step has happened.
             Diverged: a loss or a weight is not finite; noticed within `CHECK_EVERY` steps.
         """
-        interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
-        with tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=interval,
-            disable=not self.leads,
-        ) as bar:
+        with Progress(
+            self.step, self.total_steps, self.total_epochs, self.settings.batch_size, speaks=self.leads
+        ) as progress:
             while self.step < self.total_steps and not self.stopped:
                 try:
-                    self._train_epoch(stop, after_epoch, bar)
+                    self._train_epoch(stop, after_epoch, log, progress)
                 except UnreadableImage:
                     self.check_sound()  # a checkpoint will be written
                     raise
 
-    def _train_epoch(self, stop: StopRequest, after_epoch: Callable[[Row], None], bar: tqdm) -> None:
+    def _train_epoch(
+        self, stop: StopRequest, after_epoch: Callable[[Row], None], log: Callable[[], None], progress: Progress
+    ) -> None:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
         last = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
         started, waiting = time.perf_counter(), WaitClock(self.device)
@@ -156,12 +160,11 @@ class Trainer:
                 self.check_sound()
                 return  # within the epoch: its sums are kept
             self._train_step(micro_batches)
-            bar.update()
+            progress.after_step(self.step, epoch + 1, self.averages.means)
             if self.step % CHECK_EVERY == 0:
                 self.check_sound()
-            if self.step % 10 == 0 and self.leads:
-                shown = {name: f"{mean:.3f}" for name, mean in self.averages.means().items() if name in SHOWN}
-                bar.set_postfix(epoch=epoch + 1, **shown, refresh=False)
+            if self.step % LOG_EVERY == 0 and self.step < last:
+                log()
         next(views, None)  # lets the workers come to the end of the epoch
         self._agree(stop)
         self.check_sound()
@@ -184,6 +187,7 @@ class Trainer:
         if self.leads and workers is not None and (limit := loader_limit(row, workers, workers_of(-1))):
             self._warn(limit, once="loader")
         after_epoch(row)
+        progress.after_epoch(row)
 
     def _warn(self, warning: str, once: str) -> None:
         """Print a warning, the first time that it comes under this name."""
