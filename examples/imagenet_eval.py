@@ -24,6 +24,7 @@ from evaluating.commands import COMMANDS, Evaluation, Subject
 from evaluating.export import LAYOUTS
 from evaluating.paper import TABLE_2, TABLE_3, TRANSFER, Rows, beside
 from evaluating.transfer import SETS, STRENGTHS
+from training.bad_images import ACTIONS, LIST, write_list
 from training.ranks import joined, shared
 from training.report import environment
 from training.settings import DATASETS
@@ -76,6 +77,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=whole, default=0, help="default: the run's, or 224")
     add("--batch-size", type=whole, default=256, help="images at a time over all ranks, in training too")
     add("--workers", type=int, default=-1, help="processes that read images, a rank; -1: the cores divided by ranks")
+    add("--on-bad-image", choices=ACTIONS, default="error", help="skip: evaluate without images that cannot be read")
     add("--device", default="auto", help="auto: the GPU if there is one")
     add("--seed", type=int, default=0, help="of order, views and draws")
     add("--timeout", type=whole, default=1800, help="seconds that ranks wait for one another")
@@ -113,7 +115,12 @@ def main(arguments: list[str] | None = None) -> int:
                 path = Path(flags.out) if flags.out else default_record(subject)
                 path.parent.mkdir(parents=True, exist_ok=True)
             protocol, row = measure(subject)
+            found = subject.bad.of_all(ranks)
             if ranks.rank == 0:
+                if found:
+                    protocol["unreadable images"] = len(found)
+                    write_list(path.parent / LIST, found)
+                    print(f"{len(found):,} images could not be read: {path.parent / LIST} names them")
                 report(subject, protocol, row, path, time.perf_counter() - started)
     except (ValueError, ImportError, RuntimeError, OSError) as error:
         if int(os.environ.get("RANK", 0)) and str(error).startswith("rank "):

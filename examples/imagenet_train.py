@@ -29,13 +29,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from msf_core.distributed import Ranks
 from msf_core.search import find_backend
+from training.bad_images import LIST, write_list
+from training.check import check_images
 from training.checkpoint import check_sharded_checkpoints, load_checkpoint, load_shards, save_checkpoint
-from training.data import UNKNOWN, DataSource, Share, open_source, seed_of
+from training.data import UNKNOWN, UNREADABLE, BadImages, DataSource, Share, open_source, seed_of
 from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warmed_up
 from training.features import features_of
+from training.folders import printable
 from training.health import warnings_of
 from training.models import export_backbone, stem_of
 from training.ranks import joined, may_restart, restarted, shared
@@ -61,11 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the script; return its exit status."""
     parser = build_parser(__doc__.partition("\n\n")[0])
     given = vars(parser.parse_args(arguments))
+    check_alone = given.pop("check_images", False)
     with ExitStack() as stack:
         try:
             ranks, device = stack.enter_context(
                 joined(given.get("device", Settings.device), given.get("timeout", Settings.timeout))
             )
+            if check_alone:
+                return check_images(source_of(settings_of(given, ranks)[0], ranks, device), ranks)
             trainer, folder = prepare(given, ranks, device)
         except (ValueError, ImportError, RuntimeError, OSError) as error:
             if int(os.environ.get("RANK", 0)) and str(error).startswith("rank "):
@@ -82,23 +89,11 @@ def prepare(given: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[
         ValueError, ImportError, RuntimeError, OSError: on all ranks, where it goes wrong on one.
     """
     with shared(ranks):
-        path = checkpoint_of(given)
-        state = None if path is None else load_checkpoint(path, STATE, ranks)
-        settings = complete(given) if state is None else resumed(state["settings"], given)
+        settings, path, state = settings_of(given, ranks)
         check_division(settings, ranks.size)
         if settings.bank_layout == "sharded" and ranks.size > 1:
             check_sharded_checkpoints()
-        source = open_source(
-            settings.dataset,
-            settings.data,
-            image_size=settings.image_size,
-            augmentation=settings.augmentation,
-            blur=settings.blur,
-            share=Share(settings.batch_size, settings.accumulate, ranks.rank, ranks.size),
-            workers=settings.workers,
-            seed=settings.seed,
-            device=device,
-        )
+        source = source_of(settings, ranks, device)
     if ranks.size > 1:  # one that does not see the checkpoint would begin anew
         ranks.agree("prepare", same={"step to go on from": -1 if state is None else int(state["step"])})
     trainer = Trainer(settings, source, device, ranks)
@@ -114,6 +109,29 @@ def prepare(given: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[
         keep_losses(folder / "losses.csv", trainer.step)
         (folder / "config.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     return trainer, folder
+
+
+def settings_of(given: dict[str, Any], ranks: Ranks) -> tuple[Settings, Path | None, dict[str, Any] | None]:
+    """Return the settings of the run, and the checkpoint to go on from with its content, if there is one."""
+    path = checkpoint_of(given)
+    state = None if path is None else load_checkpoint(path, STATE, ranks)
+    return complete(given) if state is None else resumed(state["settings"], given), path, state
+
+
+def source_of(settings: Settings, ranks: Ranks, device: torch.device) -> DataSource:
+    """Return the images of the run, this rank's part of each step."""
+    return open_source(
+        settings.dataset,
+        settings.data,
+        image_size=settings.image_size,
+        augmentation=settings.augmentation,
+        blur=settings.blur,
+        share=Share(settings.batch_size, settings.accumulate, ranks.rank, ranks.size),
+        workers=settings.workers,
+        seed=settings.seed,
+        device=device,
+        bad=BadImages(settings.on_bad_image),
+    )
 
 
 def checkpoint_of(given: dict[str, Any]) -> Path | None:
@@ -161,7 +179,8 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
         with shared(trainer.ranks):
             if writer is not None:
                 if "first_neighbors" not in trainer.notes:
-                    trainer.notes["first_neighbors"] = find_neighbors(trainer)
+                    with source.bad.tolerated():  # a picture is not worth a run
+                        trainer.notes["first_neighbors"] = find_neighbors(trainer)
                 log(writer, row)
                 if settings.keep_every and (row["epoch"] == 1 or last or not row["epoch"] % settings.keep_every):
                     export(trainer, folder / f"backbone-epoch-{row['epoch']:04d}.safetensors")
@@ -174,7 +193,7 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
         try:
             add_rows_before(trainer)
             trainer.train(stop, after_epoch)
-        except OSError as error:  # an unreadable image
+        except OSError as error:  # an unreadable image, a reading process that has ended
             problem = error
         except Diverged as error:  # a checkpoint of this would take the place of a sound one
             if trainer.leads:
@@ -186,8 +205,13 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
                 print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; go on with --resume {folder}")
                 if problem is not None:
                     print(f"error: {problem}", file=sys.stderr)
+                name_bad_images(trainer, folder)
             return 1 if problem is not None or not saved else 128 + trainer.stopped
-        rows = rows_after(trainer)
+        rows: dict[str, float] = {}
+        try:
+            rows = rows_after(trainer)
+        except OSError as error:  # what was trained is not lost by an image that it is tested on
+            problem = error
         with shared(trainer.ranks):
             if writer is not None:
                 trainer.history[-1] |= {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
@@ -195,8 +219,21 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
     if not save(trainer, folder):
         return 1
     if trainer.leads:
-        report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
-    return 0
+        with source.bad.tolerated():
+            report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
+        name_bad_images(trainer, folder)
+        if problem is not None:
+            again = f"imagenet_eval.py knn {folder}, or imagenet_train.py --resume {folder}"
+            print(
+                f"error: the encoder is trained, its evaluation failed: {problem}; repeat it: {again}", file=sys.stderr
+            )
+    return 0 if problem is None else 1
+
+
+def name_bad_images(trainer: Trainer, folder: Path) -> None:
+    """Say how many images could not be read, and where they are named."""
+    if found := trainer.notes.get("bad_images"):
+        print(f"{len(found):,} images could not be read: {folder / LIST} names them")
 
 
 def save(trainer: Trainer, folder: Path) -> bool:
@@ -204,10 +241,21 @@ def save(trainer: Trainer, folder: Path) -> bool:
 
     A run does not end because a disk is full: the last whole checkpoint is there, and the next one may work.
     """
+    before = trainer.notes.get("bad_images", {})
+    found = before | trainer.source.bad.of_all(trainer.ranks)
+    if found:
+        trainer.notes["bad_images"] = found
     losses, state = trainer.average_losses(), trainer.state_dict()
     try:
         with shared(trainer.ranks):
-            if trainer.leads:  # losses first: what a checkpoint does not know of, a resumed run drops
+            if trainer.leads:
+                if found:
+                    write_list(folder / LIST, found)
+                if new := sorted(found.keys() - before.keys()):
+                    others = f" and {len(new) - 1:,} others" if len(new) > 1 else ""
+                    said = f"cannot read {printable(new[0])}{others}, did without: see {folder / LIST}"
+                    tqdm.write(f"warning: {said}", file=sys.stderr)
+                # losses first: what a checkpoint does not know of, a resumed run drops
                 write_losses(folder / "losses.csv", losses, trainer.step)
                 trainer.losses_written()
                 write_csv(folder / "metrics.csv", trainer.history)
@@ -266,11 +314,14 @@ def find_neighbors(trainer: Trainer) -> list[list[int]]:
     source = trainer.source
     queries, gallery = shown(source)
     wanted = (("val" if source.has_val else "train", queries), ("train", gallery))
-    query_features, gallery_features = (
-        torch.nn.functional.normalize(
-            torch.cat([part for part, _ in features_of(trainer.backbone, source.images(split, chosen))]), dim=1
-        )
+    (query_features, _), (gallery_features, labels) = (
+        [torch.cat(parts) for parts in zip(*features_of(trainer.backbone, source.images(split, chosen)), strict=True)]
         for split, chosen in wanted
+    )
+    gallery = [place for place, label in zip(gallery, labels.tolist(), strict=True) if label != UNREADABLE]
+    query_features, gallery_features = (
+        torch.nn.functional.normalize(features, dim=1)
+        for features in (query_features, gallery_features[labels != UNREADABLE])
     )
     n = min(SHOWN_NEIGHBORS, len(gallery))
     _, index = find_backend("auto", trainer.device).topk(query_features, gallery_features, n)
@@ -300,7 +351,7 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
     print(f"\n{steps:,} steps in {seconds:.0f} s; in the last epoch {last['images_per_second']:.0f} images/s, ", end="")
     print(f"{last['data_share']:.1%} of the time waiting for data, {last['search_share']:.1%} in the search")
     rows = dict(trainer.notes["before"])
-    if source.has_val:
+    if after:
         rows[name] = after
         print(f"\n{table(rows)}\n")
         record = {
@@ -311,7 +362,8 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
         }
         (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     picture(trainer, folder / "neighbors.png", title)
-    print(verdict(rows, name, last))
+    if after or not source.has_val:
+        print(verdict(rows, name, last))
     files = "checkpoint.pt, backbone.safetensors, metrics.csv, losses.csv, tensorboard/, curves.png, neighbors.png"
     print(f"{folder}: {files}")
 
@@ -345,9 +397,10 @@ def picture(trainer: Trainer, path: Path, title: str) -> None:
 
 
 def gather(source: DataSource, split: str, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the evaluation images and labels at these places."""
+    """Return the evaluation images and labels at these places; an unreadable image is black, its label UNKNOWN."""
     parts = list(source.images(split, places))
-    return torch.cat([images.cpu() for images, _ in parts]), torch.cat([labels.cpu() for _, labels in parts])
+    labels = torch.cat([labels.cpu() for _, labels in parts])
+    return torch.cat([images.cpu() for images, _ in parts]), labels.clamp(min=UNKNOWN)
 
 
 def verdict(rows: dict[str, dict[str, float]], name: str, last: Row) -> str:

@@ -5,16 +5,19 @@ from typing import Any
 
 import torch
 
+from training.bad_images import BadImages
 from training.digits import Digits
 from training.folders import UnlabelledFolder, UnreadableImage, labels_of, open_folder
 from training.photos import Photos, workers_of
 from training.small import SmallImages
 from training.small_sets import open_small
-from training.source import UNKNOWN, DataSource, Share, Views, epoch_order, seed_of
+from training.source import UNKNOWN, UNREADABLE, DataSource, Share, Views, epoch_order, seed_of
 from training.views import STRONG
 
 __all__ = [
     "UNKNOWN",
+    "UNREADABLE",
+    "BadImages",
     "DataSource",
     "Digits",
     "Photos",
@@ -42,6 +45,7 @@ def open_source(
     seed: int,
     device: torch.device,
     blur: float = STRONG.blur,
+    bad: BadImages | None = None,
 ) -> DataSource:
     """Return the images of a data set: "digits", "folder" (``data`` is its root), or one of torchvision's.
 
@@ -60,6 +64,7 @@ def open_source(
     }
     if dataset == "folder":
         train, val, has_labels = open_folder(Path(data))
-        return Photos(train, val, has_labels=has_labels, workers=workers_of(workers), **options)
+        options |= {"workers": workers_of(workers), "bad": bad}
+        return Photos(train, val, has_labels=has_labels, **options)
     learned, test, gallery = open_small(dataset, Path(data))
     return SmallImages(learned, test, gallery=gallery, **options)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from training.augment import AUGMENTATIONS
+from training.bad_images import ACTIONS, LIST
 
 DATASETS = ("digits", "folder", "cifar10", "cifar100", "fashion-mnist", "stl10")
 METHODS = ("msf", "byol")
 STEMS = ("auto", "imagenet", "small")
 # What may differ between a run and its continuation. Everything else decides the numbers.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
-FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every"}
+FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "on_bad_image"}
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     workers: int = -1
+    on_bad_image: str = "error"
     timeout: int = 1800
     eval_every: int = 0
     checkpoint_every: int = 1
@@ -148,6 +150,8 @@ _HELP = {
     "seed": "of weights, views and order",
     "device": "auto: the GPU if there is one",
     "workers": "processes that read photographs, for each rank; -1: this machine's cores, divided by its ranks",
+    "on_bad_image": "one that cannot be read: stop with an error, or train on another one in its place and evaluate "
+    f"without it (skip); the run's {LIST} names it",
     "timeout": "seconds that ranks wait for one another",
     "eval_every": "epochs between nearest-neighbor evaluations; 0: at the end alone",
     "checkpoint_every": "epochs between checkpoints",
@@ -168,6 +172,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "bank_layout": ("replicated", "sharded"),
     "batchnorm": ("local", "sync", "shuffle"),
     "precision": ("auto", "float32", "bfloat16"),
+    "on_bad_image": ACTIONS,
 }
 _AT_LEAST_ONE = ("image_size", "k", "bank_size", "hidden", "dim", "epochs", "checkpoint_every", "accumulate", "timeout")
 _NOT_NEGATIVE = ("steps", "lr", "sgd_momentum", "weight_decay", "seed", "eval_every", "keep_every", "k_end")
@@ -187,6 +192,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
             choices=_CHOICES.get(field.name),
             help=f"{_HELP[field.name]} ({paper})",
         )
+    parser.add_argument(
+        "--check-images", action="store_true", help="read every image, list those that cannot be read, and end"
+    )
     return parser
 
 
