@@ -271,6 +271,7 @@ def source_of(folder: Path) -> DataSource:
         workers=settings["workers"],
         seed=0,
         device=torch.device("cpu"),
+        val_split=settings.get("val_split", 0.0),
     )
     if not source.has_val:
         raise ValueError("this needs labelled test images")

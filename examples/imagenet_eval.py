@@ -74,6 +74,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--weights", default="", help='of a model by name, as IMAGENET1K_V2 (timm: "pretrained"); without: random')
     add("--dataset", choices=DATASETS, default="", help="default: the run's, or folder")
     add("--data", default="", help="ImageFolder tree with train/ and val/, or the folder of the transfer sets")
+    add("--val-split", type=float, help="fraction of --data to test on, if it has no val/; default: the run's, or 0")
     add("--image-size", type=whole, default=0, help="default: the run's, or 224")
     add("--batch-size", type=whole, default=256, help="images at a time over all ranks, in training too")
     add("--workers", type=int, default=-1, help="processes that read images, a rank; -1: the cores divided by ranks")

@@ -130,6 +130,7 @@ def source_of(settings: Settings, ranks: Ranks, device: torch.device) -> DataSou
         workers=settings.workers,
         seed=settings.seed,
         device=device,
+        val_split=settings.val_split,
         bad=BadImages(settings.on_bad_image),
     )
 
@@ -285,8 +286,11 @@ def announce(trainer: Trainer, folder: Path) -> None:
     s, source = trainer.settings, trainer.source
     where = f"{trainer.device}" if trainer.ranks.size == 1 else f"{trainer.ranks.size} ranks of {trainer.device.type}"
     what = "BYOL (k = 1, no bank)" if s.method == "byol" else f"MSF: k = {s.k}, a bank of {s.bank_size:,} rows"
-    labels = "with labels, for purity and evaluation" if source.has_labels else "without labels: no evaluation"
+    labels = "with labels, for purity and evaluation" if source.has_val else "with labels, for purity alone"
+    labels = labels if source.has_labels else "without labels: no evaluation"
     stem = " with the stem for small images" if stem_of(s.stem, s.arch, s.image_size) == "small" else ""
+    for line in source.found.lines:
+        print(line)
     print(f"{what}, views {s.augmentation}, {s.arch}{stem} on {where} in {trainer.precision}")
     readers = "" if source.workers is None else f", read by {source.workers} workers"
     if trainer.ranks.size > 1 and readers:
@@ -413,7 +417,8 @@ def verdict(rows: dict[str, dict[str, float]], name: str, last: Row) -> str:
         return f"{name}, trained without labels: {after['one_label']:.1%} with one label a class, against {others}."
     if after:
         return f"{name}: 20-NN accuracy on the test images is {after['nn20']:.1%}, learned without labels."
-    return f"{name}: the loss is {last['loss']:.3f} and the spread {last['spread']:.2f}; no labels to evaluate with."
+    ends = f"the loss is {last['loss']:.3f} and the spread {last['spread']:.2f}"
+    return f"{name}: {ends}; no labeled test images to evaluate on."
 
 
 if __name__ == "__main__":

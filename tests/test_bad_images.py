@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 import imagenet_eval
 import imagenet_train
 from training.bad_images import TRIES
-from training.data import UNREADABLE, UnlabelledFolder
+from training.data import UNREADABLE, open_folder
 from training.folders import UnreadableImage, path_of, pixels_of, read_image
 from training.photos import ReaderEnded
 
@@ -129,7 +129,7 @@ WRONG = {
 def test_what_cannot_be_read_is_named_with_a_reason(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "odd.jpg").write_bytes(content)
     with pytest.raises(UnreadableImage, match=rf"cannot read image .*odd\.jpg: .*{re.escape(reason)}"):
-        pixels_of(UnlabelledFolder(tmp_path), 0)
+        pixels_of(open_folder(tmp_path)[0], 0)
 
 
 def test_what_is_no_file_or_may_not_be_read_is_named_too(tmp_path: Path) -> None:

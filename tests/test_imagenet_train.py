@@ -223,7 +223,7 @@ def test_a_folder_trains_with_labels_and_without(
 ) -> None:
     run, printed = photos[1:] if labelled else unlabelled
     assert ("| MSF, k = 5 |" in printed) == labelled
-    assert ("no labels to evaluate with" in printed) != labelled
+    assert ("no labeled test images to evaluate on" in printed) != labelled
     assert "read by 0 workers" in printed
     if labelled:
         assert printed.count("the loader is the limit") == 1, "once, in two epochs"

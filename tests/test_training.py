@@ -19,7 +19,7 @@ from msf_core.distributed import Ranks
 from training import data, evaluation
 from training.augment import DIGITS_VIEWS, DigitsView
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import BadImages, Digits, Photos, Share, UnlabelledFolder, open_folder, seed_of
+from training.data import BadImages, Digits, Photos, Share, open_folder, seed_of
 from training.features import nearest_neighbour_accuracy
 from training.models import build_backbone, export_backbone
 from training.photos import workers_of
@@ -65,12 +65,12 @@ def photos(
     share: Share = Share(4),  # noqa: B008
     on_bad_image: str = "error",
 ) -> Photos:
-    train, val, has_labels = open_folder(root)
+    train, val, _ = open_folder(root)
     return Photos(
         train,
         val,
         size=32,
-        has_labels=has_labels,
+        has_labels=bool(train.classes),
         augmentation="w/s",
         share=share,
         workers=workers,
@@ -218,52 +218,11 @@ def test_an_epoch_of_photos_sees_each_image_once(tmp_path: Path) -> None:
     assert labels.bincount().tolist() == [4, 4, 4]
 
 
-def test_a_folder_with_classes_has_labels_that_agree_between_train_and_val(tmp_path: Path) -> None:
-    make_tree(tmp_path)
-    for image in (tmp_path / "val" / "class0").iterdir():  # a class that val lacks shifts its own numbering
-        image.unlink()
-    (tmp_path / "val" / "class0").rmdir()
-    train, val, has_labels = open_folder(tmp_path)
-    assert has_labels
-    assert {train[i][1] for i in range(len(train))} == {0, 1, 2}
-    assert {val[i][1] for i in range(len(val))} == {1, 2}
-
-
-@pytest.mark.parametrize("below", ["train", "", "train/all"])
-def test_a_folder_without_classes_has_no_labels(tmp_path: Path, below: str) -> None:
-    folder = tmp_path / below
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(3):
-        Image.fromarray(np.full((20, 20, 3), i, dtype=np.uint8)).save(folder / f"{i}.PNG")
-    train, val, has_labels = open_folder(tmp_path)
-    assert (len(train), val, has_labels) == (3, None, False)
-    assert [train[i][1] for i in range(3)] == [-1, -1, -1]
-    assert isinstance(train, UnlabelledFolder)
-
-
-def test_labels_without_a_val_folder_leave_nothing_to_test_on(tmp_path: Path) -> None:
-    make_tree(tmp_path / "tree")
-    train, val, has_labels = open_folder(tmp_path / "tree" / "train")
-    assert (len(train), val, has_labels) == (18, None, True)
-
-
-def test_a_folder_that_cannot_serve_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such folder: .*nowhere"):
-        open_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no images"):
-        open_folder(tmp_path)
-    make_tree(tmp_path / "stranger")
-    (tmp_path / "stranger" / "val" / "class0").rename(tmp_path / "stranger" / "val" / "other")
-    with pytest.raises(ValueError, match=r"classes that .* lacks: other"):
-        open_folder(tmp_path / "stranger")
-    make_tree(tmp_path / "loose")
-    (tmp_path / "loose" / "train" / "class0" / "0.jpg").rename(tmp_path / "loose" / "train" / "0.jpg")
-    with pytest.raises(ValueError, match="images beside its class folders"):
-        open_folder(tmp_path / "loose")
-    make_tree(tmp_path / "half")
-    (tmp_path / "half" / "train").rename(tmp_path / "half" / "training")
-    with pytest.raises(ValueError, match="val but no folder train"):
-        open_folder(tmp_path / "half")
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    make_tree(tmp_path, train=4)
+    (tmp_path / "train" / "class1" / "0.jpg").write_bytes(b"not a JPEG")
+    with pytest.raises(OSError, match=r"class1.0\.jpg"):
+        batches(photos(tmp_path), epoch=0)
 
 
 def test_the_digits_backbone_is_the_recipes() -> None:

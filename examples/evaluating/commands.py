@@ -55,13 +55,23 @@ class Evaluation(Subject):
             seed=flags.seed,
             device=device,
             bad=self.bad,
+            val_split=self._val_split(),
         )
         if not self.source.has_val:
-            raise ValueError(f"{self.data} has no labelled images in train/ and val/ to evaluate on")
+            held_out = f"; the run held out --val-split {known['val_split']}" if known.get("val_split") else ""
+            raise ValueError(f"{self.data} has no labelled images to evaluate on: {self.source.found.no_val}{held_out}")
         if flags.batch_size < ranks.size:
             raise ValueError(f"--batch-size must be at least the {ranks.size} ranks, got {flags.batch_size}")
         labels = self.source.labels("train")
         self.classes = int(labels.max()) + 1
+
+    def _val_split(self) -> float:
+        """Return the fraction to hold out: the one that is asked for, or on the run's images the run's."""
+        known = self.encoder.trained_on
+        if self.flags.val_split is not None:
+            return float(self.flags.val_split)
+        same = self.dataset == "folder" and Path(known.get("data", "")).resolve() == Path(self.data).resolve()
+        return float(known.get("val_split", 0.0)) if same else 0.0
 
     def part(self, split: str) -> Iterator[Batch]:
         """Yield the features of this rank's part of a split, with progress."""

@@ -22,7 +22,7 @@ class LoadedEncoder:
     backbone: nn.Module
     arch: str
     source: dict[str, Any]  # for the record
-    trained_on: dict[str, Any] = field(default_factory=dict)  # "dataset", "data", "image_size" as far as known
+    trained_on: dict[str, Any] = field(default_factory=dict)  # "dataset", "data", "image_size", "val_split"
     folder: Path | None = None  # of the run or the file
 
 
@@ -61,7 +61,7 @@ def _from_checkpoint(path: Path, ranks: Ranks, image_size: int) -> LoadedEncoder
     tensors = {key.removeprefix(prefix): value for key, value in state["online"].items() if key.startswith(prefix)}
     _load(backbone, tensors, path)
     source = {"checkpoint": str(path), "step": state["step"], "settings": settings}
-    trained_on = {key: settings[key] for key in ("dataset", "data", "image_size")}
+    trained_on = {key: settings[key] for key in ("dataset", "data", "image_size", "val_split") if key in settings}
     return LoadedEncoder(backbone, settings["arch"], source, trained_on, path.parent)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.augment import DIGITS_VIEWS
 from training.bad_images import BadImages
-from training.source import Share, Views, epoch_order, seed_of
+from training.source import Found, Share, Views, epoch_order, seed_of
 
 
 class Digits:
@@ -21,6 +21,7 @@ class Digits:
     image_shape = (1, 16, 16)
     has_labels = has_val = True
     workers: int | None = None
+    found = Found()
 
     def __init__(self, augmentation: str, share: Share, seed: int, device: torch.device) -> None:
         pixels, labels = load_digits(return_X_y=True)

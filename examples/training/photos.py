@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -21,9 +20,11 @@ from training.bad_images import BadImages, Drawn, Noting, collated
 from training.folders import labels_of, pixels_of
 from training.prefetch import SideStream
 from training.rendering import Normalization, Rendering
-from training.source import UNREADABLE, Share, Views, epoch_order, seed_of
+from training.source import UNREADABLE, Found, Share, Views, epoch_order, seed_of
+from training.trees import ImageTree
 from training.views import PER_VIEW, STRONG, SUPERVISED, View, crop_boxes, draws, resized_crop, views_of
 
+LONGEST = 16  # times as long as wide may an image be that evaluation resizes as a whole
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -47,6 +48,7 @@ class Photos:
         val: Dataset[Any] | None,
         *,
         gallery: Dataset[Any] | None = None,
+        found: Found | None = None,
         size: int,
         has_labels: bool,
         augmentation: str,
@@ -62,6 +64,7 @@ class Photos:
         self.train_size = len(train)  # type: ignore[arg-type]
         self.has_labels, self.has_val = has_labels, val is not None and has_labels
         self.workers: int | None = workers
+        self.found = found or Found()
         self.facts: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         self._sets = {"train": _Centred(train if gallery is None else gallery, size)}
         if val is not None:
@@ -129,7 +132,8 @@ class Photos:
 
     def names(self) -> list[str]:
         """See `DataSource`."""
-        return [Path(path).name for path, _ in getattr(self._sets["train"].images, "samples", [])]
+        images = self._sets["train"].images
+        return list(images.paths.names()) if isinstance(images, ImageTree) else []
 
     def displayable(self, images: Tensor) -> np.ndarray:
         """See `DataSource`."""
@@ -183,8 +187,20 @@ class _Centred(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = pixels_of(self.images, index)
-        resized = transforms.resize(image, [round(self.size * 256 / 224)], antialias=True)
+        resized = transforms.resize(middle(image), [round(self.size * 256 / 224)], antialias=True)
         return transforms.center_crop(resized, [self.size]).contiguous(), label
+
+
+def middle(image: Tensor) -> Tensor:
+    """Return the middle of an image [3, H, W] that is more than `LONGEST` times as long as wide; others as they are.
+
+    Resized until its short side is 256, an image of 1 x 5,000 pixels would take a gigabyte, of which the center crop
+    sees a square. As many short sides are cut off at each end as leave the resized pixels where they are: an even
+    number of them, so that they make a whole number of pixels also after resizing, and the center does not move.
+    """
+    short = min(image.shape[1:])
+    top, left = (max(0, side // short - LONGEST) // 4 * 2 * short for side in image.shape[1:])
+    return image[:, top : image.shape[1] - top, left : image.shape[2] - left]
 
 
 class _Looks(Dataset[int]):

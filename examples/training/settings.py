@@ -23,6 +23,7 @@ class Settings:
 
     dataset: str = "folder"
     data: str = "data"
+    val_split: float = 0.0
     recipe: str = "own"
     arch: str = "resnet50"
     stem: str = "auto"
@@ -118,6 +119,7 @@ _HELP = {
     "data": "folder with train/ and val/, a folder a class in each, as ImageNet has (or a flat one, without "
     "labels); for cifar10, cifar100, fashion-mnist and stl10 where they are or will be downloaded to; "
     "for fashion-mnist also a folder with its four idx files, packed or not",
+    "val_split": "fraction of each class that is held out to evaluate on, for a --data without val/; 0: none",
     "recipe": "settings of another codebase for CIFAR, with its ResNet-18, instead of the data set's own",
     "arch": "backbone: a classification model of torchvision or timm by its name, or 'digits'",
     "stem": "of torchvision's ResNets: imagenet is 7x7, stride 2 and max-pool; small is 3x3, stride 1 without; "

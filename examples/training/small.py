@@ -12,7 +12,7 @@ from torch import Tensor
 from training.bad_images import BadImages
 from training.prefetch import SideStream
 from training.rendering import Normalization, Rendering
-from training.source import Share, Views, epoch_order, seed_of
+from training.source import Found, Share, Views, epoch_order, seed_of
 from training.views import PER_VIEW, SUPERVISED, View, crop_boxes, draws, resized_crops, views_of
 
 FREE_SHARE = 0.5  # of a GPU's free memory that the images may take; larger sets stay in the host's
@@ -32,6 +32,7 @@ class SmallImages:
 
     has_labels = has_val = True
     workers: int | None = None
+    found = Found()
 
     def __init__(
         self,

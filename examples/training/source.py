@@ -36,6 +36,14 @@ class Share:
         return whole.view(-1, self.ranks, self.batch_size // self.accumulate // self.ranks)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What there is on disk, in words: for the first lines of a run, and why there may be nothing to test on."""
+
+    lines: tuple[str, ...] = ()
+    no_val: str = ""
+
+
 class DataSource(Protocol):
     """Training views and evaluation images of one data set."""
 
@@ -44,6 +52,7 @@ class DataSource(Protocol):
     has_labels: bool  # of the training images
     has_val: bool  # labelled images to test on
     workers: int | None  # processes that read images, for this rank; None where there is nothing to read
+    found: Found
     facts: dict[str, Any]  # what a user of the trained backbone needs to know: mean and std of its input
     bad: "BadImages"  # what could not be read, on this rank
 
@@ -68,7 +77,7 @@ class DataSource(Protocol):
         ...
 
     def names(self) -> list[str]:
-        """Return the file names of the "train" images without their folders; nothing where there are no files."""
+        """Return the paths of the "train" images below their folder, with "/"; nothing where there are no files."""
         ...
 
     def displayable(self, images: Tensor) -> np.ndarray:
