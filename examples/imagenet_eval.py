@@ -26,6 +26,7 @@ from evaluating.arguments import PROGRAM, build_parser, check_flags
 from evaluating.commands import COMMANDS, check_device
 from evaluating.errors import Told, tell, telling_once
 from evaluating.record import record_path, report
+from training.bad_images import LIST, write_list
 from training.flags import speaks
 from training.ranks import joined, shared
 
@@ -69,7 +70,12 @@ def evaluate(flags: argparse.Namespace) -> None:
             subject = prepare(flags, ranks, device)
             path = record_path(flags, subject) if ranks.rank == 0 else None
         protocol, row = measure(subject)
+        found = subject.bad.of_all(ranks)
         if path is not None:
+            if found:
+                protocol["unreadable images"] = len(found)
+                write_list(path.parent / LIST, found)
+                print(f"{len(found):,} images could not be read: {path.parent / LIST} names them")
             report(subject, protocol, row, path, time.perf_counter() - started)
 
 

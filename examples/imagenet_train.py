@@ -32,14 +32,18 @@ if __name__ == "__main__":  # a Ctrl-C ends it without a traceback during the im
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from msf_core.distributed import Ranks
 from msf_core.search import find_backend
+from training.bad_images import LIST, write_list
+from training.check import check_images
 from training.checkpoint import check_sharded_checkpoints, load_checkpoint, load_shards, save_checkpoint
-from training.data import UNKNOWN, DataSource, Share, open_source, seed_of
+from training.data import UNKNOWN, UNREADABLE, BadImages, DataSource, Share, open_source, seed_of
 from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warmed_up
 from training.features import features_of
 from training.flags import writable_folder
+from training.folders import printable
 from training.health import warnings_of
 from training.lock import FolderLock
 from training.loggers import Logger, check_logger, open_logger
@@ -88,10 +92,13 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as end:  # --help, or a flag that it refuses
         leave_the_word_to_rank_0()
         return int(end.code or 0)
+    check_alone = given.pop("check_images", False)
     timeout = given.get("timeout", Settings.timeout)
     with ExitStack() as stack:
         try:
             ranks, device = stack.enter_context(joined(given.get("device", Settings.device), timeout))
+            if check_alone:
+                return check_images(source_of(settings_of(given, ranks)[0], ranks, device), ranks)
             # Where torchrun starts it again on another machine, a file server may not yet know that the first one died.
             lock = stack.enter_context(FolderLock(patience=timeout / 2 if restarted() else 0))
             trainer, folder = prepare(given, ranks, device, lock)
@@ -134,25 +141,13 @@ def prepare(
             writable_folder("--out" if given.get("out") else "--resume", folder)
             if FolderLock.is_in(folder) or has_checkpoint(folder):
                 occupy(folder, path, lock)
-        state = None if path is None else load_checkpoint(path, STATE, ranks)
-        settings = complete(given) if state is None else resumed(state["settings"], given)
+        settings, path, state = settings_of(given, ranks)
         if ranks.rank == 0:
             check_logger(settings.logger)
         check_division(settings, ranks.size)
         if settings.bank_layout == "sharded" and ranks.size > 1:
             check_sharded_checkpoints()
-        source = open_source(
-            settings.dataset,
-            settings.data,
-            image_size=settings.image_size,
-            augmentation=settings.augmentation,
-            blur=settings.blur,
-            share=Share(settings.batch_size, settings.accumulate, ranks.rank, ranks.size),
-            workers=settings.workers,
-            seed=settings.seed,
-            device=device,
-            val_split=settings.val_split,
-        )
+        source = source_of(settings, ranks, device)
         check_source(settings, source)
     if ranks.size > 1:  # one that does not see the checkpoint would begin anew
         ranks.agree("prepare", same={"step to go on from": -1 if state is None else int(state["step"])})
@@ -175,6 +170,30 @@ def prepare(
             "the run was begun by version 0.2.0 or older: from here on, its views are other ones than they were there"
         )
     return trainer, Path(chosen[0])
+
+
+def settings_of(given: dict[str, Any], ranks: Ranks) -> tuple[Settings, Path | None, dict[str, Any] | None]:
+    """Return the settings of the run, and the checkpoint to go on from with its content, if there is one."""
+    path = checkpoint_of(given)
+    state = None if path is None else load_checkpoint(path, STATE, ranks)
+    return complete(given) if state is None else resumed(state["settings"], given), path, state
+
+
+def source_of(settings: Settings, ranks: Ranks, device: torch.device) -> DataSource:
+    """Return the images of the run, this rank's part of each step."""
+    return open_source(
+        settings.dataset,
+        settings.data,
+        image_size=settings.image_size,
+        augmentation=settings.augmentation,
+        blur=settings.blur,
+        share=Share(settings.batch_size, settings.accumulate, ranks.rank, ranks.size),
+        workers=settings.workers,
+        seed=settings.seed,
+        device=device,
+        val_split=settings.val_split,
+        bad=BadImages(settings.on_bad_image),
+    )
 
 
 def checkpoint_of(given: dict[str, Any]) -> Path | None:
@@ -269,7 +288,7 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
         try:
             add_rows_before(trainer)
             trainer.train(stop, after_epoch, lambda: log(logger, trainer))
-        except OSError as error:  # an unreadable image
+        except OSError as error:  # an unreadable image, a reading process that has ended
             problem = error
         except Diverged as error:  # a checkpoint of this would take the place of a sound one
             if trainer.leads:
@@ -284,22 +303,40 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
                 print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; {then}")
                 if problem is not None:
                     print(f"error: {problem}", file=sys.stderr)
+                name_bad_images(trainer, folder)
             return 1 if problem is not None or not saved else 128 + trainer.stopped
-        rows = rows_after(trainer)
+        rows: dict[str, float] = {}
+        try:
+            rows = rows_after(trainer)
+        except OSError as error:  # what was trained is not lost by an image that it is tested on
+            problem = error
         evaluated = {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
         if trainer.leads:
             trainer.history[-1] |= evaluated
         if not save(trainer, folder, logger):
             return 1
         if trainer.leads:
-            report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
+            with source.bad.tolerated():  # a picture is not worth a run
+                report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
             if logger.new or not reported:
                 last = trainer.history[-1]
                 final = {name: last[name] for name in ("loss", "spread", "rank") if name in last} | rows
                 logger.result(trainer.step, evaluated, final, asdict(settings), [folder / "neighbors.png"])
     if trainer.leads:
+        name_bad_images(trainer, folder)
         print(f"{folder}: {', '.join(written(folder))}")
-    return 0
+        if problem is not None:
+            again = f"imagenet_eval.py knn {folder}, or imagenet_train.py --resume {folder}"
+            print(
+                f"error: the encoder is trained, its evaluation failed: {problem}; repeat it: {again}", file=sys.stderr
+            )
+    return 0 if problem is None else 1
+
+
+def name_bad_images(trainer: Trainer, folder: Path) -> None:
+    """Say how many images could not be read, and where they are named."""
+    if found := trainer.notes.get("bad_images"):
+        print(f"{len(found):,} images could not be read: {folder / LIST} names them")
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -312,10 +349,21 @@ def save(trainer: Trainer, folder: Path, logger: Logger | None = None) -> bool:
 
     A run does not end because a disk is full: the last whole checkpoint is there, and the next one may work.
     """
+    before = trainer.notes.get("bad_images", {})
+    found = before | trainer.source.bad.of_all(trainer.ranks)
+    if found:
+        trainer.notes["bad_images"] = found
     losses, state = trainer.average_losses(), trainer.state_dict()
     try:
         with shared(trainer.ranks):
-            if trainer.leads:  # losses first: what a checkpoint does not know of, a resumed run drops
+            if trainer.leads:
+                if found:
+                    write_list(folder / LIST, found)
+                if new := sorted(found.keys() - before.keys()):
+                    others = f" and {len(new) - 1:,} others" if len(new) > 1 else ""
+                    said = f"cannot read {printable(new[0])}{others}, did without: see {folder / LIST}"
+                    tqdm.write(f"warning: {said}", file=sys.stderr)
+                # losses first: what a checkpoint does not know of, a resumed run drops
                 if logger is not None:
                     log_losses(logger, trainer, losses, trainer.step)
                     logger.flush()
@@ -428,7 +476,8 @@ def add_rows_before(trainer: Trainer) -> None:
         rows["untrained"] = evaluate(untrained, source, k, trainer.ranks)
     with shared(trainer.ranks):
         if trainer.leads:
-            trainer.notes["untrained_neighbors"] = find_neighbors(trainer, untrained)
+            with source.bad.tolerated():  # a picture is not worth a run
+                trainer.notes["untrained_neighbors"] = find_neighbors(trainer, untrained)
     trainer.notes["before"] = rows
 
 
@@ -437,11 +486,14 @@ def find_neighbors(trainer: Trainer, backbone: torch.nn.Module) -> list[list[int
     source = trainer.source
     queries, gallery = shown(source)
     wanted = (("val" if source.has_val else "train", queries), ("train", gallery))
-    query_features, gallery_features = (
-        torch.nn.functional.normalize(
-            torch.cat([part for part, _ in features_of(backbone, source.images(split, chosen))]), dim=1
-        )
+    (query_features, _), (gallery_features, labels) = (
+        [torch.cat(parts) for parts in zip(*features_of(backbone, source.images(split, chosen)), strict=True)]
         for split, chosen in wanted
+    )
+    gallery = [place for place, label in zip(gallery, labels.tolist(), strict=True) if label != UNREADABLE]
+    query_features, gallery_features = (
+        torch.nn.functional.normalize(features, dim=1)
+        for features in (query_features, gallery_features[labels != UNREADABLE])
     )
     n = min(SHOWN_NEIGHBORS, len(gallery))
     _, index = find_backend("auto", trainer.device).topk(query_features, gallery_features, n)
@@ -470,7 +522,7 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
     print(f"\n{steps:,} steps in {seconds:.0f} s; in the last epoch {last['images_per_second']:.0f} images/s, ", end="")
     print(f"{last['data_share']:.1%} of the time waiting for data, {last['search_share']:.1%} in the search")
     rows = dict(trainer.notes["before"])
-    if source.has_val:
+    if after:
         rows[name] = after
         print(f"\n{table(rows)}\n")
         record = {
@@ -481,7 +533,8 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
         }
         (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     picture(trainer, folder / "neighbors.png", title)
-    print(verdict(rows, name, last, with_labels=s.same_label))
+    if after or not source.has_val:
+        print(verdict(rows, name, last, with_labels=s.same_label))
 
 
 def export(trainer: Trainer, path: Path) -> None:
@@ -514,9 +567,10 @@ def picture(trainer: Trainer, path: Path, title: str) -> None:
 
 
 def gather(source: DataSource, split: str, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the evaluation images and labels at these places."""
+    """Return the evaluation images and labels at these places; an unreadable image is black, its label UNKNOWN."""
     parts = list(source.images(split, places))
-    return torch.cat([images.cpu() for images, _ in parts]), torch.cat([labels.cpu() for _, labels in parts])
+    labels = torch.cat([labels.cpu() for _, labels in parts])
+    return torch.cat([images.cpu() for images, _ in parts]), labels.clamp(min=UNKNOWN)
 
 
 def verdict(rows: dict[str, dict[str, float]], name: str, last: Row, *, with_labels: bool = False) -> str:

@@ -377,28 +377,6 @@ def test_every_augmentation_trains(tmp_path: Path, augmentation: str) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text())["augmentation"] == augmentation
 
 
-@pytest.mark.parametrize("when", ["before training", "in the first epoch"])
-def test_an_unreadable_image_costs_no_work(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    photos: tuple[Path, Path, str],
-    when: str,
-) -> None:
-    tree = make_tree(tmp_path / "tree", train=4)
-    broken = tree / "train" / "class2" / "1.jpg"
-    content = broken.read_bytes()
-    broken.write_bytes(content[:100])
-    if when == "in the first epoch":
-        monkeypatch.setattr(imagenet_train, "add_rows_before", lambda trainer: trainer.notes.update(before={}))
-    assert train("--data", tree, *SMALL, "--out", tmp_path / "run") == 1
-    assert "class2/1.jpg" in capsys.readouterr().err
-    broken.write_bytes(content)
-    assert train("--resume", tmp_path / "run") == 0
-    one, other = (load_file(folder / "backbone.safetensors") for folder in (photos[1], tmp_path / "run"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_a_finished_run_can_be_looked_at_again(tmp_path: Path, whole: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     before = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from evaluating.commands import COMMANDS
 from evaluating.export import LAYOUTS
 from evaluating.transfer import SETS, STRENGTHS
+from training.bad_images import ACTIONS
 from training.flags import Parser, finite, whole
 from training.settings import DATASETS
 
@@ -99,6 +100,7 @@ def _add_images(parser: argparse.ArgumentParser, command: str) -> None:
             metavar="FRACTION",
             help="of --data to test on, if it has no val/; default: the run's, or none",
         )
+    add("--on-bad-image", choices=ACTIONS, default="error", help="skip: evaluate without images that cannot be read")
     add("--batch-size", type=whole(), default=256, metavar="N", help="images at a time over all ranks, in training too")
     add("--seed", type=whole(0, _MOST_SEED), default=0, metavar="N", help="of order, views and draws")
 

@@ -18,9 +18,17 @@ from evaluating.linear import Protocol, Standardize, accuracy, batches_of, train
 from evaluating.subsets import listed, share_of_each_class, some_of_each_class
 from evaluating.transfer import SETS, Parts, TransferSet, classify
 from msf_core.distributed import Ranks
-from training.data import DataSource, Photos, Share, open_source, workers_of
+from training.data import BadImages, DataSource, Photos, Share, open_source, workers_of
 from training.evaluation import few_labels, linear_probe
-from training.features import NEIGHBORS, Batch, extract, features_of, nearest_neighbour_accuracy, part_of_images
+from training.features import (
+    NEIGHBORS,
+    Batch,
+    extract,
+    features_of,
+    nearest_neighbour_accuracy,
+    part_of_images,
+    readable,
+)
 from training.flags import existing_folder, writable_folder
 from training.ranks import shared
 
@@ -50,6 +58,7 @@ class Subject:
 
     def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         self.flags, self.ranks, self.device = flags, ranks, device
+        self.bad = BadImages(getattr(flags, "on_bad_image", "error"))
         batch_size = getattr(flags, "batch_size", ranks.size)
         if batch_size < ranks.size:
             raise ValueError(f"--batch-size must be at least the {ranks.size} ranks, got {batch_size}")
@@ -82,6 +91,7 @@ class Evaluation(Subject):
             workers=flags.workers,
             seed=flags.seed,
             device=device,
+            bad=self.bad,
             val_split=self._val_split(),
         )
         if not self.source.has_val:
@@ -206,14 +216,14 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
         raise ValueError(f"{len(places)} labelled images cannot be divided over {ranks.size} ranks")
     views: Callable[[int], Iterator[Batch]]
     if flags.cache:
-        features, labels = cached(evaluation, places)
+        features, labels = extract(evaluation.backbone, source, "train", ranks, places)
         standardize = Standardize.fitted([(features, labels)], ranks)
 
         def views(epoch: int) -> Iterator[Batch]:
-            for batch in batches_of(len(places), epoch, protocol, ranks):
+            for batch in batches_of(len(labels), epoch, protocol, ranks):
                 yield features[batch], labels[batch]
     else:
-        standardize = Standardize.fitted(features_of(evaluation.backbone, source.images("train", own)), ranks)
+        standardize = Standardize.fitted(features_of(evaluation.backbone, readable(source.images("train", own))), ranks)
 
         def views(epoch: int) -> Iterator[Batch]:
             batches = [[places[i] for i in batch] for batch in batches_of(len(places), epoch, protocol, ranks)]
@@ -327,6 +337,7 @@ def photos_of(subject: Subject, images: Dataset[Any]) -> Photos:
         workers=workers_of(subject.flags.workers),
         seed=subject.flags.seed,
         device=subject.device,
+        bad=subject.bad,
     )
 
 
@@ -376,13 +387,6 @@ def shown(bar: tqdm, loss: float) -> None:
     """Count an epoch."""
     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     bar.update()
-
-
-def cached(evaluation: Evaluation, places: list[int]) -> Batch:
-    """Return the features of these training images, on every rank."""
-    features, labels = evaluation.all("train")
-    chosen = torch.tensor(places, device=features.device)
-    return features[chosen], labels[chosen]
 
 
 def view(evaluation: Evaluation) -> str:

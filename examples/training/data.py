@@ -5,17 +5,20 @@ from typing import Any
 
 import torch
 
+from training.bad_images import BadImages
 from training.digits import Digits
 from training.folders import UnreadableImage, labels_of
 from training.photos import Photos, workers_of
 from training.small import SmallImages
 from training.small_sets import open_small
-from training.source import UNKNOWN, DataSource, Found, Share, Views, epoch_order, seed_of
+from training.source import UNKNOWN, UNREADABLE, DataSource, Found, Share, Views, epoch_order, seed_of
 from training.trees import ImageTree, open_folder
 from training.views import STRONG
 
 __all__ = [
     "UNKNOWN",
+    "UNREADABLE",
+    "BadImages",
     "DataSource",
     "Digits",
     "Found",
@@ -45,6 +48,7 @@ def open_source(
     device: torch.device,
     blur: float = STRONG.blur,
     val_split: float = 0.0,
+    bad: BadImages | None = None,
 ) -> DataSource:
     """Return the images of a data set: "digits", "folder" (``data`` is its root), or one of torchvision's.
 
@@ -69,7 +73,7 @@ def open_source(
     }
     if dataset == "folder":
         train, val, found = open_folder(Path(data), val_split)
-        has_labels = bool(train.classes)
-        return Photos(train, val, found=found, has_labels=has_labels, workers=workers_of(workers), **options)
+        options |= {"workers": workers_of(workers), "bad": bad}
+        return Photos(train, val, found=found, has_labels=bool(train.classes), **options)
     learned, test, gallery = open_small(dataset, Path(data))
     return SmallImages(learned, test, gallery=gallery, **options)

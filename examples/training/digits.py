@@ -11,6 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from training.augment import DIGITS_VIEWS
+from training.bad_images import BadImages
 from training.source import Found, Share, Views, epoch_order, seed_of
 
 
@@ -32,6 +33,7 @@ class Digits:
         self._labels = {split: torch.tensor(labels[ids]).to(device) for split, ids in (("train", train), ("val", val))}
         self._mean, self._std = float(images[train].mean()), float(images[train].std())
         self._target_view, self._online_view = (DIGITS_VIEWS[strength] for strength in augmentation.split("/"))
+        self.bad = BadImages()
         self._share, self._seed = share, seed
         self.train_size = len(train)
         self.facts: dict[str, Any] = {"mean": self._mean, "std": self._std}

@@ -1,10 +1,15 @@
 """Image files: their pixels as uint8 RGB, of any color mode and format. Which files there are is in `trees`."""
 
+import contextlib
+import io
+import os
+import stat
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -14,37 +19,56 @@ except ImportError:  # torchvision 0.29 calls its decoders deprecated; Pillow re
     decode_image = None
 
 
+# What torchvision decodes: MPO is a JPEG with more pictures behind it. Its decoder of PNG (0.29) crashes the process on
+# a damaged file, and that of GIF takes memory for all pictures of an animation.
+FAST = {"JPEG", "MPO", "WEBP"}
+# Pillow's limit for an image is an error at twice this size; below that it only warns.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
 class UnreadableImage(OSError):
     """An image file that is not one, or cannot be read; the message names it."""
 
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"cannot read image {printable(path)}: {reason}")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> Any:
+        return UnreadableImage, (self.path, self.reason)
+
+
+def printable(path: str) -> str:
+    r"""Return a path that can be printed: bytes that are not UTF-8 as ``\xff``, line breaks as ``\n``."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
 
 def read_image(path: str) -> Tensor:
-    """Return the pixels [3, H, W] uint8 of an image file, as RGB.
+    """Return the pixels [3, H, W] uint8 of an image file, as RGB; of an animation, its first picture.
 
-    Grayscale, palettes and CMYK are converted, an alpha channel is dropped, and 16 bits are scaled to 8. JPEG, PNG,
-    WebP and GIF are decoded by torchvision, everything else, and what it refuses, by Pillow. Images are not turned as
-    their EXIF data say, except for TIFF, which Pillow turns: torchvision's ImageFolder does the same.
+    Grayscale, palettes and CMYK are converted, an alpha channel is dropped, and 16 bits of gray are scaled to 8, of
+    color cut off. JPEG and WebP are decoded by torchvision, everything else, and what it refuses, by Pillow. Images are
+    not turned as their EXIF data say, except for TIFF, which Pillow turns: torchvision's ImageFolder does the same.
 
     Raises:
-        OSError: it cannot be read, or has pixels (floats, 32-bit integers) whose range is not known.
+        OSError: not a regular file, no image, or one of pixels (floats, 32-bit integers) whose range is not known.
+        Exception: whatever a decoder raises on a damaged file; `pixels_of` makes one kind of them all.
     """
-    if decode_image is None:
-        return _read_by_pillow(path)
-    data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for someone to write
+        raise OSError("not a regular file")
+    data = np.fromfile(path, dtype=np.uint8)
     try:
-        image = decode_image(data, mode=ImageReadMode.RGB)
-    except RuntimeError:
-        return _read_by_pillow(path)
-    image = image[0] if image.ndim == 4 else image  # the first picture of an animation
-    return _eight_bits(image) if image.dtype == torch.uint16 else image
-
-
-def _read_by_pillow(path: str) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            return as_rgb(image)
-    except (SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # Pillow's, of broken files
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        image = Image.open(io.BytesIO(data.data))  # the header, and whether there is memory for so many pixels
+    except UnidentifiedImageError as error:
+        start = data[:16].tobytes()
+        what = f"not an image, or too little of one: it begins with {start!r}" if start else "the file is empty"
+        raise OSError(what) from error
+    with image:
+        if decode_image is not None and image.format in FAST:
+            with contextlib.suppress(RuntimeError):  # Pillow reads some of these, or says what is wrong
+                pixels: Tensor = decode_image(torch.from_numpy(data), mode=ImageReadMode.RGB)
+                return pixels
+        return as_rgb(image)
 
 
 def as_rgb(image: Image.Image | Tensor) -> Tensor:
@@ -76,9 +100,27 @@ def pixels_of(images: Dataset[Any], index: int) -> tuple[Tensor, int]:
     try:
         image, label = images[index]
         return as_rgb(image), label
-    except OSError as error:
-        where = getattr(images, "samples", getattr(images, "paths", None))
-        raise UnreadableImage(f"cannot read image {where[index] if where else index}: {error}") from error
+    except Exception as error:  # on damaged files decoders raise whatever befalls them, MemoryError too
+        raise UnreadableImage(path_of(images, index), _in_one_line(error)) from error
+
+
+def path_of(images: Dataset[Any], index: int) -> str:
+    """Return the file of an image, as far as the data set tells."""
+    if isinstance(images, Subset):
+        return path_of(images.dataset, images.indices[index])
+    for name in ("paths", "samples", "_samples", "_image_files", "_images"):
+        if hasattr(images, name):
+            found = getattr(images, name)[index]
+            return str(found[0] if isinstance(found, tuple) else found)
+    return f"{index} of {type(images).__name__}"
+
+
+def _in_one_line(error: Exception) -> str:
+    """Say why something could not be read, without its path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    return text if text and type(error) is OSError else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def labels_of(images: Dataset[Any]) -> Tensor:

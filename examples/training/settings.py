@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.augment import AUGMENTATIONS
+from training.bad_images import ACTIONS, LIST
 from training.flags import Parser, finite, whole
 from training.loggers import LOGGERS
 from training.source import DataSource
@@ -17,7 +18,7 @@ METHODS = ("msf", "byol")
 STEMS = ("auto", "imagenet", "small")
 # What may differ between a run and its continuation. Everything else decides the numbers.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
-FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "logger"}
+FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "logger", "on_bad_image"}
 # What version 0.2.0 did, where it was not today's default, and the data sets whose images it normalized otherwise.
 _OLD = {"stem": "imagenet"}
 _NORMALIZED_OTHERWISE = ("cifar10", "cifar100", "stl10")
@@ -63,6 +64,7 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     workers: int = -1
+    on_bad_image: str = "error"
     timeout: int = 1800
     eval_every: int = 0
     checkpoint_every: int = 1
@@ -164,6 +166,8 @@ _HELP = {
     "seed": "of weights, views and order",
     "device": "auto: the GPU if there is one",
     "workers": "processes that read photographs, for each rank; -1: this machine's cores, divided by its ranks",
+    "on_bad_image": "one that cannot be read: stop with an error, or train on another one in its place and evaluate "
+    f"without it (skip); the run's {LIST} names it",
     "timeout": "seconds that ranks wait for one another",
     "eval_every": "epochs between nearest-neighbor evaluations; 0: at the end alone",
     "checkpoint_every": "epochs between checkpoints",
@@ -187,6 +191,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "batchnorm": ("local", "sync", "shuffle"),
     "precision": ("auto", "float32", "bfloat16"),
     "logger": LOGGERS,
+    "on_bad_image": ACTIONS,
 }
 # Ranges of numbers; others are finite, and whole numbers not negative.
 _TYPES: dict[str, Callable[[str], Any]] = {
@@ -199,7 +204,17 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     "seed": whole(0, 2**63 - 1),
 }
 _GROUPS: dict[str, tuple[str, ...]] = {
-    "images": ("dataset", "data", "image_size", "augmentation", "blur", "views", "workers", "val_split"),
+    "images": (
+        "dataset",
+        "data",
+        "image_size",
+        "augmentation",
+        "blur",
+        "views",
+        "workers",
+        "val_split",
+        "on_bad_image",
+    ),
     "method": ("method", "k", "k_end", "symmetric", "exclude_same_id", "same_label", "momentum"),
     "memory bank": ("bank_size", "bank_dtype", "bank_layout", "backend"),
     "networks": ("arch", "stem", "hidden", "dim", "predictor"),
@@ -229,6 +244,9 @@ def build_parser(description: str, examples: str = "") -> Parser:
                 if options["choices"] is None:
                     options["metavar"] = _METAVARS.get(name, {int: "N", float: "X"}.get(type(default), "NAME"))
             group.add_argument(flag_of(name), **options)
+    parser.add_argument(
+        "--check-images", action="store_true", help="read every image, list those that cannot be read, and end"
+    )
     return parser
 
 

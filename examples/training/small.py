@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.bad_images import BadImages
 from training.prefetch import SideStream
 from training.rendering import Normalization, Rendering
 from training.source import Found, Share, Views, epoch_order, seed_of
@@ -46,6 +47,7 @@ class SmallImages:
         seed: int,
         device: torch.device,
     ) -> None:
+        self.bad = BadImages()
         self.image_shape = (3, size, size)
         self.train_size = len(train.labels)
         mean, std = statistics(train.images)

@@ -7,13 +7,17 @@ goes on exactly.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from training.bad_images import BadImages
+
 UNKNOWN = -1
+UNREADABLE = -2  # the label of an image that could not be read, in place of which there is a black one
 # For the target [B, C, H, W], for the online encoder, labels [B], and ids [B]: the images' places in the training set.
 Views = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -51,13 +55,14 @@ class DataSource(Protocol):
     workers: int | None  # processes that read images, for this rank; None where there is nothing to read
     found: Found
     facts: dict[str, Any]  # what a user of the trained backbone needs to know: mean and std of its input
+    bad: "BadImages"  # what could not be read, on this rank
 
     def train_views(self, epoch: int, first: int) -> Iterator[Views]:
         """Yield this rank's part of the micro-batches of an epoch, from the first of them on."""
         ...
 
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels) of "train" or "val" in order, as evaluation sees them."""
+        """Yield (images, labels) of "train" or "val" in order, as evaluation sees them; labels may be UNREADABLE."""
         ...
 
     def supervised_views(self, epoch: int, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:

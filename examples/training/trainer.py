@@ -20,7 +20,7 @@ from tqdm import tqdm
 from msf_core import EMATarget, MeanShiftLoss, MemoryBank, Neighbors
 from msf_core.distributed import Ranks
 from msf_core.schedules import Schedule, cosine, linear
-from training.data import DataSource, UnreadableImage, Views, seed_of
+from training.data import DataSource, Views, seed_of
 from training.health import MEASURES, Averages, means_of, measure, warnings_of
 from training.models import Encoder, build_backbone, mlp, stem_of, usual_size
 from training.photos import workers_of
@@ -134,7 +134,7 @@ class Trainer:
             log: is called within an epoch every `LOG_EVERY` steps.
 
         Raises:
-            UnreadableImage: on all ranks; nothing of that step has happened.
+            OSError: images of a step could not be read; on all ranks, and nothing of that step has happened.
             Diverged: a loss or a weight is not finite; noticed within `CHECK_EVERY` steps.
         """
         with Progress(
@@ -143,7 +143,7 @@ class Trainer:
             while self.step < self.total_steps and not self.stopped:
                 try:
                     self._train_epoch(stop, after_epoch, log, progress)
-                except UnreadableImage:
+                except OSError:
                     self.check_sound()  # a checkpoint will be written
                     raise
 
@@ -198,25 +198,22 @@ class Trainer:
     def _fetch(self, views: Iterator[Views], stop: StopRequest) -> list[Views]:
         """Return this rank's micro-batches of the next step, once all ranks have theirs and none is to stop."""
         micro_batches: list[Views] = []
-        problem: UnreadableImage | None = None
+        problem: OSError | None = None
         try:
             micro_batches += itertools.islice(views, self.settings.accumulate)
-        except UnreadableImage as error:
+        except OSError as error:  # an unreadable image, a reading process that has ended
             problem = error
         self._agree(stop, problem)
         return micro_batches
 
-    def _agree(self, stop: StopRequest, problem: UnreadableImage | None = None) -> None:
+    def _agree(self, stop: StopRequest, problem: OSError | None = None) -> None:
         """Stop all ranks, at the same step, when one of them is asked to or cannot go on."""
         if self.ranks.size == 1:
             self.stopped = stop.signal
             if problem is not None:
                 raise problem
             return
-        try:
-            self.stopped = max(self.ranks.agree("step", same={"step": self.step}, count=stop.signal, problem=problem))
-        except OSError as error:
-            raise UnreadableImage(str(error)) from error
+        self.stopped = max(self.ranks.agree("step", same={"step": self.step}, count=stop.signal, problem=problem))
 
     def _train_step(self, micro_batches: list[Views]) -> None:
         for group in self.optimizer.param_groups:
@@ -340,7 +337,9 @@ class Trainer:
         """
         if state["train_size"] != self.source.train_size:
             raise ValueError(
-                f"the run to resume had {state['train_size']} training images, there are {self.source.train_size} here"
+                f"the run to resume had {state['train_size']} training images, there are {self.source.train_size} "
+                "here, and which of them a step takes depends on their number: put removed files back (even an empty "
+                "one of the same name serves, with --on-bad-image skip), and take added ones away"
             )
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])

@@ -16,7 +16,7 @@ import imagenet_train
 from evaluating.linear import Protocol, Standardize, accuracy, train_linear
 from msf_core.distributed import Ranks
 from training import evaluation
-from training.data import Digits, Photos, Share, open_folder
+from training.data import BadImages, Digits, Photos, Share, open_folder
 from training.lock import FolderLock
 from training.ranks import SyncBatchNormAnywhere, shuffled, synchronized
 from training.settings import build_parser
@@ -207,21 +207,29 @@ def test_ranks_train_the_linear_layer_that_one_process_trains(ranks: Any) -> Non
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def meets_an_unreadable_image(rank: int, folder: str) -> None:
-    ranks = Ranks()
+def damaged_photos(folder: str, rank: int, ranks: int, on_bad_image: str) -> Photos:
     train, val, _ = open_folder(Path(folder))
-    source = Photos(
+    return Photos(
         train,
         val,
         size=32,
         has_labels=True,
         augmentation="w/s",
-        share=Share(8, rank=rank, ranks=2),
+        share=Share(8, rank=rank, ranks=ranks),
         workers=0,
         seed=0,
         device=torch.device("cpu"),
+        bad=BadImages(on_bad_image),
     )
-    backbone = synchronized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.device("cpu"))
+
+
+def small_backbone() -> nn.Sequential:
+    return synchronized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.device("cpu"))
+
+
+def meets_an_unreadable_image(rank: int, folder: str) -> None:
+    ranks, backbone = Ranks(), small_backbone()
+    source = damaged_photos(folder, rank, 2, "error")
     for evaluates in (
         lambda: evaluation.evaluate(backbone, source, 5, ranks),
         lambda: evaluation.nearest_neighbours(backbone, source, ranks),
@@ -232,13 +240,27 @@ def meets_an_unreadable_image(rank: int, folder: str) -> None:
     assert backbone.training
 
 
-def test_an_image_that_one_rank_cannot_read_is_an_error_on_all_in_every_evaluation(
+def does_without(rank: int, folder: str) -> tuple[dict[str, float], Tensor, set[str]]:
+    ranks = Ranks()
+    source = damaged_photos(folder, rank, ranks.size, "skip")
+    accuracy = evaluation.nearest_neighbours(small_backbone(), source, ranks)
+    views = torch.cat([target for target, _, _ in source.train_views(0, 0)])
+    return accuracy, views, set(source.bad.of_all(ranks))
+
+
+def test_an_image_that_one_rank_cannot_read_is_an_error_on_all_or_is_skipped_as_one_process_skips_it(
     two_ranks: Any, tmp_path: Path
 ) -> None:
     tree = make_tree(tmp_path / "tree", train=6)
-    spoiled = min((tree / "train").rglob("0.jpg"))
-    spoiled.write_bytes(b"no image")
+    spoiled = {str(tree / split / "class0" / "0.jpg") for split in ("train", "val")}
+    for path in spoiled:
+        Path(path).write_bytes(b"no image")
     two_ranks.run(meets_an_unreadable_image, str(tree))
+    accuracy, views, found = does_without(0, str(tree))
+    assert found == spoiled
+    runs = two_ranks.run(does_without, str(tree))
+    assert [run[::2] for run in runs] == [(accuracy, spoiled)] * 2
+    assert torch.equal(torch.stack([view.view(2, 4, *view.shape[1:]) for _, view, _ in runs], 1).view_as(views), views)
 
 
 # BatchNorm
