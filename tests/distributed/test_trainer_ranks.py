@@ -1,6 +1,7 @@
 """The trainer of the example on several ranks, against its own run in one process."""
 
 import functools
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,12 @@ def saves(rank: int, folder: str) -> None:
     given = vars(build_parser("").parse_args(["--out", folder, "--steps", "3", "--bank-layout", "sharded"]))
     trainer, path = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
     assert imagenet_train.save(trainer, path)
+
+
+def test_a_run_folder_may_have_a_name_that_is_not_utf8(two_ranks: Any, tmp_path: Path) -> None:
+    name = os.fsdecode(bytes(tmp_path / "run-") + b"\xff")
+    two_ranks.run(saves, name)
+    assert b"checkpoint.pt" in os.listdir(os.fsencode(name))
 
 
 def one_sees_it(rank: int, folder: str) -> None:
