@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from msf_core.distributed import Ranks
 from training.data import seed_of
@@ -85,6 +86,29 @@ def synchronized(module: nn.Sequential, device: torch.device) -> nn.Sequential:
         if isinstance(part, _BatchNorm):
             part.__class__ = SyncBatchNormAnywhere
     return module
+
+
+def parallel(module: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> DistributedDataParallel:
+    """Return the module in DDP, with gradients that are added in the same order in the first step as in all others.
+
+    After its first backward pass DDP divides the gradients into other buckets, so that three or more ranks add them in
+    another order: a run that is resumed would not be that which went on. Here that pass comes before the training, over
+    two empty images, and leaves no trace in parameters, buffers, gradients and random numbers.
+
+    Args:
+        module: from images [B, *image_shape] to anything that has a sum.
+        image_shape: [C, H, W] of the images to come.
+        device: where the module is.
+    """
+    wrapped = DistributedDataParallel(module)
+    before = [buffer.clone() for buffer in module.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        wrapped(torch.zeros(2, *image_shape, device=device)).sum().backward()
+    wrapped.zero_grad()
+    with torch.no_grad():
+        for buffer, value in zip(module.buffers(), before, strict=True):
+            buffer.copy_(value)
+    return wrapped
 
 
 class SumOverRanks(torch.autograd.Function):

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from training.data import DataSource, UnreadableImage, Views, seed_of
 from training.health import Averages, means_of, measure, warnings_of
 from training.models import Encoder, build_backbone, mlp, stem_of
 from training.photos import workers_of
-from training.ranks import shuffled, synchronized
+from training.ranks import parallel, shuffled, synchronized
 from training.settings import Settings
 from training.timing import TimedSearch, WaitClock, loader_limit
 
@@ -84,7 +83,7 @@ class Trainer:
         self.target = EMATarget(self.online, momentum=settings.momentum)
         self.search = TimedSearch(settings.backend, device)
         self.criterion = MeanShiftLoss(self._build_bank(), k=self._k()).to(device)
-        self.student: nn.Module = DistributedDataParallel(student) if ranks.size > 1 else student
+        self.student: nn.Module = parallel(student, source.image_shape, device) if ranks.size > 1 else student
         self.optimizer = torch.optim.SGD(
             student.parameters(), settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.weight_decay
         )
@@ -232,11 +231,12 @@ class Trainer:
     def average_losses(self) -> list[float]:
         """Return the loss of every step since `losses_written`, averaged over all ranks; all of them ask for it."""
         if self.losses:
-            losses = torch.stack(self.losses)
+            losses = torch.stack(self.losses)[None]
             self.losses = []
             if self.ranks.size > 1:
-                dist.all_reduce(losses)
-            self.averaged += (losses / self.ranks.size).tolist()
+                losses = self.ranks.gather(losses, [1] * self.ranks.size)
+            # In rank order, however many steps there are: all_reduce's order depends on that.
+            self.averaged += (sum(losses[1:], losses[0]) / self.ranks.size).tolist()
         return self.averaged
 
     def losses_written(self) -> None:
