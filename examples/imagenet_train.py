@@ -38,6 +38,7 @@ from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warme
 from training.features import features_of
 from training.health import warnings_of
 from training.models import export_backbone, stem_of
+from training.peers import lost_touch, told_in_a_line
 from training.ranks import joined, may_restart, restarted, shared
 from training.report import (
     Row,
@@ -62,12 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser(__doc__.partition("\n\n")[0])
     given = vars(parser.parse_args(arguments))
     with ExitStack() as stack:
+        stack.enter_context(told_in_a_line(parser.prog))
         try:
             ranks, device = stack.enter_context(
                 joined(given.get("device", Settings.device), given.get("timeout", Settings.timeout))
             )
             trainer, folder = prepare(given, ranks, device)
         except (ValueError, ImportError, RuntimeError, OSError) as error:
+            if lost_touch(error) and dist.is_initialized():
+                raise  # `joined` finds out whom
             if int(os.environ.get("RANK", 0)) and str(error).startswith("rank "):
                 return 2  # the rank that it befell says it, and so does rank 0
             parser.exit(2, f"{parser.prog}: error: {error}\n")

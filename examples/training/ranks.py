@@ -15,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from msf_core.distributed import Ranks
 from training.data import seed_of
+from training.peers import Peers, lost_touch
+
+SILENCE = 3.0  # seconds without a sign of life after which a rank that others wait for counts as lost
 
 
 @contextmanager
@@ -40,7 +43,8 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
         The ranks, and the device of this one.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: no such device here, or torchrun's restarts would not find each other.
+        LostRank: a rank that this one waits for does not answer, within the time-out.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,15 +59,28 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
         torch.cuda.set_device(chosen)
     # The hosts talk by gloo beside NCCL: no GPU has to be asked how many rows a rank brings.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    patience = timedelta(seconds=timeout)
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if agent_store and may_restart() and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "torchrun --max-restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: "
+            "each host counts its restarts alone, and ranks of different counts would not find each other"
+        )
+    silence = min(SILENCE, timeout / 8)
+    patience = timedelta(seconds=timeout - 3 * silence)  # the rest is to find out whom it has waited for, and to end
     store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # That store outlives a start: what an earlier one left in it are addresses of processes that are gone.
-        store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # torchrun's own store outlives a start: what an earlier one left in it are addresses of processes that are gone.
+    prefix = f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if agent_store else "start"
+    store = dist.PrefixStore(prefix, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    peers = Peers(rank, size, prefix, silence)
     try:
         yield Ranks(), chosen
+    except RuntimeError as error:
+        if not lost_touch(error):
+            raise
+        raise peers.find(error) from error
     finally:
+        peers.stop()
         dist.destroy_process_group()
 
 
