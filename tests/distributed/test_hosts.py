@@ -74,7 +74,5 @@ def test_the_committed_record_has_all_faults_on_two_and_three_hosts_and_all_of_i
         pytest.skip("no record of the drill beside the benchmarks")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     faults = (host_faults.CUT, host_faults.VANISHES, host_faults.FIRST, host_faults.SLOW)
-    assert [(record["hosts"], record["fault"]) for record in records] == [
-        (n, fault) for n in (2, 3) for fault in faults
-    ]
+    assert [(record["hosts"], record["fault"]) for record in records] == [*product((2, 3), faults)]
     assert all(host_faults.sound(record) for record in records)

@@ -61,6 +61,11 @@ def test_a_rank_without_a_sign_of_life_is_named_with_its_host(peers: list[Peers]
     ]
 
 
+def test_one_that_lives_and_has_not_noticed_yet_is_not_taken_for_lost(peers: list[Peers]) -> None:
+    peers[2].stop()
+    assert found_by(peers, 0) == ["lost rank 2 on right: no answer to rank 0 on left"]
+
+
 def test_a_rank_that_lives_and_does_not_come_is_named_and_one_that_waits_is_not(peers: list[Peers]) -> None:
     began = time.monotonic()
     assert found_by(peers, 0, 1) == [
