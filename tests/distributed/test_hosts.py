@@ -61,10 +61,10 @@ def test_hosts_know_each_other_by_name_and_are_gone_when_the_process_is_told_to_
 
 @pytest.mark.parametrize(
     ("change", "holds"),
-    [({}, True), ({"bit_equal": False}, False), ({"named": 1}, False), ({"seconds": 26.0}, False)],
+    [({}, True), ({"bit_equal": False}, False), ({"named": 1}, False), ({"named_after": 26.0}, False)],
 )
 def test_what_does_not_hold_is_noticed(change: dict[str, Any], holds: bool) -> None:
-    record = {"bit_equal": True, "named": 2, "ranks_left": 2, "seconds": 20.0, "timeout": 25}
+    record = {"bit_equal": True, "named": 2, "ranks_left": 2, "named_after": 20.0, "timeout": 25}
     assert host_faults.sound(record | change) == holds
 
 
