@@ -4,15 +4,13 @@
 
 Two and three hosts (benchmarks/hosts.py), each with a host name, an address and a torchrun of its own
 (``--nnodes --max-restarts``), train `examples/imagenet_train.py` on the digits by gloo, with ``--timeout 25``. In the
-midst of the second epoch a fault befalls one of them. What must hold: every rank that is left names within the
-time-out, in the error that it ends with, the rank and the host that are missing; after the restart the run goes on from the last
-whole checkpoint; its losses are, to the last bit, those of a run that nothing disturbed.
+midst of the second epoch a fault befalls one of them. What must hold: every rank that is left ends with an error that
+names, within the time-out, the missing rank and its host; after the restart the run goes on from the last whole
+checkpoint; its losses are, to the last bit, those of a run that nothing disturbed.
 
 A host that is cut off sees the others vanish: of these it can name the one that keeps the store, which is rank 0. On
 the host that had the fault torchrun is started again; on all of them where the first host, torchrun's rendezvous, is
-gone.
-
-Writes host_faults.jsonl, one record a fault, and host_faults.md.
+gone. Writes host_faults.jsonl, one record a fault, and host_faults.md.
 """
 
 import json
