@@ -34,6 +34,7 @@ RATE = "20mbit"
 SLOW, CUT = f"all links slow ({RATE} a second)", "the link of a host is cut, and mended"
 VANISHES, FIRST = "a host vanishes, and returns", "the first host vanishes; all are started again"
 STEPS, AFTER = 2 * EPOCH, EPOCH + 9  # AFTER: steps after which the fault comes
+BATCH = 64  # of the digits, by default
 LONGEST = 400  # seconds of a run
 
 
@@ -57,7 +58,9 @@ class Run:
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={first.name}:29500", f"--local-addr={host.name}"]
         command += ["--rdzv-conf", f"is_host={int(host is first)}"]
         command += [str(Path(__file__).with_name("fault_drill.py")), "--as-rank", "--steps", str(STEPS)]
-        command += ["--eval-every", "0", "--checkpoint-every", "1", "--timeout", str(STALL), "--resume", "auto"]
+        batch = BATCH - BATCH % len(self.machines)  # as many steps an epoch
+        command += ["--batch-size", str(batch), "--eval-every", "0", "--checkpoint-every", "1"]
+        command += ["--timeout", str(STALL), "--resume", "auto"]
         settings = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", PLAN: str(self.plan), "OMP_NUM_THREADS": "1"}
         self.torchruns[host.name] = host.start([*command, "--out", str(self.folder)], self.log(host), settings)
 
