@@ -59,6 +59,16 @@ def test_hosts_know_each_other_by_name_and_are_gone_when_the_process_is_told_to_
     assert name not in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
 
 
+def test_a_machine_without_ip_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(hosts.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(hosts.sys, "platform", "linux")
+    monkeypatch.setattr(hosts.shutil, "which", lambda name: None)
+    assert host_faults.run(Path("nowhere")) == 1
+    said = "fault_drill.py --hosts cannot run: the command `ip` (iproute2) is not installed\n"
+    assert capsys.readouterr().err == said
+    assert not Path("nowhere").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "holds"),
     [({}, True), ({"bit_equal": False}, False), ({"named": 1}, False), ({"named_after": 26.0}, False)],
