@@ -48,6 +48,7 @@ from training.health import warnings_of
 from training.lock import FolderLock
 from training.loggers import Logger, check_logger, open_logger
 from training.models import export_backbone, stem_of
+from training.peers import lost_touch, told_in_a_line
 from training.pictures import draw_curves, draw_neighbors
 from training.ranks import joined, may_restart, restarted, shared
 from training.report import (
@@ -95,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     check_alone = given.pop("check_images", False)
     timeout = given.get("timeout", Settings.timeout)
     with ExitStack() as stack:
+        stack.enter_context(told_in_a_line(parser.prog))
         try:
             ranks, device = stack.enter_context(joined(given.get("device", Settings.device), timeout))
             if check_alone:
@@ -103,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
             lock = stack.enter_context(FolderLock(patience=timeout / 2 if restarted() else 0))
             trainer, folder = prepare(given, ranks, device, lock)
         except (ValueError, ImportError, RuntimeError, OSError) as error:
+            if lost_touch(error) and dist.is_initialized():
+                raise  # `joined` finds out whom
             leave_the_word_to_rank_0()
             print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2

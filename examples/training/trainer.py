@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from training.health import MEASURES, Averages, means_of, measure, warnings_of
 from training.models import Encoder, build_backbone, mlp, stem_of, usual_size
 from training.photos import workers_of
 from training.progress import Progress
-from training.ranks import shuffled, synchronized
+from training.ranks import parallel, shuffled, synchronized
 from training.settings import Settings
 from training.timing import TimedSearch, WaitClock, loader_limit
 
@@ -97,7 +96,7 @@ class Trainer:
         self.search = TimedSearch(settings.backend, device)
         options = {"exclude_same_id": settings.exclude_same_id, "same_label": settings.same_label}
         self.criterion = MeanShiftLoss(self._build_bank(), k=self._k(), **options).to(device)
-        self.student: nn.Module = DistributedDataParallel(student) if ranks.size > 1 else student
+        self.student: nn.Module = parallel(student, source.image_shape, device) if ranks.size > 1 else student
         self.optimizer = torch.optim.SGD(
             student.parameters(), settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.weight_decay
         )
@@ -283,11 +282,12 @@ class Trainer:
     def average_losses(self) -> list[float]:
         """Return the loss of every step since `losses_written`, averaged over all ranks; all of them ask for it."""
         if self.losses:
-            losses = torch.stack(self.losses)
+            losses = torch.stack(self.losses)[None]
             self.losses = []
             if self.ranks.size > 1:
-                dist.all_reduce(losses)
-            self.averaged += (losses / self.ranks.size).tolist()
+                losses = self.ranks.gather(losses, [1] * self.ranks.size)
+            # In rank order, however many steps there are: all_reduce's order depends on that.
+            self.averaged += (sum(losses[1:], losses[0]) / self.ranks.size).tolist()
         return self.averaged
 
     def losses_written(self) -> None:

@@ -1,7 +1,10 @@
 """The trainer of the example on several ranks, against its own run in one process."""
 
 import functools
+import os
+import signal
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from training.data import BadImages, Digits, Photos, Share, open_folder
 from training.lock import FolderLock
 from training.ranks import SyncBatchNormAnywhere, shuffled, synchronized
 from training.settings import build_parser
-from training.trainer import Diverged, StopRequest
+from training.trainer import Diverged, StopRequest, Trainer
 
 STEPS = 10
 RECIPE = ["--steps", STEPS, "--batch-size", 16, "--lr", 0.005, "--batchnorm", "sync"]
@@ -28,10 +31,30 @@ RECIPE = ["--steps", STEPS, "--batch-size", 16, "--lr", 0.005, "--batchnorm", "s
 
 def train(rank: int, folder: str, *flags: object) -> tuple[list[float], int]:
     """Losses of all steps, and updates of the target."""
-    given = vars(build_parser("").parse_args(["--out", folder, *map(str, flags)]))
-    trainer, _ = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    trainer, _ = prepared(folder, *flags)
     trainer.train(StopRequest(), lambda row: None)
     return trainer.average_losses(), trainer.target.updates
+
+
+def prepared(folder: str, *flags: object) -> tuple[Trainer, Path]:
+    given = vars(build_parser("").parse_args(["--out", folder, *map(str, flags)]))
+    return imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+
+
+class Stop(StopRequest):
+    """Asks for a stop after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def after(self, step: Callable[..., None]) -> Callable[..., None]:
+        def counted(views: Any) -> None:
+            step(views)
+            self.steps -= 1
+            self.signal = 0 if self.steps else signal.SIGTERM
+
+        return counted
 
 
 @functools.cache
@@ -112,9 +135,14 @@ def test_photos_with_accumulation_move_the_target_once_a_step(two_ranks: Any, tm
 
 
 def saves(rank: int, folder: str) -> None:
-    given = vars(build_parser("").parse_args(["--out", folder, "--steps", "3", "--bank-layout", "sharded"]))
-    trainer, path = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    trainer, path = prepared(folder, "--steps", "3", "--bank-layout", "sharded")
     assert imagenet_train.save(trainer, path)
+
+
+def test_a_run_folder_may_have_a_name_that_is_not_utf8(two_ranks: Any, tmp_path: Path) -> None:
+    name = os.fsdecode(bytes(tmp_path / "run-") + b"\xff")
+    two_ranks.run(saves, name)
+    assert b"checkpoint.pt" in os.listdir(os.fsencode(name))
 
 
 def one_sees_it(rank: int, folder: str) -> None:
@@ -128,6 +156,34 @@ def one_sees_it(rank: int, folder: str) -> None:
 def test_a_rank_that_does_not_see_the_checkpoint_stops_them_all(two_ranks: Any, tmp_path: Path) -> None:
     two_ranks.run(saves, str(tmp_path / "run"))
     two_ranks.run(one_sees_it, str(tmp_path / "run"))
+
+
+def goes_on(rank: int, folder: str) -> None:
+    """Train to the end at one go, and stopped within an epoch of three steps and gone on with by a new trainer."""
+    flags = ["--batch-size", 448, "--steps", 6, "--eval-every", 0, "--lr", 0.5]
+    trainer, _ = prepared(f"{folder}/whole", *flags)
+    for name, value in trainer.online.named_buffers():
+        assert torch.equal(value, torch.full_like(value, name.endswith("var"))), (
+            f"{name}: untouched by DDP's first pass"
+        )
+    trainer.train(StopRequest(), lambda row: None)
+    whole, losses = trainer.online.state_dict(), trainer.average_losses()
+
+    (trainer, path), stop = prepared(f"{folder}/run", *flags), Stop(4)
+    trainer._train_step = stop.after(trainer._train_step)
+    trainer.train(stop, lambda row: None)
+    begun = list(trainer.average_losses())
+    assert len(begun) == trainer.step == 4
+    assert imagenet_train.save(trainer, path)
+    trainer, _ = prepared(f"{folder}/run", "--resume", "auto")
+    trainer.train(StopRequest(), lambda row: None)
+    assert begun + trainer.average_losses() == losses, "to the last bit"
+    for name, value in trainer.online.named_parameters():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_four_ranks_that_begin_anew_go_on_to_the_last_bit(four_ranks: Any, tmp_path: Path) -> None:
+    four_ranks.run(goes_on, str(tmp_path))
 
 
 def finds_a_damaged_shard(rank: int, folder: str) -> str:
@@ -146,8 +202,7 @@ def test_one_byte_of_a_shard_is_an_error_on_all_ranks_that_names_the_file(two_ra
 
 
 def has_no_room(rank: int, folder: str) -> bool:
-    given = vars(build_parser("").parse_args(["--out", folder, "--steps", "3", "--bank-layout", "sharded"]))
-    trainer, path = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    trainer, path = prepared(folder, "--steps", "3", "--bank-layout", "sharded")
     with pytest.MonkeyPatch.context() as monkeypatch:
         if rank == 0:
             monkeypatch.setattr("tempfile.mkdtemp", full)
