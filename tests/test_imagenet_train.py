@@ -103,7 +103,7 @@ def logged(folder: Path) -> dict[str, Any]:
         found["hparams"] = {
             name: value.string_value if value.HasField("string_value") else value.number_value
             for name, value in hparams.items()
-            if name not in ("out", "resume", "logger", "checkpoint_every")
+            if name not in ("out", "resume", "logger", "checkpoint_every", "stem")  # 0.2.0 had no stem
         }
     return found
 
