@@ -28,7 +28,8 @@ class Photos:
 
     A worker sends the two crops of an image as uint8, and the row of draws of which the rest of its views is made.
     ``train`` is what the encoder learns from, ``gallery`` what evaluation calls "train" (the same, unless most
-    of it has no labels), ``val`` what it tests on.
+    of it has no labels), ``val`` what it tests on. ``views`` of target and online encoder serve instead of those
+    that ``augmentation`` and ``blur`` name.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Photos:
         workers: int,
         seed: int,
         device: torch.device,
+        views: tuple[View, View] | None = None,
     ) -> None:
         self.image_shape = (3, size, size)
         self.train_size = len(train)  # type: ignore[arg-type]
@@ -54,7 +56,7 @@ class Photos:
         self._sets = {"train": _Centred(train if gallery is None else gallery, size)}
         if val is not None:
             self._sets["val"] = _Centred(val, size)
-        views = views_of(augmentation, blur)
+        views = views_of(augmentation, blur) if views is None else views
         self._device = device
         self._normalized = Normalization(IMAGENET_MEAN, IMAGENET_STD, device)
         self._target, self._online, self._classifier = (
