@@ -5,7 +5,7 @@ Needs: pip install 'msf_core[examples,bench,peers,faiss-cpu]'
     python benchmarks/methods.py                                            all methods on scikit-learn's digits
     python benchmarks/methods.py --dataset fashion-mnist --data DIR --jobs 2     hours on two cores
     python benchmarks/methods.py --data MY_IMAGES --methods msf simclr byol      a folder a class (a GPU is advised)
-    python benchmarks/methods.py --dataset fashion-mnist --data DIR --cost       time and memory of a step, measured alone
+    python benchmarks/methods.py --dataset fashion-mnist --data DIR --cost       time and memory of a step, alone
 
 All methods get the same images, views, backbone, steps, optimizer and evaluation. First each is tried with the same
 learning rates, on a part of the training images that is held out; with its best rate it is then trained on all of
@@ -23,6 +23,7 @@ import json
 import os
 import sys
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.methods_learners import METHODS, UNTRAINED
-from benchmarks.methods_recipe import RECIPES, Recipe, new_backbone, open_images
-from benchmarks.methods_runs import Place, Run, counted, finish
-from benchmarks.methods_table import measure_cost, passes_of, saved_cost, table
-from benchmarks.tables import format_seconds
+try:
+    from benchmarks.arguments import positive, settle_device_and_folder
+    from benchmarks.methods_learners import METHODS, UNTRAINED
+    from benchmarks.methods_recipe import RECIPES, Recipe, new_backbone, open_images
+    from benchmarks.methods_runs import Place, Run, counted, finish
+    from benchmarks.methods_table import measure_cost, passes_of, saved_cost, table
+    from benchmarks.tables import format_seconds
+except ModuleNotFoundError as missing:
+    print(f"methods.py: error: {missing}: pip install 'msf_core[examples,bench,peers,faiss-cpu]'", file=sys.stderr)
+    sys.exit(2)
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the recipe's learning rate: the sweep, the same for all methods
 CHOSEN_BY = "nn20"
@@ -90,6 +95,8 @@ def prepare(args: argparse.Namespace, recipe: Recipe) -> tuple[Place, tuple[int,
         ValueError: they are not, or it does not.
     """
     options: dict[str, Any] = {"seed": 0, "device": torch.device(args.device), "workers": 0}
+    if "deepcluster-v2" in args.methods and find_spec("faiss") is None:
+        raise ValueError("deepcluster-v2 needs FAISS: pip install faiss-cpu, or leave it out of --methods")
     source = open_images(recipe, args.data, "w/s", validation=False, **options)
     if source.train_size < recipe.batch_size:
         raise ValueError(f"--batch-size {recipe.batch_size} is more than the {source.train_size} training images")

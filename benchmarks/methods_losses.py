@@ -31,7 +31,7 @@ def similarity_distillation(v: Tensor, u: Tensor, anchors: Tensor, student: floa
 def consistent_contrast(
     q: Tensor, p: Tensor, negatives: Tensor, temperature: float, consistency: float, alpha: float
 ) -> Tensor:
-    """Return CO2's loss: MoCo's, and how far q and p differ in how they see the negatives (arXiv 2010.02217, section 2).
+    """Return CO2's loss: MoCo's, and how differently q and p see the negatives (arXiv 2010.02217, section 2).
 
         L_ins = −log exp(q·p / τ) / (exp(q·p / τ) + Σᵢ exp(q·nᵢ / τ))
         Q(i) = exp(q·nᵢ / τc) / Σⱼ exp(q·nⱼ / τc),   P(i) likewise of p

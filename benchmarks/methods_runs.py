@@ -78,7 +78,8 @@ class Place:
         if differing := [name for name in wanted if found.get(name) != wanted[name]]:
             name = differing[0]
             raise ValueError(
-                f"{path} is a run with another {name}, {found.get(name)} instead of {wanted[name]}: choose another --out"
+                f"{path} is a run with another {name}, {found.get(name)} instead of {wanted[name]}: "
+                "choose another --out"
             )
         return record
 
