@@ -20,6 +20,7 @@ about twice the time, gets half the steps.
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import fields, replace
@@ -81,6 +82,8 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         raise ValueError("--data goes with --dataset folder, fashion-mnist or cifar10; the digits need none")
     if dataset != "digits" and not args.data:
         raise ValueError(f"--dataset {dataset} needs --data DIR")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr must be above 0 and finite, got {args.lr}")
     given = {name: value for name, value in vars(args).items() if name in RECIPE_FLAGS and value is not None}
     recipe = replace(RECIPES[dataset], **given)
     if args.steps:
@@ -110,8 +113,9 @@ def compare(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple
     """Sweep, train, and print the table."""
     names = list(dict.fromkeys(args.methods))
     trained = [name for name in names if name != UNTRAINED]
-    rates, how = {name: args.lr for name in trained}, f"{args.lr:g} for all, as given." if args.lr else ""
-    if not args.lr:
+    rates, how = dict.fromkeys(trained, args.lr), f"{args.lr:g} for all, as given." if args.lr else ""
+    passes = {name: passes_of(name, recipe, shape) for name in names}  # whatever a method refuses, it refuses here
+    if args.lr is None and trained:
         swept = {
             name: [Run(name, recipe.lr * factor, recipe.sweep_steps, 0, True, recipe) for factor in FACTORS]
             for name in trained
@@ -119,11 +123,13 @@ def compare(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple
         validation = replace_images(args, recipe, place)
         announce("sweep", [run for of_method in swept.values() for run in of_method], validation)
         finish([run for of_method in swept.values() for run in of_method], validation, args.jobs)
-        rates, how = chosen(swept, validation)
         print(sweep_table(swept, validation))
+        rates, how = chosen(swept, validation)
+        for name in [name for name in trained if name not in rates]:
+            print(f"{METHODS[name].title} diverged at all of these learning rates: left out, give a lower --lr\n")
+            names.remove(name)
     if args.sweep:
         return
-    passes = {name: passes_of(name, recipe, shape) for name in names}
     runs: dict[str, list[Run]] = {}
     for name in names:
         steps = recipe.steps
@@ -155,16 +161,12 @@ def announce(what: str, runs: list[Run], place: Place) -> None:
 
 
 def chosen(swept: dict[str, list[Run]], place: Place) -> tuple[dict[str, float], str]:
-    """Return each method's best learning rate, and in words how it was found.
-
-    Raises:
-        RuntimeError: a method diverged at all of them.
-    """
+    """Return each method's best learning rate, and in words how it was found; none where all runs diverged."""
     rates, edges = {}, []
     for name, runs in swept.items():
         scores = {run.lr: value for run in runs if (value := score_of(run, place)) is not None}
         if not scores:
-            raise RuntimeError(f"{METHODS[name].title} diverged at all learning rates of the sweep: give a lower --lr")
+            continue
         rates[name] = max(scores, key=lambda lr: scores[lr])
         edges += [METHODS[name].title] if rates[name] in (runs[0].lr, runs[-1].lr) else []
     first = next(iter(swept.values()))[0]

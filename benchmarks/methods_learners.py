@@ -6,6 +6,7 @@ Losses, heads and queues are lightly's where it has them; MSF and BYOL are msf_c
 the recipe's for all methods; all have SGD and a cosine, where some papers have LARS.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -72,7 +73,8 @@ class MSF(Method):
     def loss(self, first: Tensor, second: Tensor, ids: Tensor) -> Tensor:
         """See `Method`."""
         assert self.target is not None
-        return self.criterion(self.predictor(self.encoder(second)), self.target(first))
+        loss: Tensor = self.criterion(self.predictor(self.encoder(second)), self.target(first))
+        return loss
 
 
 class BYOLAsym(MSF):
@@ -90,7 +92,8 @@ class BYOL(BYOLAsym):
         assert self.target is not None
         views = (first, second)
         predictions = [self.predictor(self.encoder(view)) for view in views]
-        return self.criterion(predictions, [self.target(view) for view in views])
+        loss: Tensor = self.criterion(predictions, [self.target(view) for view in views])
+        return loss
 
 
 class SimCLR(Method):
@@ -214,7 +217,10 @@ class DINO(Method):
     """
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
-        head = heads.DINOProjectionHead(features, recipe.wide, recipe.dim, recipe.wide, batch_norm=True)
+        with warnings.catch_warnings(
+            action="ignore", category=FutureWarning
+        ):  # lightly's weight_norm is PyTorch's old one
+            head = heads.DINOProjectionHead(features, recipe.wide, recipe.dim, recipe.wide, batch_norm=True)
         super().__init__(backbone, head, recipe.momentum)
         self.criterion = DINOLoss(output_dim=recipe.wide, teacher_temp=0.04, student_temp=0.1, center_momentum=0.9)
 
@@ -304,7 +310,7 @@ class DeepCluster(Method):
 
     def after_step(self) -> None:
         """Cluster anew after each epoch."""
-        if int(self.bank.pushed) % self.bank.size == 0:
+        if self.clusterings and int(self.bank.pushed) % self.bank.size == 0:
             self.cluster()
 
     def cluster(self) -> None:

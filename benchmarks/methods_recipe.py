@@ -3,14 +3,13 @@
 A `Recipe` is everything but the method, its learning rate and the seed. To run another one, change it here.
 """
 
-from collections.abc import Sequence
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
 
 from evaluating.subsets import share_of_each_class
 from training.data import DataSource, Digits, Photos, Share, labels_of, open_folder, workers_of
@@ -163,10 +162,15 @@ def parts_of(labels: Tensor, share: float) -> tuple[list[int], list[int]]:
     return staying.nonzero().flatten().tolist(), held_out
 
 
-def _parted(images: Dataset[Any], share: float) -> tuple[Dataset[Any], Dataset[Any]]:
-    parts: Sequence[list[int]] = parts_of(labels_of(images), share)
-    staying, held_out = (Subset(images, places) for places in parts)
-    return staying, held_out
+def _parted(images: Any, share: float) -> tuple[Any, Any]:
+    """Return the two parts of an ImageFolder, each one too."""
+    parts = []
+    for places in parts_of(labels_of(images), share):
+        part = copy.copy(images)
+        part.samples = part.imgs = [images.samples[place] for place in places]
+        part.targets = [images.targets[place] for place in places]
+        parts.append(part)
+    return parts[0], parts[1]
 
 
 def new_backbone(recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:

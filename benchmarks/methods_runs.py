@@ -32,6 +32,8 @@ from training.data import DataSource, Share, epoch_order
 from training.evaluation import evaluate, nearest_neighbours, warmed_up
 
 LAST = 100  # steps at the end whose mean loss is recorded
+OF_THE_RUN = ("lr", "steps", "sweep_steps")  # fields of a recipe that a run has its own of, and in its name
+PRELOADED = ("torch", "torchvision.models", "lightly.loss", "lightly.models.modules", "sklearn.linear_model", "faiss")
 LOOK_EVERY = 20  # steps between looks at the loss, which wait for a GPU
 
 
@@ -74,6 +76,7 @@ class Place:
             return None
         record: dict[str, Any] = json.loads(path.read_text())
         wanted = json.loads(json.dumps({**asdict(run)["recipe"], "images": self.images}))
+        wanted = {name: value for name, value in wanted.items() if name not in OF_THE_RUN}
         found = {**record["run"]["recipe"], "images": record["images"]}
         if differing := [name for name in wanted if found.get(name) != wanted[name]]:
             name = differing[0]
@@ -115,29 +118,33 @@ def finish(runs: list[Run], place: Place, jobs: int) -> None:
 
 
 def _finish_together(missing: list[Run], place: Place, jobs: int, bar: tqdm) -> None:
-    context = multiprocessing.get_context("spawn")
+    server = (
+        "forkserver" in multiprocessing.get_all_start_methods()
+    )  # it imports once, and no run sees another's memory
+    context: Any = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        context.set_forkserver_preload(list(PRELOADED))
     steps, problems = context.Value("q", 0), context.SimpleQueue()
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a process imports its libraries
-    waiting, running = deque(missing), {}
-    said: list[str] = []
+    waiting, running, said = deque(missing), list[tuple[Any, Run]](), list[str]()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.popleft()
                 process = context.Process(target=_in_process, args=(run, place, steps, problems))
                 process.start()
-                running[process.sentinel] = (process, run)
-            for sentinel in wait(list(running), timeout=0.5):
-                process, run = running.pop(sentinel)  # type: ignore[index]
-                process.join()
+                running.append((process, run))
+            wait([process.sentinel for process, _ in running], timeout=0.5)
+            for process, run in [pair for pair in running if not pair[0].is_alive()]:
+                running.remove((process, run))
                 if process.exitcode and problems.empty():
                     said.append(f"{run.name}: its process ended with status {process.exitcode}")
             while not problems.empty():
                 said.append(problems.get())
             bar.update(steps.value - bar.n)
     finally:
-        for process, _ in running.values():
+        for process, _ in running:
             process.terminate()
         del os.environ["OMP_NUM_THREADS"]
         if before is not None:
