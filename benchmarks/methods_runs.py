@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.measure import describe_environment
-from benchmarks.methods_learners import METHODS, UNTRAINED, Method
+from benchmarks.methods_core import Method
+from benchmarks.methods_learners import METHODS, UNTRAINED
 from benchmarks.methods_recipe import Recipe, new_backbone, open_images
 from msf_core.distributed import Ranks
 from msf_core.schedules import cosine
@@ -127,6 +128,7 @@ def _finish_together(missing: list[Run], place: Place, jobs: int, bar: tqdm) -> 
     steps, problems = context.Value("q", 0), context.SimpleQueue()
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a process imports its libraries
+    on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it must not leave them behind
     waiting, running, said = deque(missing), list[tuple[Any, Run]](), list[str]()
     try:
         while waiting or running:
@@ -146,6 +148,7 @@ def _finish_together(missing: list[Run], place: Place, jobs: int, bar: tqdm) -> 
     finally:
         for process, _ in running:
             process.terminate()
+        signal.signal(signal.SIGTERM, on_sigterm)
         del os.environ["OMP_NUM_THREADS"]
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.measure import describe_environment, in_words, quantiles, time_interleaved
 from benchmarks.memory import extra_memory_cpu, extra_memory_cuda
-from benchmarks.methods_learners import METHODS, UNTRAINED, Method
+from benchmarks.methods_core import Method
+from benchmarks.methods_learners import METHODS, UNTRAINED
 from benchmarks.methods_recipe import Recipe, new_backbone
 from benchmarks.methods_runs import Run, optimizer_of, step_of
 from benchmarks.tables import format_seconds
