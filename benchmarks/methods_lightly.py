@@ -46,7 +46,7 @@ class MoCo(Method):
 
 
 class NNCLR(Method):
-    """NNCLR (arXiv 2104.14548, eq. 3): SimCLR's loss with one view's nearest neighbor; temperature 0.1 as there."""
+    """NNCLR (arXiv 2104.14548): SimCLR's loss with one view's nearest neighbor; temperature 0.1 as there."""
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         super().__init__(backbone, heads.NNCLRProjectionHead(features, recipe.hidden, recipe.dim))
@@ -64,7 +64,7 @@ class NNCLR(Method):
 
 
 class SimSiam(Method):
-    """SimSiam (arXiv 2011.10566, eq. 2); a projector of 2 layers, as there for CIFAR-10 (appendix D) and in lightly."""
+    """SimSiam (arXiv 2011.10566, eq. 4); a projector of 2 layers, as there for CIFAR-10 and in lightly."""
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         wide = recipe.wide
@@ -84,7 +84,7 @@ class SimSiam(Method):
 
 
 class SwAV(Method):
-    """SwAV (arXiv 2006.09882, eq. 2) with two crops; temperature 0.1 and Sinkhorn's 0.05 and 3 rounds as there."""
+    """SwAV (arXiv 2006.09882, eq. 1 and 2) with two crops; temperature 0.1 and Sinkhorn's 0.05 and 3 rounds as there."""
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         super().__init__(backbone, heads.SwaVProjectionHead(features, recipe.hidden, recipe.dim))

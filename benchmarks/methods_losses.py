@@ -63,7 +63,7 @@ def consistent_contrast(
 
 
 def cluster_prediction(z: Tensor, centroids: Tensor, assignments: Tensor, temperature: float) -> Tensor:
-    """Return DeepCluster-v2's loss: which centroid an image belonged to in the last epoch (arXiv 2006.09882, app. D).
+    """Return DeepCluster-v2's loss: which centroid an image belonged to in the last epoch (arXiv 2006.09882).
 
         loss = −log exp(z·c_a / τ) / Σⱼ exp(z·cⱼ / τ),   mean over images and clusterings
 
@@ -84,6 +84,8 @@ def cluster_prediction(z: Tensor, centroids: Tensor, assignments: Tensor, temper
 
 def spherical_kmeans(rows: Tensor, clusters: int, seed: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
     """Return centroids [K, D], unit vectors, and the nearest of them to each row [N], by FAISS.
+
+    It learns them from at most 256 rows a cluster, which it draws, and assigns all.
 
     Args:
         rows: [N, D] unit vectors, at least as many as clusters.

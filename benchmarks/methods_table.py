@@ -108,6 +108,7 @@ def _notes(
     minutes = [record["training_seconds"] / 60 for record in all_records if record["run"]["steps"]]
     between = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}" if steps else "no"
     lines = [
+        f"Highest means: {_best(records)}. Differences within the deviations say nothing.",
         f"Percent, mean ± deviation over {seeds} seed{'s' * (seeds > 1)}, on {images['val']:,} test images. "
         f"{recipe.dataset}: {images['train']:,} training images of {images['classes']} classes, {recipe.image_size} "
         f"pixels, {recipe.arch}; {between} steps of {recipe.batch_size} images"
@@ -136,6 +137,20 @@ def _notes(
         if name in runs
     ]
     return [f"- {line}" for line in lines]
+
+
+def _best(records: dict[str, list[dict[str, Any]]]) -> str:
+    """Say which method has the highest mean in each of the first columns."""
+    said = []
+    for key in ORDER[:-1]:
+        values = {
+            name: [record["results"][key] for record in of if key in record["results"]] for name, of in records.items()
+        }
+        means = {name: mean(found) for name, found in values.items() if found}
+        if means:
+            name = max(means, key=lambda name: means[name])
+            said.append(f"{METHODS[name].title} by {COLUMNS[key]} ({spread_of(values[name])})")
+    return ", ".join(said) or "none, no run came to its end"
 
 
 def _in_mb(count: float | None) -> str:

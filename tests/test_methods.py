@@ -214,6 +214,9 @@ def test_a_comparison_takes_each_methods_best_rate_and_repeats_nothing(
     cell = f"{100 * msf['results']['linear']:.1f}"
     assert f"| MSF w/s | w/s | 0.05 | 10 | {cell} |" in table
     assert "| 1 + 1 | – | – | 72.4 | 62.0 | 64.9 |" in table
+    judged = {name: record["results"]["nn20"] for name, record in records.items() if name not in swept}
+    best = METHODS[max(judged, key=lambda name: judged[name]).partition("-lr-")[0]].title
+    assert f"{best} by 20-NN ({100 * max(judged.values()):.1f})" in table
     assert "best of 0.05, 1e+08 by 20-NN on 225 training images held out" in table
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == len(records) == 7
 
@@ -298,7 +301,7 @@ def test_the_cost_of_a_step_is_measured_and_comes_into_the_table(
     cost = json.loads((tmp_path / "cost.json").read_text())
     assert cost["methods"].keys() == {"msf", "deepcluster-v2"}
     assert all(found["seconds"]["median"] > 0 and found["rounds"] == 2 for found in cost["methods"].values())
-    assert call(*flags, "--lr", "0.05") == 0
+    assert call(*flags, "--lr", "0.05", "--methods", "msf") == 0
     (row,) = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| MSF w/s")]
     assert "| – | – |" not in row.partition("1 + 1")[2]
 
