@@ -84,7 +84,7 @@ class SimSiam(Method):
 
 
 class SwAV(Method):
-    """SwAV (arXiv 2006.09882, eq. 1 and 2) with two crops; temperature 0.1 and Sinkhorn's 0.05 and 3 rounds as there."""
+    """SwAV (arXiv 2006.09882, eq. 1, 2) with two crops; temperature 0.1 and Sinkhorn's 0.05 and 3 rounds as there."""
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         super().__init__(backbone, heads.SwaVProjectionHead(features, recipe.hidden, recipe.dim))
