@@ -2,6 +2,7 @@
 
     python benchmarks/fault_drill.py              all faults, 50 kills: about half an hour on two CPU cores
     python benchmarks/fault_drill.py --kills 2    a short one
+    python benchmarks/fault_drill.py --hosts      several hosts instead, which vanish and return: see host_faults.py
 
 Each fault befalls `examples/imagenet_train.py` on the digits, on two gloo ranks of this machine under torchrun, which
 starts the ranks again (``--max-restarts``). What must hold: the run ends by itself; the losses of all steps are, to the
@@ -38,6 +39,7 @@ EPOCH = 1347 // 64  # steps, at the default batch size of the digits
 PLAN = "MSF_FAULT_PLAN"  # the file that tells a rank what is to befall it, and beside which it writes what did
 KILL, WRITE, DISK = "one rank killed", "all ranks killed while a checkpoint is written", "disk full for one checkpoint"
 STALLS, OVERFLOW = "one rank stalls", "images overflow float16 on one rank"
+HOLDS = "one rank waits until its host has had a fault"  # what benchmarks/host_faults.py does to it
 LAYOUTS = ("replicated", "sharded")
 
 
@@ -72,6 +74,11 @@ def rank_main(arguments: list[str]) -> int:
                 views = [((target.half() * 60_000).square().float(), *rest) for target, *rest in views]
             else:
                 os.kill(os.getpid(), signal.SIGKILL if fault["name"] == KILL else signal.SIGSTOP)
+        if fault["name"] == HOLDS and after == fault["after"] and rank == fault["rank"]:
+            if not plan.with_suffix(".went_on").exists():
+                note(fault=HOLDS, rank=rank, step=self.step)
+            while not plan.with_suffix(".went_on").exists():
+                time.sleep(0.05)
         if fault["name"] == DISK and after == fault["after"] + 2 * EPOCH and rank == fault["rank"]:
             os.kill(os.getpid(), signal.SIGKILL)  # so that the next fault comes
         train_step(self, views)
@@ -256,9 +263,14 @@ def main() -> int:
     parser.add_argument(
         "--kills", type=positive, default=50, help="of one rank at a random step, over both layouts (50)"
     )
+    parser.add_argument("--hosts", action="store_true", help="faults of hosts and of their links instead; as root")
     parser.add_argument("--seed", type=int, default=0, help="of ranks, steps and order (0)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the records")
     given = parser.parse_args()
+    if given.hosts:
+        from benchmarks import host_faults
+
+        return host_faults.run(given.out)
     given.out.mkdir(parents=True, exist_ok=True)
     about = environment(torch.device("cpu"))
     records: list[dict[str, Any]] = []

@@ -274,7 +274,7 @@ def alone(images: Dataset[Any], task: Task, render: list[Rendering] | None, numb
         keys = [(0, first + place) if render else first + place for place in range(task.batch)]
         made = default_collate([images[key] for key in keys])
         if render:
-            target, online, rows, _ = made
+            target, online, rows, *_ = made
             render[0](target, rows[:, :PER_VIEW])
             render[1](online, rows[:, PER_VIEW:])
     return time.perf_counter() - started

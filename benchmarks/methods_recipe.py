@@ -3,7 +3,6 @@
 A `Recipe` is everything but the method, its learning rate and the seed. To run another one, change it here.
 """
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluating.subsets import share_of_each_class
-from training.data import DataSource, Digits, Photos, Share, labels_of, open_folder, workers_of
+from training.data import DataSource, Digits, Photos, Share, open_folder, workers_of
 from training.models import build_backbone, stem_of
 from training.small import SmallImages, Split
 from training.small_sets import open_small
@@ -136,15 +135,15 @@ def open_images(
                 Split(train.images[places], train.labels[places]) for places in parts_of(train.labels, VALIDATION)
             )
         return SmallImages(train, test, **options)
-    photos, val, has_labels = open_folder(Path(data))
-    if not has_labels:
+    photos, val, _ = open_folder(Path(data))
+    if not photos.classes:
         raise ValueError(
             f"{data} has no class folders: methods are compared by labels, so put the images into a folder a class"
         )
     if val is None:
-        photos, val = _parted(photos, TEST)
+        photos, val = photos.held_out(TEST)
     if validation:
-        photos, val = _parted(photos, VALIDATION)
+        photos, val = photos.held_out(VALIDATION)
     return Photos(photos, val, has_labels=True, workers=workers_of(workers), **options)
 
 
@@ -160,17 +159,6 @@ def parts_of(labels: Tensor, share: float) -> tuple[list[int], list[int]]:
     if lost := sorted(set(labels.tolist()) - set(labels[staying].tolist())):
         raise ValueError(f"class {lost[0]} has a single image: to test on some images, a class needs two or more")
     return staying.nonzero().flatten().tolist(), held_out
-
-
-def _parted(images: Any, share: float) -> tuple[Any, Any]:
-    """Return the two parts of an ImageFolder, each one too."""
-    parts = []
-    for places in parts_of(labels_of(images), share):
-        part = copy.copy(images)
-        part.samples = part.imgs = [images.samples[place] for place in places]
-        part.targets = [images.targets[place] for place in places]
-        parts.append(part)
-    return parts[0], parts[1]
 
 
 def new_backbone(recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[nn.Module, int]:

@@ -29,7 +29,7 @@ from benchmarks.methods_learners import METHODS, UNTRAINED
 from benchmarks.methods_recipe import Recipe, new_backbone, open_images
 from msf_core.distributed import Ranks
 from msf_core.schedules import cosine
-from training.data import DataSource, Share, epoch_order
+from training.data import DataSource
 from training.evaluation import evaluate, nearest_neighbours, warmed_up
 
 LAST = 100  # steps at the end whose mean loss is recorded
@@ -268,6 +268,5 @@ def epochs_of(source: DataSource, run: Run) -> Iterator[tuple[Tensor, Tensor, Te
 
 def epoch_of(source: DataSource, run: Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield (target views, online views, ids) of an epoch; the ids are places in the training set."""
-    ids = Share(run.recipe.batch_size).micro_batches(epoch_order(source.train_size, run.seed, epoch))[:, 0]
-    for chosen, (first, second, _) in zip(ids, source.train_views(epoch, 0), strict=True):
-        yield first, second, chosen.to(first.device)
+    for first, second, _, ids in source.train_views(epoch, 0):
+        yield first, second, ids.to(first.device)

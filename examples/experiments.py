@@ -30,7 +30,8 @@ from msf_core.distributed import Ranks
 from training.data import DataSource, Share, open_source, seed_of
 from training.evaluation import COLUMNS
 from training.features import features_of
-from training.report import draw_neighbors, environment, in_words
+from training.pictures import draw_neighbors
+from training.report import environment, in_words
 
 Variants = dict[str, tuple[str, ...]]  # a name -> flags of the trainer
 PLAIN = ("--k", "5")  # the same flags wherever nothing is varied: one run serves all
@@ -169,6 +170,7 @@ def report(name: str, runs: Runs, seeds: int, digits: bool) -> None:
         print(f"{path}: {experiment.title}; in the paper {experiment.paper}")
         return
     names = list(experiment.variants(digits))
+    of_them = f"{seeds} seeds" if seeds > 1 else "1 seed"
     of_seeds = [Run(flags, seed) for flags in experiment.variants(digits).values() for seed in range(seeds)]
     results = [runs.results(run) for run in of_seeds]
     columns = [key for key in COLUMNS if all(key in row for row in results)]
@@ -177,7 +179,7 @@ def report(name: str, runs: Runs, seeds: int, digits: bool) -> None:
         for key in (*columns, "spread", "rank")
     }
     lines = [
-        f"{experiment.title}: mean and deviation over {seeds} seeds, in percent. In the paper {experiment.paper}.",
+        f"{experiment.title}: mean and deviation over {of_them}, in percent. In the paper {experiment.paper}.",
         "",
         "| " + " | ".join(["", *(COLUMNS[key] for key in columns), "spread", "rank"]) + " |",
         "|" + " --- |" * (len(columns) + 3),
@@ -199,7 +201,7 @@ def report(name: str, runs: Runs, seeds: int, digits: bool) -> None:
     (runs.folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{text}")
     series = {COLUMNS[key]: values[key] for key in ("nn1", "nn20", "one_label") if key in columns}
-    title = f"{experiment.title}, {seeds} seeds\n{in_words(found_with)}"
+    title = f"{experiment.title}, {of_them}\n{in_words(found_with)}"
     if name == "purity":
         draw_purity(path, runs, experiment.variants(digits), seeds, title)
     elif not series:
@@ -230,7 +232,8 @@ def draw_tsne(folder: Path, path: Path, title: str) -> None:
     for epoch, features in kept_features(folder, source, "val", places):
         embedded = TSNE(init="pca", perplexity=min(30, (len(places) - 1) / 3), random_state=0).fit_transform(features)
         panels[f"epoch {epoch}"] = embedded
-    draw_points(path, panels, labels[places].numpy(), f"Test images of {len(classes)} classes: {title}")
+    names = [str(label) for label in range(int(labels.max()) + 1)]
+    draw_points(path, panels, labels[places].numpy(), names, f"Test images of {len(classes)} classes: {title}")
 
 
 def draw_fig_2(folder: Path, path: Path, title: str) -> None:
@@ -271,6 +274,7 @@ def source_of(folder: Path) -> DataSource:
         workers=settings["workers"],
         seed=0,
         device=torch.device("cpu"),
+        val_split=settings.get("val_split", 0.0),
     )
     if not source.has_val:
         raise ValueError("this needs labelled test images")

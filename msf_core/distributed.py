@@ -18,7 +18,7 @@ from torch import Tensor
 
 ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 _AVAILABLE = dist.is_available()
-_NUMBERS, _TEXT_BYTES = 11, 1024
+_NUMBERS = 11
 _HEADER_BYTES = 8 * _NUMBERS
 MOST_FRAME_BYTES = 4 << 20  # that travel with a header; above, the bandwidth counts and not the latency
 # The group in which the hosts of a group that has GPUs alone (NCCL) talk.
@@ -202,7 +202,7 @@ class Ranks:
     ) -> list[int]:
         """Return every rank's count from the headers [W, bytes], or raise what `agree` raises."""
         table = headers.contiguous().view(torch.int64).tolist()
-        failed = {rank: ERRORS[row[1] - 1] for rank, row in enumerate(table) if row[1]}
+        failed = {rank: (ERRORS[row[1] - 1], row[2]) for rank, row in enumerate(table) if row[1]}
         if failed:
             self._raise_everywhere(problem, failed)
         if len({row[0] for row in table}) > 1:
@@ -229,13 +229,16 @@ class Ranks:
             _host_groups[group] = hosts
         return _host_groups[group]
 
-    def _raise_everywhere(self, problem: Exception | None, failed: dict[int, type[Exception]]) -> NoReturn:
-        text = str(problem or "").encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES)
-        texts = self._gather_from_hosts(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    def _raise_everywhere(self, problem: Exception | None, failed: dict[int, tuple[type[Exception], int]]) -> NoReturn:
+        """Raise on all ranks what befell some; ``failed`` maps each of those to its kind and its message's length."""
+        text = _text_of(problem)
+        padded = bytearray(text.ljust(max(length for _, length in failed.values())))
+        texts = self._gather_from_hosts(torch.frombuffer(padded, dtype=torch.uint8)) if padded else None
         if problem is not None:
             raise problem
-        rank, kind = next(iter(failed.items()))
-        raise kind(f"rank {rank}: {bytes(texts[rank].tolist()).decode(errors='replace').strip()}")
+        rank, (kind, length) = next(iter(failed.items()))
+        said = "" if texts is None else bytes(texts[rank, :length].tolist()).decode(errors="surrogatepass")
+        raise kind(f"rank {rank}: {said}")
 
 
 @contextmanager
@@ -323,11 +326,19 @@ def _packed(tensor: Tensor) -> Tensor:
 
 
 def _header(call: str, same: dict[str, int | str], count: int, problem: Exception | None) -> Tensor:
-    """Return what a rank tells the others, [bytes]."""
-    kind = 0 if problem is None else 1 + next(i for i, kind in enumerate(ERRORS) if isinstance(problem, kind))
+    """Return what a rank tells the others, [bytes]. With a problem the count is that of its message's bytes."""
+    kind = 0
+    if problem is not None:
+        kind = 1 + next(i for i, kind in enumerate(ERRORS) if isinstance(problem, kind))
+        count = len(_text_of(problem))
     numbers = [_coded(call), kind, count, *map(_coded, same.values())]
     numbers += [0] * (_NUMBERS - len(numbers))
     return torch.tensor(numbers, dtype=torch.int64, device="cpu").view(torch.uint8)
+
+
+def _text_of(problem: Exception | None) -> bytes:
+    """Return a message as bytes; surrogates, which stand for the bytes of a name that is not UTF-8, are kept."""
+    return str(problem or "").encode(errors="surrogatepass")
 
 
 def _coded(value: int | str) -> int:

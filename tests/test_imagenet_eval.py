@@ -1,7 +1,11 @@
 """examples/imagenet_eval.py: each command end to end, its numbers against scikit-learn's, and wrong input."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +19,18 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
-from test_training import SMALL_NETWORK, blank_pictures, make_tree
+from test_training import SMALL_NETWORK, blank_pictures, make_tree, photos
 from torch import Tensor
 
 import imagenet_eval
 import imagenet_train
 from evaluating import subsets
+from evaluating.commands import COMMANDS
 from evaluating.encoders import load_encoder
+from evaluating.errors import LONGEST, in_one_line
 from evaluating.linear import Protocol, Standardize, accuracy, batches_of, train_linear
+from evaluating.paper import comparable
+from evaluating.record import tables, write_whole
 from msf_core.distributed import Ranks
 from training.data import Share, open_source
 from training.features import Batch, nearest_neighbour_accuracy
@@ -205,8 +213,8 @@ def test_digits_are_measured_as_the_trainer_did(digits_run: Path, tmp_path: Path
     assert record["encoder"]["settings"]["steps"] == 42
     assert {"device", "versions", "date", "protocol", "seconds"} <= record.keys()
     table = capsys.readouterr().out
-    assert re.search(r"\| paper, ImageNet: MSF w/s, 200 epochs +\| 62\.0 \|  64\.9 \|", table)
-    assert re.search(rf"\| digits on digits +\| {100 * found['nn1']:.1f} \|  {100 * found['nn20']:.1f} \|", table)
+    assert re.search(rf"\| digits on digits +\|  {100 * found['nn1']:.1f} \|  {100 * found['nn20']:.1f} \|", table)
+    assert "paper" not in table, "its rows are of ImageNet"
 
 
 def test_an_exported_backbone_is_worth_what_its_checkpoint_is(digits_run: Path, tmp_path: Path) -> None:
@@ -216,12 +224,15 @@ def test_an_exported_backbone_is_worth_what_its_checkpoint_is(digits_run: Path, 
     assert record["encoder"]["metadata"]["arch"] == "digits"
 
 
-def test_the_linear_protocol_runs_with_and_without_a_cache(photo_run: Path, tmp_path: Path) -> None:
+def test_the_linear_protocol_runs_with_and_without_a_cache(photo_run: Path, tmp_path: Path, capsys: Any) -> None:
     flags = ["--workers", 0, "--epochs", 2, "--batch-size", 8]
     _, plain = measured("linear", photo_run, *flags, "--sweep", 0.1, 1, tmp_path / "plain.json")
-    result, cached = measured("linear", photo_run, *flags, "--cache", tmp_path / "cached.json")
+    result, cached = measured("linear", photo_run, *flags, "--cache", "--sweep", 1e38, tmp_path / "cached.json")
+    assert "diverged" not in plain["protocol"]
+    assert cached["protocol"]["diverged"] == [1e38]
+    assert "warning: training diverged at learning rate 1e+38" in capsys.readouterr().err
     assert plain["protocol"]["training view"] == "random resized crop 32 (area 0.08 to 1), horizontal flip"
-    assert cached["protocol"]["training view"] == cached["protocol"]["test view"] == "resize 37, centre crop 32"
+    assert cached["protocol"]["training view"] == cached["protocol"]["test view"] == "resize 37, center crop 32"
     for record, is_cached in ((plain, False), (cached, True)):
         assert record["protocol"]["features cached, no augmentation"] is is_cached
     assert plain["protocol"]["all"].keys() == {"0.01", "0.1", "1"}
@@ -260,6 +271,34 @@ def test_a_model_by_name_is_at_random_unless_weights_are_asked_for(photo_run: Pa
 # Subsets
 
 
+def test_listed_images_are_matched_by_their_paths(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree", train=2, val=1)
+    (tree / "train" / "class2" / "0.jpg").rename(tree / "train" / "class2" / "my photo #1.jpg")
+    (tree / "train" / "class2" / "1.jpg").rename(tree / "train" / "class2" / "#2.jpg")
+    source = photos(tree)
+    names = ["class0/0.jpg", "class0/1.jpg", "class1/0.jpg", "class1/1.jpg", "class2/#2.jpg", "class2/my photo #1.jpg"]
+    assert source.names() == names
+    path = tmp_path / "list.txt"
+    for content, expected in (
+        (b"class1/0.jpg\nclass0/0.jpg\n", [0, 2]),
+        (b"\xef\xbb\xbfclass1/1.jpg\r\n\r\n# of mine\r\nmy photo #1.jpg\r\n", [3, 5]),
+        (b"./class1/0.jpg\nclass1/0.jpg", [2]),
+        (b"#2.jpg\nclass2/#2.jpg\n class0/1.jpg \n", [1, 4]),
+    ):
+        path.write_bytes(content)
+        assert subsets.listed(path, source) == expected
+    for content, message in (
+        (b"0.jpg\n", r"list.txt: 0\.jpg may be class0/0\.jpg or class1/0\.jpg: list paths"),
+        (b"class0/0.jpg\nclass0/9.jpg\nclass1/8.jpg", "not there: 2 of the 3 that are listed, as class0/9.jpg"),
+        (b"class2/0.jpg\n", "not there: 1 of the 1 that are listed, as class2/0.jpg"),
+        (b"\n# nothing\n", "list.txt lists no images"),
+        (b"caf\xe9.jpg", "list.txt is not a text file in UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            subsets.listed(path, source)
+
+
 def test_subsets_are_balanced_and_seeded() -> None:
     labels = torch.tensor([0] * 100 + [1] * 49 + [2] * 3)
     places = subsets.share_of_each_class(labels, 10, seed=3)
@@ -273,35 +312,262 @@ def test_subsets_are_balanced_and_seeded() -> None:
 
 # Wrong input
 
-WRONG: dict[str, tuple[list[str], str]] = {
-    "no such run": (["knn", "runs/nowhere"], "no run, file or model|no model"),
-    "a checkpoint that is not there": (["knn", "nowhere/checkpoint.pt"], "no checkpoint at nowhere/checkpoint.pt"),
-    "a file of another kind": (["knn", "{run}/config.json"], "neither a checkpoint"),
-    "digits in colour": (["knn", "resnet18", "--dataset", "digits"], "the digits are grey"),
-    "no data": (["knn", "resnet18", "--data", "nowhere"], "no such folder: nowhere"),
-    "no such weights": (["knn", "resnet18", "--weights", "NONE", "--data", "{tree}"], "weights 'NONE'"),
-    "percent": (["few-labels", "{run}", "--percent", "101"], "at most 100"),
-    "per class": (["few-labels", "{run}", "--per-class", "9999"], "has only"),
-    "a list of strangers": (["few-labels", "{photos}", "--list", "{run}/config.json"], "images that are not there"),
-    "a list for digits": (["few-labels", "{run}", "--list", "{run}/config.json"], "goes with a folder"),
-    "batch size": (["linear", "{run}", "--batch-size", "0"], "at least 1"),
-    "learning rate": (["linear", "{run}", "--lr", "-1"], "above 0"),
-    "nn without a number": (["few-labels", "{run}", "--classifier", "nn"], "goes with --per-class"),
+WRONG: dict[str, tuple[str, str]] = {
+    "no such run": ("knn runs/nowhere", "no run, file or model 'runs/nowhere'"),
+    "no such path": ("knn /nonexistent", "no run, file or model '/nonexistent'"),
+    "a checkpoint that is not there": ("knn nowhere/checkpoint.pt", "no checkpoint at nowhere/checkpoint.pt"),
+    "a file of another kind": ("knn {run}/config.json", "neither a checkpoint"),
+    "a checkpoint of something else": ("knn {tmp}/other.pt", "other.pt is not a checkpoint of this script"),
+    "no checkpoint": ("knn {tmp}/text.pt", "text.pt is damaged or not one of ours"),
+    "no safetensors": ("knn {tmp}/text.safetensors", "text.safetensors cannot be read"),
+    "digits in color": ("knn resnet18 --dataset digits", "the digits are gray"),
+    "a folder of digits": ("knn {run} --data {tree}", "takes the digits, which are gray"),
+    "digits from a folder": ("knn {run} --data {tree} --dataset digits", "--data has no use"),
+    "digits of another size": ("knn {run} --image-size 32", "16 pixels wide, got --image-size 32"),
+    "a model without images": ("knn resnet18", "give --data DIR"),
+    "no data": ("knn resnet18 --data nowhere", "--data: no such folder: nowhere"),
+    "data is a file": ("knn resnet18 --data {run}/config.json", "--data must be a folder, got the file"),
+    "no such weights": ("knn resnet18 --weights NONE --data {tree}", "weights 'NONE', only IMAGENET1K_V1"),
+    "timm's weights": ("knn resnet10t --weights IMAGENET1K_V1 --data {tree}", "only pretrained"),
+    "weights of a run": ("knn {run} --weights DEFAULT", "--weights is for a model .* by name"),
+    "arch of a run": ("knn {run} --arch resnet18", "--arch is for a safetensors file"),
+    "arch of a name": ("knn resnet18 --arch resnet18 --data {tree}", "--arch is for a safetensors file"),
+    "another arch": ("knn {run}/backbone.safetensors --arch resnet18", "--arch resnet18: .* it is of digits"),
+    "device": ("knn {run} --device gpu", "--device must be auto, .* got 'gpu'"),
+    "a device that cannot compute": ("knn {run} --device meta", "--device meta: PyTorch cannot compute on it"),
+    "tiny images": ("knn resnet18 --data {tree} --image-size 1", "--image-size: must be at least 8, got 1"),
+    "images too small": ("knn vit_b_16 --data {tree} --image-size 32", "--image-size 32: 'vit_b_16' does not take"),
+    "out is a folder": ("knn {run} --out {tmp}", "--out must be a file, got the folder"),
+    "out below a file": ("knn {run} --out {run}/config.json/x/y.json", "--out: .*config.json is a file"),
+    "out is another file": ("knn {run} --out {run}/config.json", "--out: .*config.json is there and no record"),
+    "out is the encoder": ("knn {run} --out {run}/checkpoint.pt", "--out: .*checkpoint.pt is there and no record"),
+    "percent": ("few-labels {run} --percent 101", "--percent: must be above 0 and at most 100, got 101"),
+    "percent nan": ("few-labels {run} --percent nan", "--percent: must be a finite number"),
+    "per class": ("few-labels {run} --per-class 9999", "--per-class 9999: class . has only"),
+    "a list of strangers": ("few-labels {photos} --list {run}/config.json", "images that are not there"),
+    "a list for digits": ("few-labels {run} --list {run}/config.json", "goes with a folder"),
+    "no list": ("few-labels {photos} --list nowhere", "--list: no such file: nowhere"),
+    "a list and a share": ("few-labels {run} --list x --percent 1", "--percent: not allowed with argument --list"),
+    "a number and a share": ("few-labels {run} --per-class 1 --percent 1", "--percent: not allowed with"),
+    "batch size": ("linear {run} --batch-size 0", "--batch-size: must be at least 1, got 0"),
+    "seed": ("linear {run} --seed -1", "--seed: must be at least 0, got -1"),
+    "workers": ("knn {run} --workers -2", "--workers: must be at least -1, got -2"),
+    "timeout": ("knn {run} --timeout 1e99", "--timeout: must be a whole number, got '1e99'"),
+    "learning rate": ("linear {run} --lr -1", "--lr: must be above 0, got -1"),
+    "learning rate nan": ("linear {run} --lr nan", "--lr: must be a finite number, above 0, got nan"),
+    "sweep": ("linear {run} --sweep 1 inf", "--sweep: must be a finite number, above 0, got inf"),
+    "strengths": ("transfer {run} --strengths 0", "--strengths: must be above 0, got 0"),
+    "SGD's flags": ("linear {run} --solver logistic --epochs 3 --cache", "no use for --epochs, --cache"),
+    "nn without a number": ("few-labels {run} --classifier nn", "goes with --per-class"),
+    "nn with a rate": ("few-labels {run} --classifier nn --per-class 1 --lr 1", "no use for --lr"),
+    "transfer without data": ("transfer resnet18", "transfer needs --data DIR"),
+    "transfer of a file": ("transfer resnet18 --data {run}/config.json", "--data must be a folder"),
+    "transfer of the digits": ("transfer {run} --data {tree}", "the transfer sets are in color"),
+    "export below a file": ("export {photos} --folder {run}/config.json/x", "--folder: .*config.json is a file"),
+    "export of the digits": ("export {run} --to timm", "--to timm: timm has no 'digits'"),
 }
 
 
+def status_of(*arguments: object) -> int:
+    try:
+        return imagenet_eval.main([str(argument) for argument in arguments])
+    except SystemExit as stopped:  # argparse's
+        return int(str(stopped.code))
+
+
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())
-def test_wrong_input_is_a_clear_error(
-    digits_run: Path, photo_run: Path, tmp_path: Path, capsys: Any, arguments: list[str], message: str
+def test_wrong_input_is_one_line_before_anything_is_computed(
+    digits_run: Path,
+    photo_run: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    message: str,
 ) -> None:
     tree = photo_run.parent / "tree"
-    given = [argument.format(run=digits_run, photos=photo_run, tree=tree) for argument in arguments]
-    with pytest.raises(SystemExit) as stopped:
-        imagenet_eval.main([*given, "--out", str(tmp_path / "record.json")])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.search(message, error), error
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evaluating.commands.features_of", None)
+    monkeypatch.setattr("training.features.features_of", None)
+    torch.save({"model": torch.ones(1)}, tmp_path / "other.pt")
+    for name in ("text.pt", "text.safetensors"):
+        (tmp_path / name).write_text("text")
+    before = {path: path.read_bytes() for folder in (tmp_path, digits_run) for path in folder.glob("*.*")}
+    given = [word.format(run=digits_run, photos=photo_run, tree=tree, tmp=tmp_path) for word in arguments.split()]
+    out = [] if "--out" in given else ["--out", tmp_path / "new" / "record.json"]
+    assert status_of(*given, *out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"imagenet_eval\.py( \S+)?: error: .*{message}.*", line), line
+    assert "Traceback" not in line
+    assert not re.search(r"\('|\(\d+,", line), "a Python tuple"
+    assert {path: path.read_bytes() for folder in (tmp_path, digits_run) for path in folder.glob("*.*")} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unreadable_image_ends_it_in_one_line(photo_run: Path, tmp_path: Path, capsys: Any) -> None:
+    """Read by this process, and by a worker, whose traceback is in the text of the error."""
+    tree = make_tree(tmp_path / "tree", train=2, val=2)
+    (tree / "val" / "class1" / "1.jpg").write_bytes(b"no image")
+    for workers in (0, 1):
+        assert status_of("knn", photo_run, "--data", tree, "--workers", workers, "--out", tmp_path / "record.json") == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if "class1/1.jpg" in line] == lines[-1:]
+        assert lines[-1].startswith("imagenet_eval.py: error: cannot read image")
+        assert not [line for line in lines[:-1] if not re.match(r"\r?features of|\s*$", line)], lines
     assert not (tmp_path / "record.json").exists()
+
+
+def test_errors_of_any_kind_are_one_line() -> None:
+    worker = (
+        "Caught UnreadableImage in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "a.py", line 1, in f\n    x\n    ^\nPIL.UnidentifiedImageError: inner\n\nThe above exception was the '
+        'direct cause of the following exception:\n\nTraceback (most recent call last):\n  File "b.py", line 2, in g\n'
+        "    y\n{}: cannot read image a/0.jpg:\n  no image\n"
+    )
+    for error, line in (
+        (RuntimeError(worker.format("training.folders.UnreadableImage")), "cannot read image a/0.jpg: no image"),
+        (OSError(worker.format("OSError")), "cannot read image a/0.jpg: no image"),
+        (RuntimeError(worker.format("KeyError")), "KeyError: cannot read image a/0.jpg: no image"),
+        (
+            RuntimeError("broken\npipe\nException raised from f at x.cpp:1 (most recent call first):\nframe"),
+            "broken pipe",
+        ),
+        (KeyError("x"), "KeyError: 'x'"),
+        (MemoryError(), "MemoryError"),
+        (OSError(28, "No space left on device", "x.json"), "x.json: No space left on device"),
+    ):
+        assert in_one_line(error) == line
+    assert len(in_one_line(ValueError("word " * 1000))) == LONGEST
+
+
+def test_an_error_that_nobody_foresaw_and_ctrl_c_are_one_line_too(
+    digits_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, status, line in (
+        (KeyError("x"), 2, "imagenet_eval.py: error: KeyError: 'x'"),
+        (KeyboardInterrupt(), 130, "imagenet_eval.py: stopped by Ctrl-C"),
+    ):
+
+        def fail(*_: Any, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr("evaluating.commands.nearest_neighbour_accuracy", fail)
+        assert status_of("knn", digits_run, "--out", tmp_path / "record.json") == status
+        assert capsys.readouterr().err.split("\n")[-2:] == [line, ""]
+
+
+def test_ctrl_c_amid_the_imports_is_one_line(tmp_path: Path) -> None:
+    """A module that is imported early interrupts the process, and swallows a KeyboardInterrupt."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "            except KeyboardInterrupt:\n"
+        "                raise ImportError('interrupted') from None\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    script = Path(imagenet_eval.__file__)
+    search = os.pathsep.join([str(tmp_path), str(script.parent.parent), str(script.parent)])
+    done = subprocess.run(
+        [sys.executable, script, "knn", "resnet18"],
+        env={**os.environ, "PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "imagenet_eval.py: stopped by Ctrl-C\n")
+
+
+def test_it_works_in_a_thread(digits_run: Path, photo_run: Path, tmp_path: Path) -> None:
+    """As in a notebook or a server, with worker processes, and there also tells errors by its status."""
+    statuses: list[int] = []
+    calls = (["knn", photo_run, "--workers", 1], ["knn", digits_run, "--device", "gpu"])
+    for call in calls:
+        thread = threading.Thread(target=lambda call=call: statuses.append(status_of(*call, "--out", tmp_path / "r")))
+        thread.start()
+        thread.join()
+    assert statuses == [0, 2]
+
+
+def test_only_the_first_process_of_a_machine_speaks(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The others wait for torchrun to end them."""
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert status_of("knn", "x", "--seed", "x") == status_of("knn", "x", "--device", "gpu") == 2
+        assert len(capsys.readouterr().err.splitlines()) == 2 * (rank == 0)
+    assert len(slept) == 2
+
+
+# The record
+
+
+def test_a_result_that_cannot_be_written_is_printed(digits_run: Path, capsys: Any) -> None:
+    assert status_of("knn", digits_run, "--out", "/dev/full") == 2
+    printed = capsys.readouterr()
+    record = json.loads(printed.out.partition("could not be written:\n")[2])
+    assert f"{100 * record['results']['nn1']:.1f}" in printed.out.partition("the record")[0]
+    assert "error: --out: /dev/full could not be written (No space left on device): the record is" in printed.err
+
+
+def test_a_record_is_written_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, text: str) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    write_whole(tmp_path / "new" / "record.json", "first")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "new" / "record.json", "second")
+    assert [path.read_bytes() for path in (tmp_path / "new").iterdir()] == [b"first"]
+
+
+def test_20_nn_takes_20_images(photo_run: Path, tmp_path: Path, capsys: Any) -> None:
+    tree = make_tree(tmp_path / "tree", train=6, val=1)
+    found, record = measured("knn", photo_run, "--data", tree, "--workers", 0, tmp_path / "record.json")
+    assert list(found) == ["nn1"]
+    assert record["protocol"]["not measured"] == {"nn20": "needs 20 training images, there are 18"}
+    assert "not measured: 20-NN: needs 20 training images, there are 18\n" in capsys.readouterr().out
+
+
+def test_the_papers_rows_stand_beside_what_can_be_compared_alone() -> None:
+    def shown(command: str, data: dict[str, Any], protocol: dict[str, Any], **row: float) -> str:
+        record = {"command": command, "data": data, "protocol": protocol, "results": row}
+        return tables("run on folder", row, comparable(record))
+
+    imagenet = {"dataset": "folder", "classes": 1000, "test_images": 50_000}
+    table = shown("knn", imagenet, {}, nn1=0.6, nn20=1.0)
+    assert re.search(r"\| paper, ImageNet: MSF w/s, 200 epochs +\|  62\.0 \|  64\.9 \|", table)
+    assert re.search(r"\| run on folder +\|  60\.0 \| 100\.0 \|", table)
+    assert len({len(line) for line in table.splitlines()[::2]}) == 1, "columns of one width"
+    for other in ({"dataset": "digits"}, {"classes": 100}, {"test_images": 5000}, {"dataset": "cifar10"}):
+        assert "paper" not in shown("knn", imagenet | other, {}, nn1=0.6, nn20=1.0)
+    for command, protocol, row, rows in (
+        ("linear", {}, {"linear": 0.7, "top5": 0.9}, 8),
+        ("linear", {"solver": "scikit-learn's"}, {"linear": 0.7}, 0),
+        ("few-labels", {}, {"top1 1%": 0.5, "top5 1%": 0.7, "top1 5%": 0.6}, 5),
+        ("few-labels", {}, {"top1 13/class": 0.5}, 0),
+        ("transfer", {}, {"DTD": 0.5, "mean": 0.7}, 2),
+        ("transfer", {}, {"DTD": 0.5, "mean of these 1": 0.5}, 0),
+    ):
+        table = shown(command, imagenet, protocol, **row)
+        assert table.count("paper, ImageNet") == rows
+        assert "–" not in table
+
+
+def test_help_has_groups_examples_and_no_empty_defaults(capsys: Any) -> None:
+    for command in ([], *([name] for name in COMMANDS)):
+        assert status_of(*command, "--help") == 0
+        text = capsys.readouterr().out
+        assert "(default: )" not in text
+        assert not re.search(r"default: (None|\[|False)", text)
+        assert "examples:\n  python examples/imagenet_eval.py" in text
+        assert not command or ("images:" in text) == (command != ["export"])
 
 
 def test_a_file_that_does_not_say_its_model_or_does_not_fit_is_refused(digits_run: Path, tmp_path: Path) -> None:
@@ -315,3 +581,7 @@ def test_a_file_that_does_not_say_its_model_or_does_not_fit_is_refused(digits_ru
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "bare.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"torn\.safetensors cannot be read"):
         load_encoder(str(tmp_path / "torn.safetensors"), Ranks(), arch="digits")
+    tensors["stem.0.weight"][0] = torch.nan
+    save_file(tensors, tmp_path / "diverged.safetensors")
+    with pytest.raises(ValueError, match=r"diverged\.safetensors are of no use: stem\.0\.weight has values"):
+        load_encoder(str(tmp_path / "diverged.safetensors"), Ranks(), arch="digits", image_size=16)

@@ -1,6 +1,8 @@
 """examples/imagenet_train.py as its users run it."""
 
+import asyncio
 import contextlib
+import copy
 import csv
 import io
 import json
@@ -9,21 +11,28 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_training import SMALL_NETWORK, blank_pictures, make_tree
 
 import imagenet_train
-from msf_core import Neighbors
+from msf_core import MemoryBank, Neighbors, mean_shift_loss
+from msf_core.distributed import Ranks
+from msf_core.rows import unit_rows
 from training.data import Digits
 from training.health import measure
-from training.trainer import Trainer
+from training.settings import build_parser, complete, resumed
+from training.trainer import StopRequest, Trainer
 
 SCRIPT = Path(imagenet_train.__file__)
 TIMES = {"images_per_second", "data_share", "search_share"}
@@ -35,6 +44,7 @@ FILES = {
     "tensorboard",
     "curves.png",
     "neighbors.png",
+    "config.json",
 }
 DIGITS = ["--steps", "30", "--eval-every", "1"]
 SMALL = [*SMALL_NETWORK, "--batch-size", "4", "--workers", "0", "--epochs", "2"]
@@ -46,9 +56,7 @@ def train(*arguments: object, pictures: bool = False) -> int:
 
 
 def error_of(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        train(*arguments)
-    assert stopped.value.code == 2
+    assert train(*arguments) == 2
     return capsys.readouterr().err
 
 
@@ -80,6 +88,26 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert value == states[1][name] or value != value, name
 
 
+def logged(folder: Path) -> dict[str, Any]:
+    """What TensorBoard shows of a run: (step, value) of each scalar but the times, steps of the picture, settings."""
+    events = EventAccumulator(str(folder / "tensorboard"), dict.fromkeys(("scalars", "images", "tensors"), 0)).Reload()
+    found: dict[str, Any] = {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+        if name.rpartition("/")[2] not in TIMES
+    }
+    found["neighbors"] = [event.step for event in events.Images("neighbors")] if events.Tags()["images"] else []
+    session = events.summary_metadata.get("_hparams_/session_start_info")
+    if session is not None:
+        hparams = HParamsPluginData.FromString(session.plugin_data.content).session_start_info.hparams
+        found["hparams"] = {
+            name: value.string_value if value.HasField("string_value") else value.number_value
+            for name, value in hparams.items()
+            if name not in ("out", "resume", "logger", "checkpoint_every", "stem")  # 0.2.0 had no stem
+        }
+    return found
+
+
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """Have the signal arrive while that step is under way."""
     train_step = Trainer._train_step
@@ -92,12 +120,42 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
 
 
+def as_0_2_0(settings: dict[str, object]) -> dict[str, object]:
+    """Settings as version 0.2.0 saved them."""
+    since = {"recipe", "stem", "blur", "symmetric", "exclude_same_id", "same_label"}
+    return {name: value for name, value in settings.items() if name not in since}
+
+
+@pytest.fixture
+def _untrained_is_not_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imagenet_train, "add_rows_before", lambda trainer: trainer.notes.update(before={}))
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def disturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    """The folder of a run, and what others got that would have written to it too."""
+    folder, others = tmp_path_factory.mktemp("whole") / "run", []
+    train_step = Trainer._train_step
+
+    def with_others(self: Trainer, *views: torch.Tensor) -> None:
+        attempts = {2: 1, 22: 3}.get(self.step, 0)  # before the first checkpoint, and after it
+        for flags in ([*DIGITS, "--out", folder], ["--resume", folder], ["--resume", "auto", "--out", folder])[
+            :attempts
+        ]:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                others.append((train(*flags), said.getvalue()))
+        train_step(self, *views)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Trainer, "_train_step", with_others)
+        assert train(*DIGITS, "--checkpoint-every", 1, "--out", folder) == 0
+    return folder, others
+
+
+@pytest.fixture(scope="module")
+def whole(disturbed: tuple[Path, list[tuple[int, str]]]) -> Path:
     """The folder of a run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert train(*DIGITS, "--checkpoint-every", 1, "--out", folder) == 0
-    return folder
+    return disturbed[0]
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +200,13 @@ def test_the_digits_job_learns_in_its_short_form_without_a_warning(tmp_path: Pat
     assert rows["MSF, k = 5"]["nn1"] >= 0.96
     assert rows["MSF, k = 5"]["one_label"] >= 0.72
     assert "| MSF, k = 5 |" in done.stdout
-    assert "600/600" in done.stderr
-    assert {path.name for path in folder.iterdir()} == FILES | {"config.json", "results.json"}
+    assert done.stderr == "", "no progress bar where there is no terminal"
+    assert [line.split(" of ")[0] for line in done.stdout.splitlines() if line.startswith("epoch ")] == [
+        f"epoch {number}" for number in range(1, 30)
+    ]
+    assert {path.name for path in folder.iterdir()} == FILES | {"results.json", ".lock"}
+    *_, files = done.stdout.splitlines()
+    assert set(files.replace("/,", ",").removeprefix(f"{folder}: ").split(", ")) == FILES | {"results.json"}
     history = metrics(folder)
     assert [int(row["epoch"]) for row in history] == list(range(1, 30))
     assert [int(row["epoch"]) for row in history if row["nn1"]] == [1, 10, 20, 29]
@@ -180,13 +243,72 @@ def test_a_run_that_is_stopped_goes_on_exactly(
         stop_at(monkeypatch, step, number)
         assert train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run") == 128 + number
     assert f"stopped after step {step + 1} of 30; go on with --resume" in capsys.readouterr().out
+    assert (tmp_path / "run" / "curves.png").exists() == (step >= 20), "as soon as there is an epoch to draw"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if step == 4:  # as if an older version had begun it
+        state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+        torch.save(state | {"settings": as_0_2_0(state["settings"])}, tmp_path / "run" / "checkpoint.pt")
     torch.manual_seed(99)  # what another process would have
     assert train("--resume", tmp_path / "run") == 0
     if step != 20:  # a stop is not kept waiting by the evaluation that its epoch's end would have
         assert_same_run(whole, tmp_path / "run")
+        assert logged(tmp_path / "run") == logged(whole)
     one, other = (load_file(folder / "backbone.safetensors") for folder in (whole, tmp_path / "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tensorboard_has_every_number_once_although_the_run_crashed(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.trainer.LOG_EVERY", 1)
+    monkeypatch.setattr(imagenet_train, "REDRAW", 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        train_step = Trainer._train_step
+
+        def crashing(self: Trainer, *views: torch.Tensor) -> None:
+            if self.step == 25:  # the checkpoint is that of step 21
+                raise MemoryError
+            train_step(self, *views)
+
+        patch.setattr(Trainer, "_train_step", crashing)
+        with pytest.raises(MemoryError):
+            train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "curves.png").exists()
+    assert len(logged(tmp_path / "run")["step/loss"]) == 25
+    for _ in range(2):  # it goes on, and is looked at again
+        assert train("--resume", tmp_path / "run") == 0
+        found = logged(tmp_path / "run")
+        assert found == logged(whole)
+    rows = metrics(whole)
+    assert [step for step, _ in found["step/lr"]] == list(range(1, 31))
+    assert found["step/lr"][0][1] == pytest.approx(0.1)
+    losses = [float(line.split(",")[1]) for line in (whole / "losses.csv").read_text().splitlines()[1:]]
+    assert [value for _, value in found["step/loss"]] == pytest.approx(losses)
+    for name in ("loss", "purity", "nn20", "spread"):
+        assert found[f"epoch/{name}"] == [(int(row["step"]), pytest.approx(float(row[name]))) for row in rows]
+    assert not {name.partition("/")[2] for name in found if name.startswith("epoch/")} & {"epoch", "step", "lr"}
+    results = json.loads((whole / "results.json").read_text())["rows"]["MSF, k = 5"]
+    assert found["final/one_label"] == [(30, pytest.approx(results["one_label"]))]
+    assert found["neighbors"] == [30]
+    assert found["hparams"]["k"] == 5
+    assert found["hparams"]["augmentation"] == "w/s"
+    assert not [path for path in (whole / "tensorboard").iterdir() if path.is_dir()], "one run, not two"
+
+
+def test_a_run_may_be_resumed_with_another_logger(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 25)
+        assert train(*DIGITS, "--logger", "none", "--out", tmp_path / "run") == 143
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)  # not installed
+        before = sorted((tmp_path / "run").iterdir())
+        assert "pip install wandb" in error_of(capsys, "--resume", tmp_path / "run", "--logger", "wandb")
+        assert sorted((tmp_path / "run").iterdir()) == before
+    assert train("--resume", tmp_path / "run", "--logger", "tensorboard") == 0
+    assert logged(tmp_path / "run") == logged(whole)
 
 
 @pytest.mark.slow
@@ -200,8 +322,9 @@ def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path, caps
     run = subprocess.Popen(
         [*command, "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    while run.stderr.read(1) not in (b"%", b""):  # the progress bar is there: training has begun
-        pass
+    for line in run.stdout:
+        if line.startswith(b"writes to"):  # it has begun
+            break
     os.killpg(run.pid, signal.SIGTERM)  # as timeout, systemd and Slurm do: the workers get it too
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 128 + signal.SIGTERM, output
@@ -223,7 +346,7 @@ def test_a_folder_trains_with_labels_and_without(
 ) -> None:
     run, printed = photos[1:] if labelled else unlabelled
     assert ("| MSF, k = 5 |" in printed) == labelled
-    assert ("no labels to evaluate with" in printed) != labelled
+    assert ("no labeled test images to evaluate on" in printed) != labelled
     assert "read by 0 workers" in printed
     if labelled:
         assert printed.count("the loader is the limit") == 1, "once, in two epochs"
@@ -254,33 +377,28 @@ def test_every_augmentation_trains(tmp_path: Path, augmentation: str) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text())["augmentation"] == augmentation
 
 
-@pytest.mark.parametrize("when", ["before training", "in the first epoch"])
-def test_an_unreadable_image_costs_no_work(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    photos: tuple[Path, Path, str],
-    when: str,
-) -> None:
-    tree = make_tree(tmp_path / "tree", train=4)
-    broken = tree / "train" / "class2" / "1.jpg"
-    content = broken.read_bytes()
-    broken.write_bytes(content[:100])
-    if when == "in the first epoch":
-        monkeypatch.setattr(imagenet_train, "add_rows_before", lambda trainer: trainer.notes.update(before={}))
-    assert train("--data", tree, *SMALL, "--out", tmp_path / "run") == 1
-    assert "class2/1.jpg" in capsys.readouterr().err
-    broken.write_bytes(content)
-    assert train("--resume", tmp_path / "run") == 0
-    one, other = (load_file(folder / "backbone.safetensors") for folder in (photos[1], tmp_path / "run"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_a_finished_run_can_be_looked_at_again(tmp_path: Path, whole: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     before = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert train("--resume", tmp_path / "run") == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"] == before
+
+
+def test_the_picture_of_neighbors_begins_with_the_earliest_that_are_known(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    trainer, _ = imagenet_train.prepare({"resume": str(tmp_path / "run")}, Ranks(), torch.device("cpu"))
+    drawn: list[str] = []
+    monkeypatch.setattr(
+        imagenet_train, "draw_neighbors", lambda path, queries, rows, title: drawn.append(rows[0]["title"])
+    )
+    neighbors = trainer.notes.pop("untrained_neighbors")
+    # Untrained; in a run that version 0.2.0 began, after its first epoch; or not at all.
+    for notes in ({"untrained_neighbors": neighbors}, {"first_neighbors": neighbors}, {}):
+        trainer.notes = notes
+        imagenet_train.picture(trainer, tmp_path / "neighbors.png", "title")
+    assert drawn == ["before training", "after epoch 1", "after epoch 2"]
 
 
 def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -308,38 +426,152 @@ def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--k", "0"], "--k must be at least 1, got 0"),
-        (["--k", "2000"], "--k must be at most --bank-size, 1024, got 2000"),
-        (["--momentum", "1.5"], "--momentum must be between 0 and 1, got 1.5"),
-        (["--batch-size", "1"], "--batch-size must be at least 2"),
-        (["--batch-size", "5000"], "--batch-size 5000 is more than the 1347 training images"),
-        (["--lr", "-1"], "--lr must be at least 0"),
-        (["--image-size", "32"], "16 pixels"),
-        (["--method", "byol", "--k", "5"], "--method byol is k = 1, got --k 5"),
-        (["--dataset", "folder"], "--dataset folder needs --data DIR"),
-        (["--dataset", "digits", "--data", "x"], "--data goes with"),
-        (["--data", "/nowhere/at/all"], "no such folder: /nowhere/at/all"),
-        (["--arch", "resnet5000"], "no model 'resnet5000'"),
-        (["--backend", "magic"], "unknown search backend 'magic'"),
-        (["--device", "warp"], "warp"),
-        (["--epochs", "5", "--steps", "100"], "--epochs and --steps"),
-        (["--arch", "googlenet", "--data", "TREE", "--batch-size", "4"], "one feature vector"),
-        (["--augmentation", "s/w"], "invalid choice: 's/w'"),
+        ("--k 0", "argument --k: must be at least 1, got 0"),
+        ("--k 2000", "--k must be at most --bank-size, 1024, got 2000"),
+        ("--k 1348 --bank-size 4096", "--k 1348 is more than the 1347 training images"),
+        ("--momentum 1.5", "argument --momentum: must be at least 0 and at most 1, got 1.5"),
+        ("--lr nan", "argument --lr: must be a finite number, at least 0, got nan"),
+        ("--weight-decay inf", "argument --weight-decay: must be a finite number, at least 0, got inf"),
+        ("--lr -1", "argument --lr: must be at least 0, got -1"),
+        ("--steps -1", "argument --steps: must be at least 0, got -1"),
+        (f"--seed {2**64}", "argument --seed: must be at most"),
+        ("--batch-size 1", "--batch-size must be at least 2"),
+        ("--batch-size 5000 --bank-size 5000", "--batch-size 5000 is more than the 1347 training images"),
+        ("--bank-size 63", "--bank-size must be at least 64, the embeddings of a batch, got 63"),
+        ("--bank-size 64 --symmetric", "--bank-size must be at least 128, the embeddings of a batch (two of each"),
+        ("--image-size 32", "16 pixels wide, got --image-size 32"),
+        ("--data TREE --image-size 1", "argument --image-size: must be at least 8, got 1"),
+        ("--data TREE --arch test_vit3 --image-size 32", "; 'test_vit3' takes --image-size 160"),
+        ("--method byol --k 5", "--method byol is k = 1, got --k 5"),
+        ("--method byol --same-label", "--same-label chooses among neighbors, and --method byol has none"),
+        ("--k 1 --exclude-same-id", "--exclude-same-id chooses among neighbors, and --k 1 has none"),
+        ("--data TREE/train/class0 --same-label", "--same-label needs labels, and the training images of"),
+        ("--dataset folder", "--dataset folder needs --data DIR"),
+        ("--dataset digits --data x", "--data goes with"),
+        ("--data /nowhere/at/all", "no such folder: /nowhere/at/all"),
+        ("--arch resnet5000", "--arch: no model 'resnet5000' in torchvision or timm: did you mean resnet50"),
+        ("--backend magic", "unknown search backend 'magic'"),
+        ("--device warp", "--device must be auto, cpu, cuda or a GPU as cuda:0, got 'warp'"),
+        ("--device cuda:99", "--device cuda:99: PyTorch sees "),
+        ("--epochs 5 --steps 100", "--epochs and --steps"),
+        ("--data TREE --arch googlenet", "one feature vector"),
+        ("--augmentation s/w", "invalid choice: 's/w'"),
+        ("--resume TREE", "no checkpoint at"),
+        ("--out TREE/train/class0/0.jpg", "--out: TREE/train/class0/0.jpg is a file, not a folder"),
+        ("--out TREE/train/class0/0.jpg/run", "--out: TREE/train/class0/0.jpg is a file, not a folder"),
+        ("--out /proc/run", "--out: nothing can be written to /proc/run"),
     ],
 )
-def test_a_wrong_flag_is_a_clear_error_and_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], message: str
+def test_a_wrong_flag_is_one_line_that_names_it_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: str, message: str
 ) -> None:
+    few = ["--batch-size", "4", "--k", "2", "--workers", "0"]
     if "TREE" in arguments:
-        arguments = [str(make_tree(tmp_path / "tree")) if argument == "TREE" else argument for argument in arguments]
-    assert message in error_of(capsys, *arguments, "--out", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+        tree = str(make_tree(tmp_path / "tree"))
+        arguments, message = arguments.replace("TREE", tree), message.replace("TREE", tree)
+    there = sorted(tmp_path.rglob("*"))
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "run")]
+    said = error_of(capsys, *(few if "--data" in arguments else []), *out, *arguments.split())
+    assert message in said
+    assert said.startswith("imagenet_train.py: error: ")
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_divergence_is_said_and_leaves_the_last_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert train(*DIGITS, "--checkpoint-every", 1, "--lr", "1e30", "--out", tmp_path / "run") == 1
-    assert "the loss became nan" in capsys.readouterr().err
+def test_two_runs_do_not_share_a_folder(
+    capsys: pytest.CaptureFixture, disturbed: tuple[Path, list[tuple[int, str]]], whole: Path
+) -> None:
+    """What the first run was like in the end, other tests look at."""
+    for status, said in disturbed[1]:
+        assert status == 2
+        assert f"{whole} is in use by another run of this process: choose another --out" in said
+    assert len(disturbed[1]) == 4
+    assert "holds a run: go on with --resume" in error_of(capsys, *DIGITS, "--out", whole)
+
+
+def test_main_returns_a_status_in_a_thread_and_in_an_event_loop_as_notebooks_have_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture, photos: tuple[Path, Path, str]
+) -> None:
+    async def cell() -> list[int]:
+        return [
+            train("--k", "none"),
+            await asyncio.to_thread(train, "--data", photos[0], *SMALL, "--workers", 2, "--out", tmp_path / "run"),
+        ]
+
+    assert asyncio.run(cell()) == [2, 0]
+    assert "argument --k: must be a whole number, got 'none'" in capsys.readouterr().err
+    one, other = (load_file(folder / "backbone.safetensors") for folder in (photos[1], tmp_path / "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_ctrl_c_during_the_imports_is_no_traceback() -> None:
+    script = "import runpy, signal, sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1])\n"
+    script += (
+        "class Finder:\n def find_spec(self, name, *_):\n  name == 'torch' and signal.raise_signal(signal.SIGINT)\n"
+    )
+    script += "del sys.modules['torch']; sys.meta_path.insert(0, Finder())\n"
+    script += "runpy.run_path(sys.argv[2], run_name='__main__')"
+    command = [sys.executable, "-c", script, str(SCRIPT.parent), str(SCRIPT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def poisoned(step: int) -> Callable[..., None]:
+    """A step of the trainer that leaves a weight which is no number, at one step."""
+    train_step = Trainer._train_step
+
+    def spoiling(self: Trainer, *views: torch.Tensor) -> None:
+        train_step(self, *views)
+        if self.step == step:
+            next(self.online.parameters()).data.view(-1)[0] = torch.nan
+
+    return spoiling
+
+
+@pytest.mark.usefixtures("_untrained_is_not_evaluated")
+@pytest.mark.parametrize(("step", "stop"), [(3, 0), (23, 0), (23, 25)])
+def test_divergence_is_said_within_50_steps_and_leaves_the_last_sound_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, step: int, stop: int
+) -> None:
+    """Before the first checkpoint, after it, and where a stop would write another one."""
+    monkeypatch.setattr(Trainer, "_train_step", poisoned(step))
+    monkeypatch.setattr("training.trainer.CHECK_EVERY", 10)
+    if stop:
+        stop_at(monkeypatch, stop)
+    assert train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run") == 1
+    said = capsys.readouterr().err
+    found = stop + 1 if stop else 10 * -(-step // 10)
+    assert f"error: the loss became nan by step {found} of 30: train anew with a lower --lr than 0.1" in said
+    assert ("the last checkpoint is from before" in said) == (step > 21)
+    assert (tmp_path / "run" / "checkpoint.pt").exists() == (step > 21)
+    if step > 21:
+        assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 21
+
+
+@pytest.mark.usefixtures("_untrained_is_not_evaluated")
+def test_a_rate_that_is_far_too_high_is_said_before_the_loss_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert train("--steps", 1, "--lr", 1e30, "--out", tmp_path / "run") == 1
+    assert (
+        "error: a weight is no longer a finite number by step 1 of 1: train anew with a lower"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_what_an_older_version_saved_means_what_it_did_there() -> None:
+    """That such a run of the digits goes on exactly is tested above."""
+    saved = as_0_2_0(asdict(complete({"data": "x", "arch": "resnet18", "image_size": 32})))
+    now = resumed(saved, {"workers": 3})
+    assert (now.stem, now.blur, now.recipe, now.symmetric, now.workers) == ("imagenet", 0.5, "own", False, 3)
+    for changed, given, message in (
+        ({}, {"stem": "small"}, "the run to resume has other settings: --stem is 'imagenet' there, 'small' here"),
+        ({"dataset": "cifar10"}, {}, "saved by version 0.2.0 or older, which normalized cifar10 otherwise"),
+        ({"warp_factor": 9}, {}, "saved by a newer version, which has --warp-factor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resumed(saved | changed, given)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here: a disk that is always full")
@@ -411,3 +643,47 @@ def test_k_may_rise_over_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert (settings["k"], settings["k_end"], int(state["criterion"]["_extra_state"])) == (1, 9, 6)
+
+
+def prepared(folder: Path, *flags: object) -> Trainer:
+    given = vars(build_parser("").parse_args(["--out", str(folder), *map(str, flags)]))
+    return imagenet_train.prepare(given, Ranks(), torch.device("cpu"))[0]
+
+
+def test_a_symmetric_loss_takes_each_view_through_both_encoders(tmp_path: Path) -> None:
+    trainer = prepared(tmp_path / "run", "--symmetric", "--steps", 1)
+    weak, strong, labels, ids = next(trainer.source.train_views(0, 0))
+    target, student = copy.deepcopy((trainer.target, trainer.student))
+    (z1, z2), (p1, p2) = ([encoder(view) for view in (weak, strong)] for encoder in (target, student))
+    expected = (mean_shift_loss(p1, unit_rows(z2)[:, None]) + mean_shift_loss(p2, unit_rows(z1)[:, None])) / 2
+    trainer.criterion.k = 1
+    torch.testing.assert_close(trainer._backward(0, weak, strong, labels, ids), expected.detach())
+    assert torch.equal(trainer.criterion.bank.rows[:128], unit_rows(torch.cat([z1, z2])))
+    means = trainer.averages.means()
+    assert means["loss"] == pytest.approx(expected.item())
+    assert means["spread"] > 0.5
+
+
+@pytest.mark.parametrize("option", ["--exclude-same-id", "--same-label"])
+def test_what_restricts_the_neighbors_in_the_library_does_so_in_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    alike: list[bool] = []
+
+    def watched(
+        loss: torch.Tensor, u: torch.Tensor, found: Neighbors, labels: torch.Tensor, views: object, bank: MemoryBank
+    ) -> dict[str, torch.Tensor]:
+        beside = bank.labels if option == "--same-label" else bank.ids
+        others = beside[found.index[:, 1:]][found.index[:, 1:] >= 0]
+        own = beside[found.index[:, :1]].expand_as(found.index[:, 1:])[found.index[:, 1:] >= 0]
+        alike.extend((others == own).tolist())
+        return measure(loss, u, found, labels, views, bank)
+
+    monkeypatch.setattr("training.trainer.measure", watched)
+    trainer = prepared(
+        tmp_path / "run", "--steps", 24, "--bank-size", 2048, "--bank-dtype", "int8", "--symmetric", option
+    )
+    trainer.train(StopRequest(), lambda row: None)
+    assert len(alike) > 1000
+    assert set(alike) == {option == "--same-label"}
+    assert trainer.criterion.bank.dtype == torch.int8

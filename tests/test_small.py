@@ -184,8 +184,9 @@ def test_views_depend_on_neither_the_batch_nor_the_ranks_nor_on_where_the_epoch_
 def test_each_view_is_made_of_its_image_and_its_part_of_the_row() -> None:
     split = noise()
     small = source(split, Share(24))
-    ((target, online, labels),) = batches(small, epoch=3)
+    ((target, online, labels, ids),) = batches(small, epoch=3)
     order, rows = epoch_order(24, 0, 3), draws(seed_of(0), 3, 0, 24)
+    assert torch.equal(ids, order)
     assert torch.equal(labels, split.labels[order])
     for place, index in enumerate(order.tolist()):
         for views, part, render in (
@@ -306,5 +307,5 @@ def test_recipes_are_settings_that_flags_go_over(tmp_path: Path, capsys: pytest.
     assert set(RECIPES) == {"own", "lightly-200", "lightly-800", "solo-learn"}
     assert "--recipe solo-learn is for" in error_of(capsys, "--recipe", "solo-learn", "--data", "x")
     assert "--dataset fashion-mnist" in error_of(capsys, "--data", idx_folder(tmp_path))
-    assert "--blur must be between 0 and 1, got 2.0" in error_of(capsys, "--blur", 2)
-    assert "--workers must be at least -1, got -2" in error_of(capsys, "--workers", -2)
+    assert "argument --blur: must be at least 0 and at most 1, got 2" in error_of(capsys, "--blur", 2)
+    assert "argument --workers: must be at least -1, got -2" in error_of(capsys, "--workers", -2)

@@ -1,9 +1,6 @@
 """What the trainer is made of: views, data sets, models, checkpoints, evaluation."""
 
 import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +19,7 @@ from msf_core.distributed import Ranks
 from training import data, evaluation
 from training.augment import DIGITS_VIEWS, DigitsView
 from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import Digits, Photos, Share, UnlabelledFolder, open_folder, seed_of
+from training.data import BadImages, Digits, Photos, Share, open_folder, seed_of
 from training.features import nearest_neighbour_accuracy
 from training.models import build_backbone, export_backbone
 from training.photos import workers_of
@@ -57,22 +54,29 @@ def blank_pictures() -> Iterator[None]:
     """Empty files in place of the trainer's pictures, which take half the time of a run of some steps."""
     with pytest.MonkeyPatch.context() as patch:
         for draw in ("draw_curves", "draw_neighbors"):
-            patch.setattr(imagenet_train, draw, lambda path, *drawn: path.touch())
+            patch.setattr(imagenet_train, draw, lambda path, *drawn: Image.new("RGB", (8, 8)).save(path))
         yield
 
 
-def photos(root: Path, workers: int = 0, seed: int = 0, share: Share = Share(4)) -> Photos:  # noqa: B008
-    train, val, has_labels = open_folder(root)
+def photos(
+    root: Path,
+    workers: int = 0,
+    seed: int = 0,
+    share: Share = Share(4),  # noqa: B008
+    on_bad_image: str = "error",
+) -> Photos:
+    train, val, _ = open_folder(root)
     return Photos(
         train,
         val,
         size=32,
-        has_labels=has_labels,
+        has_labels=bool(train.classes),
         augmentation="w/s",
         share=share,
         workers=workers,
         seed=seed,
         device=CPU,
+        bad=BadImages(on_bad_image),
     )
 
 
@@ -81,8 +85,8 @@ def batches(source: data.DataSource, epoch: int, first: int = 0) -> list[data.Vi
 
 
 def joined_of(parts: list[data.Views]) -> data.Views:
-    target, online, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return target, online, labels
+    target, online, labels, ids = (torch.cat(part) for part in zip(*parts, strict=True))
+    return target, online, labels, ids
 
 
 def assert_same(ours: list[data.Views], theirs: list[data.Views]) -> None:
@@ -95,6 +99,9 @@ def test_an_epoch_of_digits_is_a_function_of_seed_and_epoch() -> None:
     source = Digits("w/s", Share(64), seed=0, device=CPU)
     first = batches(source, epoch=0)
     assert len(first) == 1347 // 64
+    _, _, labels, ids = joined_of(first)
+    assert len(ids.unique()) == 1344
+    assert torch.equal(source.labels("train")[ids], labels)
     assert_same(first, batches(Digits("w/s", Share(64), seed=0, device=CPU), epoch=0))
     assert_same(first[5:], batches(source, epoch=0, first=5))
     assert not torch.equal(first[0][0], batches(source, epoch=1)[0][0])
@@ -189,7 +196,7 @@ def test_photos_of_several_modes_and_sizes_are_one_batch(tmp_path: Path) -> None
     Image.fromarray(pixels[..., :3]).quantize(8).save(tree / "train" / "class1" / "palette.png")
     Image.fromarray(pixels, mode="CMYK").save(tree / "train" / "class2" / "cmyk.jpg")
     Image.fromarray(pixels[:1, :3, 0]).save(tree / "train" / "class2" / "tiny.bmp")
-    ((target, online, labels),) = batches(photos(tree, share=Share(12)), epoch=0)
+    ((target, online, labels, _),) = batches(photos(tree, share=Share(12)), epoch=0)
     assert target.shape == online.shape == (12, 3, 32, 32)
     assert labels.bincount().tolist() == [4, 4, 4]
     assert len(torch.cat([images for images, _ in photos(tree).images("train")])) == 12
@@ -197,78 +204,23 @@ def test_photos_of_several_modes_and_sizes_are_one_batch(tmp_path: Path) -> None
 
 def test_each_view_is_made_of_its_image_and_its_part_of_the_row(tmp_path: Path) -> None:
     source = photos(make_tree(tmp_path, train=4), share=Share(12))
-    ((target, online, labels),) = batches(source, epoch=3)
-    crops = source._loader.dataset
+    ((target, online, labels, ids),) = batches(source, epoch=3)
+    crops = source._loader.dataset.items
     for place, key in enumerate(source._order):
-        weak, strong, row, label = crops[key]
+        weak, strong, row, label, _ = crops[key]
         assert torch.equal(target[place], source._target(weak[None], row[None, :PER_VIEW])[0])
         assert torch.equal(online[place], source._online(strong[None], row[None, PER_VIEW:])[0])
         assert torch.equal(row, draws(seed_of(0), 3, key[1], 1)[0])
-        assert labels[place] == label
+        assert (labels[place], ids[place]) == (label, key[1])
         assert not torch.equal(row, crops[4, key[1]][2]), "another epoch, other views"
-
-
-def test_workers_end_with_a_process_that_still_refers_to_their_loader(tmp_path: Path) -> None:
-    script = "import sys; from test_training import *; s = photos(Path(sys.argv[1]), workers=1); "
-    script += "kept = [s.train_views(0, 0), s.images('train')]; [next(views) for views in kept]; print('read')"
-    command = [sys.executable, "-c", script, str(make_tree(tmp_path))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
 
 
 def test_an_epoch_of_photos_sees_each_image_once(tmp_path: Path) -> None:
     source = photos(make_tree(tmp_path, train=4))
-    labels = torch.cat([labels for _, _, labels in source.train_views(0, 0)])
+    _, _, labels, ids = joined_of(batches(source, 0))
     assert labels.bincount().tolist() == [4, 4, 4]
-
-
-def test_a_folder_with_classes_has_labels_that_agree_between_train_and_val(tmp_path: Path) -> None:
-    make_tree(tmp_path)
-    for image in (tmp_path / "val" / "class0").iterdir():  # a class that val lacks shifts its own numbering
-        image.unlink()
-    (tmp_path / "val" / "class0").rmdir()
-    train, val, has_labels = open_folder(tmp_path)
-    assert has_labels
-    assert {train[i][1] for i in range(len(train))} == {0, 1, 2}
-    assert {val[i][1] for i in range(len(val))} == {1, 2}
-
-
-@pytest.mark.parametrize("below", ["train", "", "train/all"])
-def test_a_folder_without_classes_has_no_labels(tmp_path: Path, below: str) -> None:
-    folder = tmp_path / below
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(3):
-        Image.fromarray(np.full((20, 20, 3), i, dtype=np.uint8)).save(folder / f"{i}.PNG")
-    train, val, has_labels = open_folder(tmp_path)
-    assert (len(train), val, has_labels) == (3, None, False)
-    assert [train[i][1] for i in range(3)] == [-1, -1, -1]
-    assert isinstance(train, UnlabelledFolder)
-
-
-def test_labels_without_a_val_folder_leave_nothing_to_test_on(tmp_path: Path) -> None:
-    make_tree(tmp_path / "tree")
-    train, val, has_labels = open_folder(tmp_path / "tree" / "train")
-    assert (len(train), val, has_labels) == (18, None, True)
-
-
-def test_a_folder_that_cannot_serve_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such folder: .*nowhere"):
-        open_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no images"):
-        open_folder(tmp_path)
-    make_tree(tmp_path / "stranger")
-    (tmp_path / "stranger" / "val" / "class0").rename(tmp_path / "stranger" / "val" / "other")
-    with pytest.raises(ValueError, match=r"classes that .* lacks: other"):
-        open_folder(tmp_path / "stranger")
-    make_tree(tmp_path / "loose")
-    (tmp_path / "loose" / "train" / "class0" / "0.jpg").rename(tmp_path / "loose" / "train" / "0.jpg")
-    with pytest.raises(ValueError, match="images beside its class folders"):
-        open_folder(tmp_path / "loose")
-    make_tree(tmp_path / "half")
-    (tmp_path / "half" / "train").rename(tmp_path / "half" / "training")
-    with pytest.raises(ValueError, match="val but no folder train"):
-        open_folder(tmp_path / "half")
+    assert ids.sort().values.tolist() == list(range(12))
+    assert torch.equal(source.labels("train")[ids], labels)
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from evaluating import transfer
 from evaluating.encoders import LoadedEncoder
 from evaluating.export import check_list, export_to
 from training.data import labels_of
-from training.models import build_backbone
+from training.models import build_backbone, export_backbone
 
 CLASSES, EACH = 3, 8  # images of a class in every split
 
@@ -202,18 +203,18 @@ def test_a_data_set_that_is_not_there_is_reported(
     flags = ["--sets", "DTD", "StanfordCars", "--strengths", "0.01", *FLAGS]
     assert imagenet_eval.main(["transfer", "resnet18", "--data", str(tmp_path), *flags, "--out", str(out)]) == 0
     record = json.loads(out.read_text())
-    assert record["protocol"]["not on disk"] == {"StanfordCars": "Dataset not found."}
+    assert record["protocol"]["not measured"] == {"StanfordCars": "Dataset not found."}
     assert list(record["results"]) == ["DTD", "mean of these 1"]
     assert "not measured: StanfordCars: Dataset not found." in capsys.readouterr().out
 
 
-def test_no_data_set_at_all_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        imagenet_eval.main(["transfer", "resnet18", "--data", str(tmp_path), *FLAGS])
-    assert "none of the data sets is in" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        imagenet_eval.main(["transfer", "resnet18", *FLAGS])
-    assert "transfer needs --data" in capsys.readouterr().err
+def test_no_data_set_at_all_and_damaged_ones_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ["--sets", "DTD", "CIFAR10", *FLAGS, "--out", str(tmp_path / "record.json")]
+    (tmp_path / "dtd" / "dtd").mkdir(parents=True)
+    assert imagenet_eval.main(["transfer", "resnet18", "--data", str(tmp_path), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--data: none of the data sets is in {tmp_path}: CIFAR10: Dataset not found" in line
+    assert "; DTD: " in line
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes")
@@ -272,6 +273,7 @@ def test_features_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("evaluating.export.load_file", spoiled)
     with pytest.raises(RuntimeError, match="features in torchvision differ"):
         export_to("torchvision", encoder("resnet18"), tmp_path, 64)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
@@ -311,12 +313,49 @@ def test_what_a_library_does_not_have_is_refused(tmp_path: Path) -> None:
             export_to(layout, given, tmp_path, shape[1])
 
 
-def test_the_export_command_writes_all_that_it_is_asked_for(tmp_path: Path) -> None:
-    flags = ["--image-size", "64", "--folder", str(tmp_path / "out"), "--out", str(tmp_path / "record.json")]
-    assert imagenet_eval.main(["export", "resnet18", "--to", "timm", "detectron2", *flags]) == 0
+def test_the_export_command_writes_what_there_is_a_model_for_and_names_every_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = LoadedEncoder(build_backbone("resnext50_32x4d", (3, 64, 64))[0], "resnext50_32x4d", {})
+    export_backbone(given.backbone, tmp_path / "backbone.safetensors", arch=given.arch, image_size=64)
+    flags = ["--folder", str(tmp_path / "out"), "--out", str(tmp_path / "record.json")]
+    previous = os.umask(0o027)
+    try:
+        assert imagenet_eval.main(["export", str(tmp_path / "backbone.safetensors"), *flags]) == 0
+        export_to("transformers", encoder("resnet18"), tmp_path / "out", 64)
+        export_backbone(given.backbone, tmp_path / "of the trainer.safetensors")
+    finally:
+        os.umask(previous)
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["protocol"].keys() == {"timm", "detectron2"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "resnet18-timm.safetensors",
-        "resnet18-detectron2.pkl",
+    assert record["protocol"].keys() == {"torchvision", "timm", "detectron2", "not measured"}
+    printed = capsys.readouterr().out
+    names = ["resnext50_32x4d-torchvision.safetensors", "resnext50_32x4d-timm.safetensors"]
+    names += ["resnext50_32x4d-detectron2.pkl"]
+    assert f"{tmp_path / 'out'}: {', '.join(names)}\n" in printed
+    assert "not measured: transformers: transformers' ResNet has neither groups" in printed
+    written = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    folder = tmp_path / "out" / "resnet18-transformers"
+    assert written == {tmp_path / "out" / name for name in names} | {
+        folder / "config.json",
+        folder / "model.safetensors",
     }
+    for path in (*written, tmp_path / "record.json", tmp_path / "of the trainer.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o640, path
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+
+def test_an_export_that_cannot_be_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = encoder("resnet18").backbone
+    path = tmp_path / "backbone.safetensors"
+    path.write_text("earlier")
+
+    def full(self: Path, content: bytes) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_backbone(backbone, path)
+    assert [found.read_text() for found in tmp_path.iterdir()] == ["earlier"]

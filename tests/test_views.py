@@ -1,6 +1,7 @@
 """Views: distributed as torchvision draws them, equal to its operations in float, and functions of the row alone."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
@@ -247,6 +250,48 @@ def test_the_evaluation_view_is_pillows_within_two_levels() -> None:
     expected = np.array(transforms.center_crop(whole, [56])).astype(int)
     assert (found.shape, found.dtype, label) == ((3, 56, 56), torch.uint8, 7)
     assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("size", [224, 32])  # from a shorter side of 256 and 37 pixels: even and odd
+@pytest.mark.parametrize(
+    ("height", "width"), [(90, 120), (300, 200), (20, 339), (64, 2_500), (1, 50), (1_025, 8), (40, 901), (1_037, 13)]
+)
+def test_a_long_image_is_seen_as_if_it_were_resized_as_a_whole(height: int, width: int, size: int) -> None:
+    short, long = sorted((height, width))
+    coarse = noise(1, 8 * long // short)[:, :, :5].float()  # about 8 x 8 patches in a square
+    image = F.interpolate(coarse, (short, long), mode="bilinear")[0].byte()
+    image = image.transpose(1, 2) if height > width else image
+    found, _ = _Centred([(image, 7)], size)[0]
+    side = round(size * 256 / 224)
+    whole = transforms.resize(image, [side], antialias=True)
+    apart = (found.int() - transforms.center_crop(whole, [size]).int()).abs().max()
+    rounded = long // short >= 20 and long * side % short  # the whole resized image has no whole number of pixels
+    assert found.float().std() > 20
+    assert apart <= (6 if rounded else 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (3, 1_000), (2_000, 100)])
+def test_no_image_takes_much_more_memory_than_its_views(shape: tuple[int, int]) -> None:
+    """One of 1 x 5,000 pixels took more than a gigabyte."""
+    image = noise(1, 1)[0].expand(3, *shape)
+    with Largest() as seen:
+        assert _Centred([(image, 0)], 224)[0][0].shape == (3, 224, 224)
+    assert seen.bytes <= max(3 * 256 * 256 * 20, image.numel())
+    with Largest() as seen:
+        for _, box in zip(range(5), crop_boxes(rows(5), *shape, STRONG.area), strict=True):
+            assert resized_crop(image, box, 224).shape == (3, 224, 224)
+    assert seen.bytes <= max(3 * 224 * 224, image.numel())
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.bytes = max(self.bytes, *(part.nbytes for part in tree_leaves(result) if isinstance(part, Tensor)))
+        return result
 
 
 def smooth(height: int, width: int) -> Image.Image:

@@ -12,15 +12,45 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from evaluating.encoders import LoadedEncoder, load_encoder
-from evaluating.export import export_to
+from evaluating.errors import in_one_line
+from evaluating.export import LAYOUTS, export_to
 from evaluating.linear import Protocol, Standardize, accuracy, batches_of, train_linear
 from evaluating.subsets import listed, share_of_each_class, some_of_each_class
 from evaluating.transfer import SETS, Parts, TransferSet, classify
 from msf_core.distributed import Ranks
-from training.data import DataSource, Photos, Share, open_source, workers_of
+from training.data import BadImages, DataSource, Photos, Share, open_source, workers_of
 from training.evaluation import few_labels, linear_probe
-from training.features import Batch, extract, features_of, nearest_neighbour_accuracy, part_of_images
+from training.features import (
+    NEIGHBORS,
+    Batch,
+    extract,
+    features_of,
+    nearest_neighbour_accuracy,
+    part_of_images,
+    readable,
+)
+from training.flags import existing_folder, writable_folder
 from training.ranks import shared
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError unless --device is one that PyTorch can compute on here."""
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or another of PyTorch's devices, got {name!r}") from None
+    if device.type == "cuda":  # which is not touched: each rank will have its own
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: PyTorch sees no GPU here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here, from cuda:0 on")
+        return
+    try:
+        (torch.zeros(1, device=device) + 1).item()
+    except Exception as error:
+        raise ValueError(f"--device {name}: PyTorch cannot compute on it here: {in_one_line(error)}") from error
 
 
 class Subject:
@@ -28,8 +58,14 @@ class Subject:
 
     def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         self.flags, self.ranks, self.device = flags, ranks, device
-        self.encoder: LoadedEncoder = load_encoder(flags.encoder, ranks, flags.arch, flags.weights, flags.image_size)
-        self.image_size: int = flags.image_size or self.encoder.trained_on.get("image_size", 224)
+        self.bad = BadImages(getattr(flags, "on_bad_image", "error"))
+        batch_size = getattr(flags, "batch_size", ranks.size)
+        if batch_size < ranks.size:
+            raise ValueError(f"--batch-size must be at least the {ranks.size} ranks, got {batch_size}")
+        size = flags.image_size or 0
+        self.encoder: LoadedEncoder = load_encoder(flags.encoder, ranks, flags.arch, flags.weights, size)
+        self.gray = self.encoder.arch == "digits"
+        self.image_size: int = flags.image_size or self.encoder.trained_on.get("image_size", 16 if self.gray else 224)
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.backbone = self.encoder.backbone.to(device, memory_format=layout).eval()  # type: ignore[call-overload]
 
@@ -38,12 +74,14 @@ class Evaluation(Subject):
     """It, and the images that it is measured on."""
 
     def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
+        if flags.data and flags.dataset in ("", "folder"):
+            existing_folder("--data", flags.data)
         super().__init__(flags, ranks, device)
         known = self.encoder.trained_on
-        self.dataset: str = flags.dataset or ("folder" if flags.data else known.get("dataset", "folder"))
-        self.data: str = flags.data or known.get("data", "data")
-        if self.dataset == "digits" and self.encoder.arch != "digits":
-            raise ValueError(f"the digits are grey, {self.encoder.arch} takes colours: give --data DIR or --dataset")
+        usual = "folder" if flags.data else known.get("dataset", "digits" if self.gray else "folder")
+        self.dataset: str = flags.dataset or usual
+        self.data: str = flags.data or known.get("data", "" if self.dataset == "folder" else "data")
+        self._check()
         self.source: DataSource = open_source(
             self.dataset,
             self.data,
@@ -53,13 +91,42 @@ class Evaluation(Subject):
             workers=flags.workers,
             seed=flags.seed,
             device=device,
+            bad=self.bad,
+            val_split=self._val_split(),
         )
         if not self.source.has_val:
-            raise ValueError(f"{self.data} has no labelled images in train/ and val/ to evaluate on")
-        if flags.batch_size < ranks.size:
-            raise ValueError(f"--batch-size must be at least the {ranks.size} ranks, got {flags.batch_size}")
+            held_out = f"; the run held out --val-split {known['val_split']}" if known.get("val_split") else ""
+            raise ValueError(f"{self.data} has no labeled images to evaluate on: {self.source.found.no_val}{held_out}")
         labels = self.source.labels("train")
         self.classes = int(labels.max()) + 1
+
+    def _check(self) -> None:
+        """Raise ValueError for images that are not there, or that the encoder does not take."""
+        flags = self.flags
+        if self.dataset == "digits":
+            if not self.gray:
+                raise ValueError(f"the digits are gray, {self.encoder.arch} takes colors: give --data DIR or --dataset")
+            if flags.data:
+                raise ValueError("--data has no use with --dataset digits: they come with scikit-learn")
+            if self.image_size != 16:
+                raise ValueError(f"the digits are 16 pixels wide, got --image-size {self.image_size}")
+        elif self.gray:
+            raise ValueError(f"{flags.encoder} takes the digits, which are gray: leave --data and --dataset out")
+        elif not self.data:
+            raise ValueError(f"{flags.encoder} does not say which images it is of: give --data DIR, or --dataset")
+        elif self.dataset == "folder":
+            named = "--data" if flags.data else f"--data is needed: the images of {flags.encoder} are gone"
+            existing_folder(named, self.data)
+        elif Path(self.data).is_file():
+            existing_folder("--data", self.data)
+
+    def _val_split(self) -> float:
+        """Return the fraction to hold out: the one that is asked for, or on the run's images the run's."""
+        known = self.encoder.trained_on
+        if self.flags.val_split is not None:
+            return float(self.flags.val_split)
+        same = self.dataset == "folder" and Path(known.get("data", "")).resolve() == Path(self.data).resolve()
+        return float(known.get("val_split", 0.0)) if same else 0.0
 
     def part(self, split: str) -> Iterator[Batch]:
         """Yield the features of this rank's part of a split, with progress."""
@@ -79,8 +146,13 @@ def knn(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
     size = evaluation.source.size("train")
     train, val = evaluation.part("train"), evaluation.part("val")
     row = nearest_neighbour_accuracy(train, size, val, evaluation.ranks, dtype)
-    protocol = {"view": view(evaluation), "similarity": "cosine", "vote": "majority", "dtype": evaluation.flags.dtype}
-    return protocol, row
+    protocol: dict[str, Any] = {"view": view(evaluation), "similarity": "cosine", "vote": "majority"}
+    protocol["dtype"] = evaluation.flags.dtype
+    # Of k > n the search knows no more than n: that would be another classifier under this name.
+    too_many = {f"nn{k}": f"needs {k} training images, there are {size}" for k in NEIGHBORS if k > size}
+    if too_many:
+        protocol["not measured"] = too_many
+    return protocol, {name: value for name, value in row.items() if name not in too_many}
 
 
 def linear(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
@@ -102,8 +174,6 @@ def few(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
     """The linear protocol, or 1-NN, on few labels."""
     flags, labels = evaluation.flags, evaluation.source.labels("train")
     if flags.classifier == "nn":
-        if not flags.per_class:
-            raise ValueError("--classifier nn goes with --per-class")
         for count in flags.per_class:
             some_of_each_class(labels, count, flags.seed)
         features = {split: evaluation.all(split) for split in ("train", "val")}
@@ -111,11 +181,15 @@ def few(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
         return {"classifier": "1-NN", "view": view(evaluation), "draws": 10}, row
     subsets: dict[str, list[int]] = {}
     if flags.list:
-        subsets |= {Path(path).name: listed(Path(path), evaluation.source) for path in flags.list}
+        short = len({Path(path).name for path in flags.list}) == len(flags.list)
+        subsets |= {Path(path).name if short else path: listed(Path(path), evaluation.source) for path in flags.list}
     elif flags.per_class:
         subsets |= {f"{count}/class": some_of_each_class(labels, count, flags.seed) for count in flags.per_class}
     else:
         subsets |= {f"{share:g}%": share_of_each_class(labels, share, flags.seed) for share in flags.percent}
+    for name, places in subsets.items():
+        if len(places) < evaluation.ranks.size:
+            raise ValueError(f"{name}: {len(places)} images cannot be divided over {evaluation.ranks.size} ranks")
     protocol: dict[str, Any] = {}
     row = {}
     for name, places in subsets.items():
@@ -142,14 +216,14 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
         raise ValueError(f"{len(places)} labelled images cannot be divided over {ranks.size} ranks")
     views: Callable[[int], Iterator[Batch]]
     if flags.cache:
-        features, labels = cached(evaluation, places)
+        features, labels = extract(evaluation.backbone, source, "train", ranks, places)
         standardize = Standardize.fitted([(features, labels)], ranks)
 
         def views(epoch: int) -> Iterator[Batch]:
-            for batch in batches_of(len(places), epoch, protocol, ranks):
+            for batch in batches_of(len(labels), epoch, protocol, ranks):
                 yield features[batch], labels[batch]
     else:
-        standardize = Standardize.fitted(features_of(evaluation.backbone, source.images("train", own)), ranks)
+        standardize = Standardize.fitted(features_of(evaluation.backbone, readable(source.images("train", own))), ranks)
 
         def views(epoch: int) -> Iterator[Batch]:
             batches = [[places[i] for i in batch] for batch in batches_of(len(places), epoch, protocol, ranks)]
@@ -158,7 +232,7 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
     with progress_bar(evaluation, f"training on {len(places)} images", "epoch", protocol.epochs) as bar:
         layers = train_linear(views, standardize, evaluation.classes, protocol, ranks, lambda loss: shown(bar, loss))
     results = accuracy(list(layers), standardize, evaluation.part("val"), ranks)
-    described = {
+    described: dict[str, Any] = {
         **asdict(protocol),
         "optimizer": "SGD, learning rate to a tenth at the milestones",
         "features": "normalized to unit length, then standardized over the labelled training images",
@@ -168,13 +242,29 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
         "all": {f"{lr:g}": result for lr, result in zip(protocol.lrs, results, strict=True)},
     }
     row = dict(results[0])
+    for lr, layer in zip(protocol.lrs, layers, strict=True):
+        if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+            described.setdefault("diverged", []).append(lr)
+            if ranks.rank == 0:
+                print(f"warning: training diverged at learning rate {lr:g}: its accuracy says nothing", file=sys.stderr)
     if flags.sweep:
         row["best top1"] = max(result["top1"] for result in results)
         described["best top1"] = "of these learning rates the best on the test images"
     return described, row
 
 
-def transfer(subject: Subject) -> tuple[dict[str, Any], dict[str, float]]:
+class Transfer(Subject):
+    """It, and the folder of the data sets."""
+
+    def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
+        if not flags.download or Path(flags.data).exists():
+            existing_folder("--data", flags.data)
+        super().__init__(flags, ranks, device)
+        if self.gray:
+            raise ValueError(f"{flags.encoder} takes the digits, which are gray: the transfer sets are in color")
+
+
+def transfer(subject: Transfer) -> tuple[dict[str, Any], dict[str, float]]:
     """Logistic regression on the ten data sets of the paper, as far as they are on disk."""
     flags, ranks = subject.flags, subject.ranks
     chosen = [one for one in SETS if one.name in flags.sets]
@@ -184,13 +274,13 @@ def transfer(subject: Subject) -> tuple[dict[str, Any], dict[str, float]]:
         "solver": "scikit-learn's LogisticRegression, L2, max_iter=1000",
         "strengths C": flags.strengths,
         "sets": {},
-        "not on disk": {},
+        "not measured": {},
     }
     features: dict[str, list[Batch | None]] = {}
     for one in chosen:
         parts = opened(one, subject)
         if isinstance(parts, str):
-            protocol["not on disk"][one.name] = parts
+            protocol["not measured"][one.name] = parts
             continue
         features[one.name] = [
             None if part is None else extract(subject.backbone, photos_of(subject, part), "train", ranks)
@@ -199,7 +289,8 @@ def transfer(subject: Subject) -> tuple[dict[str, Any], dict[str, float]]:
         if ranks.rank == 0:
             print(f"{one.name}: features of {sum(len(part[1]) for part in features[one.name] if part)} images")
     if not features:
-        raise ValueError(f"none of the data sets is in {flags.data}: {protocol['not on disk']}")
+        why = "; ".join(f"{name}: {reason}" for name, reason in protocol["not measured"].items())
+        raise ValueError(f"--data: none of the data sets is in {flags.data}: {why}")
     row: dict[str, float] = {}
     for one in chosen if ranks.rank == 0 else []:  # long: nobody waits for it
         if one.name in features:
@@ -227,8 +318,8 @@ def opened(one: TransferSet, subject: Subject) -> Parts | str:
             if first == (ranks.rank == 0):
                 try:
                     found = one.open(Path(flags.data), flags.download and first, flags.seed)
-                except (OSError, RuntimeError, ValueError) as error:
-                    found = str(error).splitlines()[0]
+                except Exception as error:  # of a damaged file: torchvision's readers raise all kinds
+                    found = in_one_line(error)
     if ranks.size > 1:
         ranks.agree("set", same={f"{one.name} on disk": isinstance(found, Parts)})
     return found
@@ -246,18 +337,43 @@ def photos_of(subject: Subject, images: Dataset[Any]) -> Photos:
         workers=workers_of(subject.flags.workers),
         seed=subject.flags.seed,
         device=subject.device,
+        bad=subject.bad,
     )
 
 
-def export(subject: Subject) -> tuple[dict[str, Any], dict[str, float]]:
+class Export(Subject):
+    """It, and where its backbone is written, in which layouts."""
+
+    def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
+        super().__init__(flags, ranks, device)
+        self.folder = Path(flags.folder) if flags.folder else self.encoder.folder or Path()
+        if ranks.rank == 0:
+            writable_folder("--folder", self.folder)
+        self.refused: dict[str, str] = {}
+        for layout in flags.to or LAYOUTS:
+            try:
+                LAYOUTS[layout].check(self.encoder)
+            except (ValueError, ImportError) as error:
+                self.refused[layout] = in_one_line(error)
+        self.layouts = [layout for layout in flags.to or LAYOUTS if layout not in self.refused]
+        if self.refused and (flags.to or not self.layouts):
+            raise ValueError("; ".join(f"--to {layout}: {why}" for layout, why in self.refused.items()))
+
+
+def export(subject: Export) -> tuple[dict[str, Any], dict[str, float]]:
     """Write the backbone in the layouts of other libraries, and verify each."""
-    folder = Path(subject.flags.folder) if subject.flags.folder else subject.encoder.folder or Path()
     protocol: dict[str, Any] = {}
-    for layout in subject.flags.to if subject.ranks.rank == 0 else []:
-        folder.mkdir(parents=True, exist_ok=True)
-        done = export_to(layout, subject.encoder, folder, subject.image_size)
+    if subject.ranks.rank > 0:
+        return protocol, {}
+    names = []
+    for layout in dict.fromkeys(subject.layouts):
+        done = export_to(layout, subject.encoder, subject.folder, subject.image_size)
         protocol[layout] = {"file": str(done.path), "verified": done.verified}
+        names += [str(file.relative_to(subject.folder)) for file in done.files]
         print(f"{layout}: {done.path}, verified {done.verified}")
+    if subject.refused:
+        protocol["not measured"] = subject.refused
+    print(f"\n{subject.folder}: {', '.join(names)}")
     return protocol, {}
 
 
@@ -273,13 +389,6 @@ def shown(bar: tqdm, loss: float) -> None:
     bar.update()
 
 
-def cached(evaluation: Evaluation, places: list[int]) -> Batch:
-    """Return the features of these training images, on every rank."""
-    features, labels = evaluation.all("train")
-    chosen = torch.tensor(places, device=features.device)
-    return features[chosen], labels[chosen]
-
-
 def view(evaluation: Evaluation) -> str:
     """Describe how test images are seen."""
     if evaluation.dataset == "digits":
@@ -291,7 +400,7 @@ def view(evaluation: Evaluation) -> str:
 
 def view_of(size: int) -> str:
     """Describe how test images are seen."""
-    return f"resize {round(size * 256 / 224)}, centre crop {size}"
+    return f"resize {round(size * 256 / 224)}, center crop {size}"
 
 
 def supervised_view(evaluation: Evaluation) -> str:
@@ -305,6 +414,6 @@ COMMANDS: dict[str, tuple[Callable[..., Subject], Callable[[Any], tuple[dict[str
     "knn": (Evaluation, knn),
     "linear": (Evaluation, linear),
     "few-labels": (Evaluation, few),
-    "transfer": (Subject, transfer),
-    "export": (Subject, export),
+    "transfer": (Transfer, transfer),
+    "export": (Export, export),
 }

@@ -4,46 +4,74 @@ import importlib.util
 import json
 import pickle
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from evaluating.encoders import LoadedEncoder
-from training.models import export_backbone, small_stem
+from training.models import export_backbone, save_tensors, small_stem
 
 Tensors = dict[str, Tensor]
 TOLERANCE = 1e-4  # of features, relative to their largest
 
 
-@dataclass
+@dataclass(frozen=True)
 class Exported:
-    """One file, and how it was verified."""
+    """A file or a folder of files, and how it was verified."""
 
     path: Path
     verified: str
+    files: tuple[Path, ...] = ()  # all that were written, once they are in their place
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How another library wants a backbone."""
+
+    check: Callable[[LoadedEncoder], None]  # raises ValueError where the library has no such model
+    write: Callable[[LoadedEncoder, Path, int], Exported]  # into a folder, for this size of images
 
 
 def export_to(layout: str, encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
     """Write the backbone in a layout of `LAYOUTS`, load it where that library is installed, and compare.
 
+    The files come to their place when all of that has gone well.
+
     Raises:
         ValueError: that layout has no such model.
         RuntimeError: what was written does not give the same features, or has other tensors than that library's.
+        OSError: it could not be written.
     """
-    return LAYOUTS[layout](encoder, folder, image_size)
+    LAYOUTS[layout].check(encoder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as draft:
+        done = LAYOUTS[layout].write(encoder, Path(draft), image_size)
+        drafts = sorted(done.path.iterdir()) if done.path.is_dir() else [done.path]
+        finals = [folder / file.relative_to(draft) for file in drafts]
+        for file, final in zip(drafts, finals, strict=True):
+            final.parent.mkdir(exist_ok=True)
+            file.replace(final)
+    return Exported(folder / done.path.name, done.verified, tuple(finals))
+
+
+def check_torchvision(encoder: LoadedEncoder) -> None:
+    """Raise ValueError unless torchvision has the model."""
+    import torchvision
+
+    if encoder.arch not in torchvision.models.list_models(module=torchvision.models):
+        raise ValueError(f"torchvision has no {encoder.arch!r}")
 
 
 def to_torchvision(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
     """One file for ``load_state_dict(…, strict=True)``; the classifier is zeros."""
     import torchvision
 
-    if encoder.arch not in torchvision.models.list_models(module=torchvision.models):
-        raise ValueError(f"torchvision has no {encoder.arch!r}")
     path = folder / f"{encoder.arch}-torchvision.safetensors"
     export_backbone(encoder.backbone, path, arch=encoder.arch, image_size=image_size)
     peer = torchvision.models.get_model(encoder.arch)
@@ -59,21 +87,33 @@ def to_torchvision(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exp
     return Exported(path, verified + (", into a model with the small stem: see the metadata" if small else ""))
 
 
-def to_timm(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
-    """One file for ``timm.create_model(arch, num_classes=0, checkpoint_path=…)``."""
+def check_timm(encoder: LoadedEncoder) -> None:
+    """Raise ValueError unless timm has a model of this name with these tensors."""
     import timm
 
     refuse_small_stem(encoder, "timm")
     if not timm.is_model(encoder.arch):
         raise ValueError(f"timm has no {encoder.arch!r}")
-    path = folder / f"{encoder.arch}-timm.safetensors"
-    save_file(tensors_of(encoder.backbone), path, metadata={"format": "pt", "arch": encoder.arch})
+    peer = timm.create_model(encoder.arch, num_classes=0)
     try:
-        peer = timm.create_model(encoder.arch, num_classes=0, checkpoint_path=str(path))
+        check_list(tensors_of(encoder.backbone), {name: tuple(t.shape) for name, t in peer.state_dict().items()})
     except RuntimeError as error:
-        path.unlink()
         raise ValueError(f"timm's {encoder.arch!r} has other tensors: {error}") from error
+
+
+def to_timm(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
+    """One file for ``timm.create_model(arch, num_classes=0, checkpoint_path=…)``."""
+    import timm
+
+    path = folder / f"{encoder.arch}-timm.safetensors"
+    save_tensors(tensors_of(encoder.backbone), path, {"format": "pt", "arch": encoder.arch})
+    peer = timm.create_model(encoder.arch, num_classes=0, checkpoint_path=str(path))
     return Exported(path, compared(encoder.backbone, peer, image_size, "timm"))
+
+
+def check_transformers(encoder: LoadedEncoder) -> None:
+    """Raise ValueError unless it is a ResNet of plain width without groups."""
+    resnet_of(encoder, plain=True)
 
 
 def to_transformers(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
@@ -96,7 +136,7 @@ def to_transformers(encoder: LoadedEncoder, folder: Path, image_size: int) -> Ex
         "downsample_in_bottleneck": False,  # the stride is in the 3×3 convolution, as in torchvision
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, path / "model.safetensors", {"format": "pt"})
     check_list(tensors, expected_transformers(blocks, widths, bottleneck))
     if importlib.util.find_spec("transformers") is None:
         return Exported(path, "by the list of its tensors; transformers is not installed")
@@ -106,6 +146,11 @@ def to_transformers(encoder: LoadedEncoder, folder: Path, image_size: int) -> Ex
     return Exported(
         path, compared(model, lambda images: peer.eval()(images).pooler_output.flatten(1), image_size, "transformers")
     )
+
+
+def check_detectron2(encoder: LoadedEncoder) -> None:
+    """Raise ValueError unless it is a ResNet."""
+    resnet_of(encoder, plain=False)
 
 
 def to_detectron2(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
@@ -128,11 +173,11 @@ def to_detectron2(encoder: LoadedEncoder, folder: Path, image_size: int) -> Expo
     return Exported(path, "by the list of its tensors")
 
 
-LAYOUTS: dict[str, Callable[[LoadedEncoder, Path, int], Exported]] = {
-    "torchvision": to_torchvision,
-    "timm": to_timm,
-    "transformers": to_transformers,
-    "detectron2": to_detectron2,
+LAYOUTS = {
+    "torchvision": Layout(check_torchvision, to_torchvision),
+    "timm": Layout(check_timm, to_timm),
+    "transformers": Layout(check_transformers, to_transformers),
+    "detectron2": Layout(check_detectron2, to_detectron2),
 }
 
 

@@ -1,5 +1,7 @@
 """The paper's rows that stand beside ours (Table 2 left and Table 3): ResNet50 on ImageNet, in percent."""
 
+from typing import Any
+
 Rows = dict[str, dict[str, float]]
 
 TABLE_2: Rows = {
@@ -24,13 +26,30 @@ TABLE_3: Rows = {
 TRANSFER: Rows = {"MSF w/s": {"mean": 75.5}, "MSF w/s (128K)": {"mean": 76.3}}
 
 
-def beside(ours: Rows, paper: Rows, columns: dict[str, str]) -> str:
-    """Return both as one Markdown table; ``columns`` gives each key its heading."""
-    rows = [*ours.items(), *((f"paper, ImageNet: {name}", row) for name, row in paper.items())]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"| {'top-1 %':{width}} | " + " | ".join(columns.values()) + " |", "|" + " --- |" * (len(columns) + 1)]
-    for name, row in rows:
+HEADINGS = {"nn1": "1-NN", "nn20": "20-NN", "mean": "mean of all ten"}
+CLASSES, TEST_IMAGES = 1000, 50_000  # of ImageNet
+
+
+def comparable(record: dict[str, Any]) -> Rows:
+    """Return the rows that the results of a record can be compared with: on ImageNet, or on all ten transfer sets."""
+    command, protocol, data = record["command"], record["protocol"], record.get("data", {})
+    if command == "transfer":
+        return TRANSFER if "mean" in record["results"] else {}
+    if (data.get("dataset"), data.get("classes"), data.get("test_images")) != ("folder", CLASSES, TEST_IMAGES):
+        return {}
+    if command == "linear" and "solver" in protocol:  # logistic regression; the paper trains by SGD
+        return {}
+    return {"knn": TABLE_2, "linear": TABLE_2, "few-labels": TABLE_3}.get(command, {})
+
+
+def table(rows: Rows, columns: list[str]) -> str:
+    """Return rows of percent as a Markdown table; those that have none of the columns are left out."""
+    rows = {name: row for name, row in rows.items() if row.keys() & set(columns)}
+    width = max(map(len, rows))
+    headings = [f"{HEADINGS.get(key, key):>5}" for key in columns]
+    lines = [f"| {'top-1 %':{width}} | " + " | ".join(headings) + " |", "|" + " --- |" * (len(columns) + 1)]
+    for name, row in rows.items():
         cells = [f"{row[key]:.1f}" if key in row else "–" for key in columns]
-        padded = [f"{cell:>{len(heading)}}" for cell, heading in zip(cells, columns.values(), strict=True)]
+        padded = [f"{cell:>{len(heading)}}" for cell, heading in zip(cells, headings, strict=True)]
         lines.append(f"| {name:{width}} | " + " | ".join(padded) + " |")
     return "\n".join(lines)

@@ -1,11 +1,13 @@
 """Which labels a few-label evaluation may use: a share of each class, a number of each class, or a list."""
 
-from pathlib import Path
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
 from training.data import DataSource, seed_of
+from training.flags import existing_file
 
 
 def share_of_each_class(labels: Tensor, percent: float, seed: int) -> list[int]:
@@ -30,24 +32,55 @@ def some_of_each_class(labels: Tensor, count: int, seed: int) -> list[int]:
 
 
 def listed(path: Path, source: DataSource) -> list[int]:
-    """Return the places of the images whose file names the file lists, a line each, as SimCLR's 1percent.txt does.
+    """Return the places of the images that a file lists, a line each; one that is listed twice is taken once.
+
+    A line is a path below the folder of the training images ("class/image.jpg"), or the name of a file alone, as in
+    SimCLR's 1percent.txt, if no other image is called so. Empty lines and lines that begin with # are left out.
 
     Raises:
-        ValueError: no such file, a name that no image has, or images that are no files.
+        ValueError: no such file, none that is text, images that are not there or not the only ones of their name,
+            none at all, or a source whose images are no files.
     """
-    try:
-        wanted = path.read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    wanted = _lines(existing_file("--list", str(path)))
     places = {name: place for place, name in enumerate(source.names())}
     if not places:
         raise ValueError("--list goes with a folder of images in class folders")
-    names = [Path(name).name for name in wanted]
-    if strangers := sorted(set(names) - places.keys()):
-        raise ValueError(f"{path} lists {len(strangers)} images that are not there, as {strangers[0]}")
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"{path} lists no images, or some of them twice")
-    return sorted(places[name] for name in names)
+    called = defaultdict(list)
+    for name in places:
+        called[PurePosixPath(name).name].append(name)
+    found, strangers = set(), []
+    for line in wanted:
+        name = str(PurePosixPath(line))  # without "./"
+        if name in places:
+            found.add(places[name])
+        elif line.startswith("#"):
+            continue
+        elif len(same := called.get(name, [])) > 1:
+            others = f" and {len(same) - 2} more" if len(same) > 2 else ""
+            raise ValueError(
+                f"--list {path}: {name} may be {same[0]} or {same[1]}{others}: list paths with their class folders"
+            )
+        elif same:
+            found.add(places[same[0]])
+        else:
+            strangers.append(line)
+    if strangers:
+        count = f"{len(strangers)} of the {len(wanted)} that are listed, as {strangers[0]}"
+        raise ValueError(f"--list {path}: images that are not there: {count}")
+    if not found:
+        raise ValueError(f"--list {path} lists no images")
+    return sorted(found)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file that are not empty, without the byte order mark that Windows puts first."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"--list {path} is not a text file in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"--list {path} cannot be read: {error.strerror or error}") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _counts(labels: Tensor) -> dict[int, int]:

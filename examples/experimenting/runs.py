@@ -62,13 +62,15 @@ class Runs:
         if not missing:
             return
         with (
-            tqdm(total=len(missing), unit="run", mininterval=0.2 if sys.stderr.isatty() else 10.0) as bar,
+            tqdm(total=len(missing), unit="run", disable=not sys.stderr.isatty()) as bar,
             ThreadPoolExecutor(self.jobs) as pool,
         ):
             problems = []
             done = pool.map(self._finish, missing) if self.jobs > 1 else map(self._finish, missing)
-            for problem in done:
+            for run, problem in zip(missing, done, strict=True):
                 bar.update()
+                tqdm.write(f"{run.name}: {'failed' if problem else 'finished'}")
+                sys.stdout.flush()
                 problems += [problem] if problem else []
         if problems:
             raise RuntimeError("\n".join(problems))

@@ -5,21 +5,26 @@ from typing import Any
 
 import torch
 
+from training.bad_images import BadImages
 from training.digits import Digits
-from training.folders import UnlabelledFolder, UnreadableImage, labels_of, open_folder
+from training.folders import UnreadableImage, labels_of
 from training.photos import Photos, workers_of
 from training.small import SmallImages
 from training.small_sets import open_small
-from training.source import UNKNOWN, DataSource, Share, Views, epoch_order, seed_of
+from training.source import UNKNOWN, UNREADABLE, DataSource, Found, Share, Views, epoch_order, seed_of
+from training.trees import ImageTree, open_folder
 from training.views import STRONG
 
 __all__ = [
     "UNKNOWN",
+    "UNREADABLE",
+    "BadImages",
     "DataSource",
     "Digits",
+    "Found",
+    "ImageTree",
     "Photos",
     "Share",
-    "UnlabelledFolder",
     "UnreadableImage",
     "Views",
     "epoch_order",
@@ -42,12 +47,20 @@ def open_source(
     seed: int,
     device: torch.device,
     blur: float = STRONG.blur,
+    val_split: float = 0.0,
+    bad: BadImages | None = None,
 ) -> DataSource:
     """Return the images of a data set: "digits", "folder" (``data`` is its root), or one of torchvision's.
 
+    ``val_split`` is the fraction of a folder's training images that is held out to test on, see `open_folder`.
+
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or ``val_split`` does not go with them.
     """
+    if not 0 <= val_split < 1:
+        raise ValueError(f"--val-split must be at least 0 and below 1, got {val_split}")
+    if val_split and dataset != "folder":
+        raise ValueError(f"--val-split goes with a folder of images, and {dataset} has test images of its own")
     if dataset == "digits":
         return Digits(augmentation, share, seed, device)
     options: dict[str, Any] = {
@@ -59,7 +72,8 @@ def open_source(
         "device": device,
     }
     if dataset == "folder":
-        train, val, has_labels = open_folder(Path(data))
-        return Photos(train, val, has_labels=has_labels, workers=workers_of(workers), **options)
+        train, val, found = open_folder(Path(data), val_split)
+        options |= {"workers": workers_of(workers), "bad": bad}
+        return Photos(train, val, found=found, has_labels=bool(train.classes), **options)
     learned, test, gallery = open_small(dataset, Path(data))
     return SmallImages(learned, test, gallery=gallery, **options)

@@ -11,7 +11,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from training.augment import DIGITS_VIEWS
-from training.source import Share, Views, epoch_order, seed_of
+from training.bad_images import BadImages
+from training.source import Found, Share, Views, epoch_order, seed_of
 
 
 class Digits:
@@ -20,6 +21,7 @@ class Digits:
     image_shape = (1, 16, 16)
     has_labels = has_val = True
     workers: int | None = None
+    found = Found()
 
     def __init__(
         self, augmentation: str, share: Share, seed: int, device: torch.device, validation: float = 0.0
@@ -35,6 +37,7 @@ class Digits:
         self._labels = {split: torch.tensor(labels[ids]).to(device) for split, ids in (("train", train), ("val", val))}
         self._mean, self._std = float(images[train].mean()), float(images[train].std())
         self._target_view, self._online_view = (DIGITS_VIEWS[strength] for strength in augmentation.split("/"))
+        self.bad = BadImages()
         self._share, self._seed = share, seed
         self.train_size = len(train)
         self.facts: dict[str, Any] = {"mean": self._mean, "std": self._std}
@@ -52,7 +55,8 @@ class Digits:
                 view(images[chosen.flatten()], generator).reshape(*chosen.shape, *self.image_shape)[rank]
                 for view in (self._target_view, self._online_view)
             )
-            yield self._normalized(target), self._normalized(online), labels[chosen[rank]]
+            ids = chosen[rank]
+            yield self._normalized(target), self._normalized(online), labels[ids], ids
 
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """See `DataSource`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from msf_core import MemoryBank
 from msf_core.distributed import Ranks
 from msf_core.metrics import vote
-from training.data import DataSource
+from training.data import UNREADABLE, DataSource
 from training.ranks import shared
 
 Batch = tuple[Tensor, Tensor]  # images [b, C, H, W] or features [b, F] float32, and labels [b]
@@ -28,28 +28,57 @@ def features_of(backbone: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch
         backbone.train(mode)
 
 
-def part_of_images(backbone: nn.Module, source: DataSource, split: str, ranks: Ranks) -> Iterator[Batch]:
+def readable(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches of images without those that could not be read.
+
+    Raises:
+        OSError: there are no others.
+    """
+    some = False
+    for images, labels in batches:
+        kept = labels != UNREADABLE
+        if kept.any():
+            some = True
+            yield (images, labels) if kept.all() else (images[kept.to(images.device)], labels[kept])
+    if not some:
+        raise OSError("none of the images to evaluate on can be read")
+
+
+def part_of_images(
+    backbone: nn.Module, source: DataSource, split: str, ranks: Ranks, places: list[int] | None = None
+) -> Iterator[Batch]:
     """Yield the features of this rank's part of a split, batch by batch; the parts in rank order are the split.
 
-    All ranks see them through the BatchNorm statistics of rank 0, whose backbone is the one that is exported.
+    All ranks see them through the BatchNorm statistics of rank 0, whose backbone is the one that is exported. Images
+    that cannot be read, and are to be skipped, are left out.
+
+    Args:
+        backbone: images [b, C, H, W] to features [b, F].
+        source: of the images.
+        split: "train" or "val".
+        ranks: who takes part.
+        places: of the images; None are all of them.
 
     Raises:
         ValueError: fewer images than ranks.
     """
     if ranks.size == 1:
-        return features_of(backbone, source.images(split))
-    size = source.size(split)
+        return features_of(backbone, readable(source.images(split, places)))
+    size = source.size(split) if places is None else len(places)
     if size < ranks.size:
         raise ValueError(f"{size} images of {split!r} cannot be divided over {ranks.size} ranks")
     for buffer in backbone.buffers():
         dist.broadcast(buffer, 0)
     begin, end = (size * place // ranks.size for place in (ranks.rank, ranks.rank + 1))
-    return features_of(backbone, source.images(split, list(range(begin, end))))
+    own = list(range(begin, end)) if places is None else places[begin:end]
+    return features_of(backbone, readable(source.images(split, own)))
 
 
-def extract(backbone: nn.Module, source: DataSource, split: str, ranks: Ranks) -> Batch:
-    """Return the features [n, F] and labels [n] of all images of a split, on every rank."""
-    parts = part_of_images(backbone, source, split, ranks)
+def extract(
+    backbone: nn.Module, source: DataSource, split: str, ranks: Ranks, places: list[int] | None = None
+) -> Batch:
+    """Return the features [n, F] and labels [n] of the images that `part_of_images` divides, on every rank."""
+    parts = part_of_images(backbone, source, split, ranks, places)
     with shared(ranks):
         batches = list(parts)
         features, labels = (torch.cat(part) for part in zip(*batches, strict=True))
@@ -72,7 +101,7 @@ def nearest_neighbour_accuracy(
 
     Args:
         train: features and labels of this rank's part of the training images.
-        size: of all parts, n.
+        size: of all parts together, n, or more.
         val: features and labels of this rank's part of the test images.
         ranks: who takes part; None is this process alone.
         dtype: of the features that are kept.
@@ -89,7 +118,7 @@ def nearest_neighbour_accuracy(
     assert bank is not None
     if ranks is not None and several:
         classes = max(ranks.agree("classes", same={}, count=classes))
-    votes = {f"nn{k}": min(k, size) for k in NEIGHBORS}
+    votes = {f"nn{k}": min(k, len(bank)) for k in NEIGHBORS}
     right = torch.zeros(len(votes) + 1, dtype=torch.int64, device=bank.rows.device)
     for features, labels in together(val, ranks):
         found = bank.search(features, max(votes.values()))

@@ -1,14 +1,17 @@
 """Backbones by name, the paper's MLPs, and the export of a trained backbone."""
 
+import contextlib
 import copy
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # of images, in pixels
 SMALL_IMAGE = 64  # pixels up to which "auto" takes the small stem
 _RESNETS = ("resnet", "resnext", "wide_resnet")
 
@@ -76,15 +79,47 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int], stem: str = "im
             raise ValueError(f"--stem small is for torchvision's ResNets, got {arch!r}")
         small_stem(backbone)
     backbone.stem_name = stem  # type: ignore[assignment]
+    return backbone.train(), count_features(backbone, arch, image_shape)
+
+
+def count_features(
+    backbone: nn.Module, arch: str, image_shape: tuple[int, int, int], *, in_training: bool = True
+) -> int:
+    """Return the number of features that a backbone makes of an image, having tried it on a few.
+
+    Args:
+        backbone: images [B, C, H, W] to features [B, F].
+        arch: its name, for the message.
+        image_shape: (channels, height, width).
+        in_training: try it in training mode too.
+
+    Raises:
+        ValueError: it does not turn such images into one feature vector each.
+    """
+    channels, height, width = image_shape
+    outputs = []
     try:
         with torch.no_grad():
-            features = backbone.eval()(torch.zeros(2, *image_shape))
-            in_training = copy.deepcopy(backbone).train()(torch.zeros(4, *image_shape))
+            outputs.append(copy.deepcopy(backbone).eval()(torch.zeros(2, *image_shape)))
+            if in_training:
+                outputs.append(copy.deepcopy(backbone).train()(torch.zeros(4, *image_shape)))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{arch!r} does not take images of {image_shape}: {error}") from error
-    if any(not isinstance(output, Tensor) or output.ndim != 2 for output in (features, in_training)):
+        kind = "gray" if channels == 1 else "color"
+        raise ValueError(
+            f"--image-size {height}: {arch!r} does not take images of {width} x {height} pixels in {kind}: {error}"
+        ) from error
+    if any(not isinstance(output, Tensor) or output.ndim != 2 for output in outputs):
         raise ValueError(f"{arch!r} does not give one feature vector an image, so it cannot serve as a backbone")
-    return backbone.train(), features.shape[1]
+    return int(outputs[0].shape[1])
+
+
+def usual_size(arch: str, channels: int, stem: str = "imagenet") -> int:
+    """Return the first of `USUAL_SIZES` of which a model takes images, or 0 where there is none."""
+    for size in USUAL_SIZES:
+        with contextlib.suppress(ValueError):
+            build_backbone(arch, (channels, size, size), stem)
+            return size
+    return 0
 
 
 def stem_of(stem: str, arch: str, image_size: int) -> str:
@@ -118,14 +153,34 @@ def export_backbone(backbone: nn.Module, path: Path, **facts: object) -> None:
         "classifier": f"untrained, zeros: {', '.join(classifier)}" if classifier else "none",
         **{name: str(fact) for name, fact in facts.items()},
     }
-    save_file(tensors, path, metadata=metadata)
+    save_tensors(tensors, path, metadata)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, as a whole or not at all, with the permissions of any new file.
+
+    safetensors' own `save_file` leaves it readable by its owner alone.
+
+    Raises:
+        OSError: it could not be written; a file that was there before is still there.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(save(tensors, metadata))
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _build_timm(arch: str) -> nn.Module:
     import timm  # takes seconds, and most runs do without
 
-    if arch not in timm.list_models():
-        raise ValueError(f"no model {arch!r} in torchvision or timm")
+    known = timm.list_models()
+    if arch not in known:
+        near = get_close_matches(arch, ["digits", *torchvision.models.list_models(module=torchvision.models), *known])
+        hint = f": did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+        raise ValueError(f"no model {arch!r} in torchvision or timm{hint}")
     return timm.create_model(arch, pretrained=False, num_classes=0)
 
 

@@ -11,9 +11,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from msf_core.distributed import Ranks
 from training.data import seed_of
+from training.peers import Peers, lost_touch
+
+SILENCE = 3.0  # seconds without a sign of life after which a rank that others wait for counts as lost
 
 
 @contextmanager
@@ -39,13 +43,10 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
         The ranks, and the device of this one.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: no such device here, or torchrun's restarts would not find each other.
+        LostRank: a rank that this one waits for does not answer, within the time-out.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch sees no GPU here")
+    chosen = device_of(device)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks(), chosen
         return
@@ -54,16 +55,52 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
         torch.cuda.set_device(chosen)
     # The hosts talk by gloo beside NCCL: no GPU has to be asked how many rows a rank brings.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    patience = timedelta(seconds=timeout)
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if agent_store and may_restart() and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "torchrun --max-restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: "
+            "each host counts its restarts alone, and ranks of different counts would not find each other"
+        )
+    silence = min(SILENCE, timeout / 8)
+    patience = timedelta(seconds=timeout - 3 * silence)  # the rest is to find out whom it has waited for, and to end
     store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # That store outlives a start: what an earlier one left in it are addresses of processes that are gone.
-        store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # torchrun's own store outlives a start: what an earlier one left in it are addresses of processes that are gone.
+    prefix = f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if agent_store else "start"
+    store = dist.PrefixStore(prefix, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    peers = Peers(rank, size, prefix, silence)
     try:
         yield Ranks(), chosen
+    except RuntimeError as error:
+        if not lost_touch(error):
+            raise
+        raise peers.find(error) from error
     finally:
+        peers.stop()
         dist.destroy_process_group()
+
+
+def device_of(name: str) -> torch.device:
+    """Return a device of PyTorch's by name, or for "auto" the GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or a GPU as cuda:0, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch sees no GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here, the first is cuda:0")
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # each kind of device has another
+        raise ValueError(f"--device {name}: PyTorch cannot compute on it here ({type(error).__name__})") from None
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def restarted() -> bool:
@@ -85,6 +122,29 @@ def synchronized(module: nn.Sequential, device: torch.device) -> nn.Sequential:
         if isinstance(part, _BatchNorm):
             part.__class__ = SyncBatchNormAnywhere
     return module
+
+
+def parallel(module: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> DistributedDataParallel:
+    """Return the module in DDP, with gradients that are added in the same order in the first step as in all others.
+
+    After its first backward pass DDP divides the gradients into other buckets, so that three or more ranks add them in
+    another order: a run that is resumed would not be that which went on. Here that pass comes before the training, over
+    two empty images, and leaves no trace in parameters, buffers, gradients and random numbers.
+
+    Args:
+        module: from images [B, *image_shape] to anything that has a sum.
+        image_shape: [C, H, W] of the images to come.
+        device: where the module is.
+    """
+    wrapped = DistributedDataParallel(module)
+    before = [buffer.clone() for buffer in module.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        wrapped(torch.zeros(2, *image_shape, device=device)).sum().backward()
+    wrapped.zero_grad()
+    with torch.no_grad():
+        for buffer, value in zip(module.buffers(), before, strict=True):
+            buffer.copy_(value)
+    return wrapped
 
 
 class SumOverRanks(torch.autograd.Function):

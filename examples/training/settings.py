@@ -2,18 +2,26 @@
 
 import argparse
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from training.augment import AUGMENTATIONS
+from training.bad_images import ACTIONS, LIST
+from training.flags import Parser, finite, whole
+from training.loggers import LOGGERS
+from training.source import DataSource
 
 DATASETS = ("digits", "folder", "cifar10", "cifar100", "fashion-mnist", "stl10")
 METHODS = ("msf", "byol")
 STEMS = ("auto", "imagenet", "small")
 # What may differ between a run and its continuation. Everything else decides the numbers.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
-FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every"}
+FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "logger", "on_bad_image"}
+# What version 0.2.0 did, where it was not today's default, and the data sets whose images it normalized otherwise.
+_OLD = {"stem": "imagenet"}
+_NORMALIZED_OTHERWISE = ("cifar10", "cifar100", "stl10")
 
 
 @dataclass
@@ -22,6 +30,7 @@ class Settings:
 
     dataset: str = "folder"
     data: str = "data"
+    val_split: float = 0.0
     recipe: str = "own"
     arch: str = "resnet50"
     stem: str = "auto"
@@ -32,6 +41,9 @@ class Settings:
     method: str = "msf"
     k: int = 5
     k_end: int = 0
+    symmetric: bool = False
+    exclude_same_id: bool = False
+    same_label: bool = False
     bank_size: int = 128_000
     bank_dtype: str = "float32"
     bank_layout: str = "replicated"
@@ -52,10 +64,12 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     workers: int = -1
+    on_bad_image: str = "error"
     timeout: int = 1800
     eval_every: int = 0
     checkpoint_every: int = 1
     keep_every: int = 0
+    logger: str = "tensorboard"
     out: str = ""
     resume: str = ""
 
@@ -116,6 +130,7 @@ _HELP = {
     "data": "folder with train/ and val/, a folder a class in each, as ImageNet has (or a flat one, without "
     "labels); for cifar10, cifar100, fashion-mnist and stl10 where they are or will be downloaded to; "
     "for fashion-mnist also a folder with its four idx files, packed or not",
+    "val_split": "fraction of each class that is held out to evaluate on, for a --data without val/; 0: none",
     "recipe": "settings of another codebase for CIFAR, with its ResNet-18, instead of the data set's own",
     "arch": "backbone: a classification model of torchvision or timm by its name, or 'digits'",
     "stem": "of torchvision's ResNets: imagenet is 7x7, stride 2 and max-pool; small is 3x3, stride 1 without; "
@@ -127,8 +142,11 @@ _HELP = {
     "method": "msf, or byol: k = 1 and no bank",
     "k": "neighbors that serve, the target embedding itself included",
     "k_end": "k at the end, if it is to rise or fall in a straight line; 0: constant",
+    "symmetric": "each encoder sees both views: the mean of two losses, for twice the computation",
+    "exclude_same_id": "embeddings of older views of the same image are no neighbors",
+    "same_label": "only embeddings with the label of the image are neighbors: supervised mean shift (CMSF)",
     "bank_size": "rows of the memory bank",
-    "bank_dtype": "dtype of its rows",
+    "bank_dtype": "dtype of its rows; int8 takes a quarter of the memory of float32",
     "bank_layout": "under torchrun: all rows on every rank, or a shard on each",
     "backend": "its search backend",
     "momentum": "of the target encoder, constant",
@@ -148,10 +166,14 @@ _HELP = {
     "seed": "of weights, views and order",
     "device": "auto: the GPU if there is one",
     "workers": "processes that read photographs, for each rank; -1: this machine's cores, divided by its ranks",
+    "on_bad_image": "one that cannot be read: stop with an error, or train on another one in its place and evaluate "
+    f"without it (skip); the run's {LIST} names it",
     "timeout": "seconds that ranks wait for one another",
     "eval_every": "epochs between nearest-neighbor evaluations; 0: at the end alone",
     "checkpoint_every": "epochs between checkpoints",
     "keep_every": "epochs between backbones that are kept, the first epoch's too; 0: the last alone",
+    "logger": "where the numbers go beside metrics.csv and losses.csv, which are written in any case: tensorboard, "
+    "wandb (pip install wandb), or nowhere else (csv and none)",
     "out": "folder of the run; the default is a new one below runs/",
     "resume": "folder of an earlier run: go on from its checkpoint, with its settings; or auto: go on from the one "
     "in --out, if there is one (a restart by torchrun does so in any case)",
@@ -164,37 +186,87 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "views": ("two", "same"),
     "method": METHODS,
     "predictor": ("mlp", "none"),
-    "bank_dtype": ("float32", "float16", "bfloat16"),
+    "bank_dtype": ("float32", "float16", "bfloat16", "int8"),
     "bank_layout": ("replicated", "sharded"),
     "batchnorm": ("local", "sync", "shuffle"),
     "precision": ("auto", "float32", "bfloat16"),
+    "logger": LOGGERS,
+    "on_bad_image": ACTIONS,
 }
-_AT_LEAST_ONE = ("image_size", "k", "bank_size", "hidden", "dim", "epochs", "checkpoint_every", "accumulate", "timeout")
-_NOT_NEGATIVE = ("steps", "lr", "sgd_momentum", "weight_decay", "seed", "eval_every", "keep_every", "k_end")
+# Ranges of numbers; others are finite, and whole numbers not negative.
+_TYPES: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("k", "bank_size", "hidden", "dim", "epochs", "accumulate"), whole(1)),
+    **dict.fromkeys(("checkpoint_every", "timeout"), whole(1)),
+    **dict.fromkeys(("lr", "sgd_momentum", "weight_decay"), finite(0)),
+    **dict.fromkeys(("momentum", "blur"), finite(0, 1)),
+    "image_size": whole(8),
+    "workers": whole(-1),
+    "seed": whole(0, 2**63 - 1),
+}
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "images": (
+        "dataset",
+        "data",
+        "image_size",
+        "augmentation",
+        "blur",
+        "views",
+        "workers",
+        "val_split",
+        "on_bad_image",
+    ),
+    "method": ("method", "k", "k_end", "symmetric", "exclude_same_id", "same_label", "momentum"),
+    "memory bank": ("bank_size", "bank_dtype", "bank_layout", "backend"),
+    "networks": ("arch", "stem", "hidden", "dim", "predictor"),
+    "training": ("recipe", "epochs", "steps", "batch_size", "lr", "sgd_momentum", "weight_decay", "seed"),
+    "devices": ("device", "precision", "accumulate", "batchnorm", "timeout"),
+    "the run": ("out", "resume", "eval_every", "checkpoint_every", "keep_every", "logger"),
+}
+_METAVARS = {"data": "DIR", "out": "DIR", "resume": "DIR", "arch": "NAME", "backend": "NAME", "device": "NAME"}
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
+def build_parser(description: str, examples: str = "") -> Parser:
     """Return the parser of the flags. A flag that is not given is absent from what it returns."""
-    parser = argparse.ArgumentParser(
-        description=description, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter
+    parser = Parser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    named = {name for names in _GROUPS.values() for name in names}
+    groups = {**_GROUPS, "more": tuple(field.name for field in fields(Settings) if field.name not in named)}
+    defaults = {field.name: field.default for field in fields(Settings)}
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            default = defaults[name]
+            options: dict[str, Any] = {"help": _help_of(name, default), "default": argparse.SUPPRESS}
+            if isinstance(default, bool):
+                options["action"] = "store_true"
+            else:
+                options["type"] = _TYPES.get(name) or {int: whole(0), float: finite()}.get(type(default), str)
+                options["choices"] = _CHOICES.get(name)
+                if options["choices"] is None:
+                    options["metavar"] = _METAVARS.get(name, {int: "N", float: "X"}.get(type(default), "NAME"))
+            group.add_argument(flag_of(name), **options)
+    parser.add_argument(
+        "--check-images", action="store_true", help="read every image, list those that cannot be read, and end"
     )
-    for field in fields(Settings):
-        digits = PRESETS["digits"].get(field.name, field.default)
-        paper = f"{field.default!r}" if digits == field.default else f"{field.default!r}; digits {digits!r}"
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=type(field.default),
-            choices=_CHOICES.get(field.name),
-            help=f"{_HELP[field.name]} ({paper})",
-        )
     return parser
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a setting: ``--batch-size`` of ``batch_size``."""
+    return "--" + name.replace("_", "-")
+
+
+def _help_of(name: str, default: Any) -> str:
+    if default is False or default == "":
+        return _HELP[name]
+    digits = PRESETS["digits"].get(name, default)
+    return f"{_HELP[name]} (default: {default}" + (")" if digits == default else f", on the digits {digits})")
 
 
 def complete(given: dict[str, Any]) -> Settings:
     """Return the settings of a fresh run: what was given, over the data set's own defaults.
 
     Raises:
-        ValueError: a value out of range, or flags that do not go together.
+        ValueError: flags that do not go together.
     """
     dataset = given.get("dataset", "folder" if "data" in given else "digits")
     if dataset == "folder" and "data" not in given:
@@ -223,40 +295,64 @@ def complete(given: dict[str, Any]) -> Settings:
 def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
     """Return the saved run's settings, with those given that are free to change.
 
+    A setting that the version that saved them did not have gets the value that means what that version did.
+
     Raises:
-        ValueError: one that decides the numbers was given and differs.
+        ValueError: one that decides the numbers was given and differs, or this version cannot go on with the run.
     """
+    names = {field.name for field in fields(Settings)}
+    if unknown := [flag_of(name) for name in saved if name not in names]:
+        raise ValueError(f"the run to resume was saved by a newer version, which has {', '.join(unknown)}")
+    if is_old(saved) and saved["dataset"] in _NORMALIZED_OTHERWISE:
+        raise ValueError(
+            f"the run to resume was saved by version 0.2.0 or older, which normalized {saved['dataset']} otherwise: "
+            "finish it with that version, or train anew"
+        )
+    saved = {**asdict(Settings()), **_OLD, **saved}
     differing = [
-        f"--{name.replace('_', '-')} is {saved[name]!r} there, {value!r} here"
+        f"{flag_of(name)} is {saved[name]!r} there, {value!r} here"
         for name, value in given.items()
-        if name not in FREE_TO_CHANGE and saved.get(name) != value
+        if name not in FREE_TO_CHANGE and saved[name] != value
     ]
     if differing:
         raise ValueError(f"the run to resume has other settings: {'; '.join(differing)}")
-    if saved.keys() != {field.name for field in fields(Settings)}:
-        raise ValueError("the run to resume was saved by another version of this script")
-    settings = Settings(**{**saved, **given})
-    check(settings)
-    return settings
+    return Settings(**{**saved, **given})
+
+
+def is_old(saved: dict[str, Any]) -> bool:
+    """Return whether settings were saved by version 0.2.0 or older."""
+    return "stem" not in saved
 
 
 def check(settings: Settings) -> None:
-    """Raise ValueError for a value out of range, naming its flag."""
-    values = asdict(settings)
-    for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0), (("workers",), -1)):
-        for name in names:
-            if values[name] < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {values[name]}")
+    """Raise ValueError for flags that do not go together, naming them."""
+    s = settings
     for name in ("k", "k_end"):
-        if values[name] > settings.bank_size:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be at most --bank-size, {settings.bank_size}, got {values[name]}")
-    if not 0 <= settings.momentum <= 1:
-        raise ValueError(f"--momentum must be between 0 and 1, got {settings.momentum}")
-    if not 0 <= settings.blur <= 1:
-        raise ValueError(f"--blur must be between 0 and 1, got {settings.blur}")
-    if settings.dataset == "digits" and settings.image_size != 16:
-        raise ValueError(f"the digits are 16 pixels wide, got --image-size {settings.image_size}")
+        if getattr(s, name) > s.bank_size:
+            raise ValueError(f"{flag_of(name)} must be at most --bank-size, {s.bank_size}, got {getattr(s, name)}")
+    pushed = s.batch_size // s.accumulate * (2 if s.symmetric else 1)
+    if s.method == "msf" and s.bank_size < pushed:
+        raise ValueError(
+            f"--bank-size must be at least {pushed}, the embeddings of a batch"
+            f"{' (two of each image with --symmetric)' if s.symmetric else ''}, got {s.bank_size}"
+        )
+    for name in ("exclude_same_id", "same_label"):
+        if getattr(s, name) and s.method == "byol":
+            raise ValueError(f"{flag_of(name)} chooses among neighbors, and --method byol has none")
+        if getattr(s, name) and s.k == 1 and s.k_end <= 1:
+            raise ValueError(f"{flag_of(name)} chooses among neighbors, and --k 1 has none besides the target itself")
+    if s.dataset == "digits" and s.image_size != 16:
+        raise ValueError(f"the digits are 16 pixels wide, got --image-size {s.image_size}")
+
+
+def check_source(settings: Settings, source: DataSource) -> None:
+    """Raise ValueError for flags that these images do not go with, naming them."""
+    for name in ("batch_size", "k", "k_end"):
+        if getattr(settings, name) > source.train_size:
+            number = getattr(settings, name)
+            raise ValueError(f"{flag_of(name)} {number} is more than the {source.train_size} training images")
+    if settings.same_label and not source.has_labels:
+        raise ValueError(f"--same-label needs labels, and the training images of {settings.data} have none")
 
 
 def check_division(settings: Settings, ranks: int) -> None:
@@ -268,18 +364,12 @@ def check_division(settings: Settings, ranks: int) -> None:
         raise ValueError(f"--batch-size must be at least {2 * parts} for BatchNorm{evenly}, got {settings.batch_size}")
 
 
-def make_run_folder(out: str, dataset: str) -> Path:
-    """Make the folder of a fresh run: ``out``, or a new one below runs/, and return it.
+def new_run_folder(dataset: str) -> Path:
+    """Make a new folder below runs/, named after the data set, and return it.
 
     Raises:
-        ValueError: ``out`` has a checkpoint already, which the run would overwrite.
+        ValueError: nothing can be written there.
     """
-    if out:
-        folder = Path(out)
-        if (folder / "checkpoint.pt").exists():
-            raise ValueError(f"{folder} holds a run: go on with --resume {folder}, or choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
     for number in itertools.count(1):
         folder = Path("runs") / (dataset if number == 1 else f"{dataset}-{number}")
         try:
@@ -287,4 +377,6 @@ def make_run_folder(out: str, dataset: str) -> Path:
             return folder
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ValueError(f"no folder can be made below runs/: {error.strerror}; choose one with --out") from None
     raise AssertionError("unreachable")

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.bad_images import BadImages
 from training.prefetch import SideStream
 from training.rendering import Normalization, Rendering
-from training.source import Share, Views, epoch_order, seed_of
+from training.source import Found, Share, Views, epoch_order, seed_of
 from training.views import PER_VIEW, SUPERVISED, View, crop_boxes, draws, resized_crops, views_of
 
 FREE_SHARE = 0.5  # of a GPU's free memory that the images may take; larger sets stay in the host's
@@ -31,6 +32,7 @@ class SmallImages:
 
     has_labels = has_val = True
     workers: int | None = None
+    found = Found()
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class SmallImages:
         device: torch.device,
         views: tuple[View, View] | None = None,
     ) -> None:
+        self.bad = BadImages()
         self.image_shape = (3, size, size)
         self.train_size = len(train.labels)
         mean, std = statistics(train.images)
@@ -75,6 +78,7 @@ class SmallImages:
                 self._target(self._cropped(images, target, self._views[0]), target),
                 self._online(self._cropped(images, online, self._views[1]), online),
                 labels,
+                chosen.to(self._device, non_blocking=True),
             )
 
         return self._side.over(iter(micro_batches[first:, self._share.rank]), drawn)

@@ -7,14 +7,19 @@ goes on exactly.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from training.bad_images import BadImages
+
 UNKNOWN = -1
-Views = tuple[Tensor, Tensor, Tensor]  # for the target [B, C, H, W], for the online encoder, labels [B]
+UNREADABLE = -2  # the label of an image that could not be read, in place of which there is a black one
+# For the target [B, C, H, W], for the online encoder, labels [B], and ids [B]: the images' places in the training set.
+Views = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,14 @@ class Share:
         return whole.view(-1, self.ranks, self.batch_size // self.accumulate // self.ranks)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What there is on disk, in words: for the first lines of a run, and why there may be nothing to test on."""
+
+    lines: tuple[str, ...] = ()
+    no_val: str = ""
+
+
 class DataSource(Protocol):
     """Training views and evaluation images of one data set."""
 
@@ -40,14 +53,16 @@ class DataSource(Protocol):
     has_labels: bool  # of the training images
     has_val: bool  # labelled images to test on
     workers: int | None  # processes that read images, for this rank; None where there is nothing to read
+    found: Found
     facts: dict[str, Any]  # what a user of the trained backbone needs to know: mean and std of its input
+    bad: "BadImages"  # what could not be read, on this rank
 
     def train_views(self, epoch: int, first: int) -> Iterator[Views]:
         """Yield this rank's part of the micro-batches of an epoch, from the first of them on."""
         ...
 
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels) of "train" or "val" in order, as evaluation sees them."""
+        """Yield (images, labels) of "train" or "val" in order, as evaluation sees them; labels may be UNREADABLE."""
         ...
 
     def supervised_views(self, epoch: int, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -63,7 +78,7 @@ class DataSource(Protocol):
         ...
 
     def names(self) -> list[str]:
-        """Return the file names of the "train" images without their folders; nothing where there are no files."""
+        """Return the paths of the "train" images below their folder, with "/"; nothing where there are no files."""
         ...
 
     def displayable(self, images: Tensor) -> np.ndarray:

@@ -5,46 +5,53 @@ import itertools
 import math
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from msf_core import EMATarget, MeanShiftLoss, MemoryBank
+from msf_core import EMATarget, MeanShiftLoss, MemoryBank, Neighbors
 from msf_core.distributed import Ranks
 from msf_core.schedules import Schedule, cosine, linear
-from training.data import DataSource, UnreadableImage, Views, seed_of
-from training.health import Averages, means_of, measure, warnings_of
-from training.models import Encoder, build_backbone, mlp, stem_of
+from training.data import DataSource, Views, seed_of
+from training.health import MEASURES, Averages, means_of, measure, warnings_of
+from training.models import Encoder, build_backbone, mlp, stem_of, usual_size
 from training.photos import workers_of
-from training.ranks import shuffled, synchronized
+from training.progress import Progress
+from training.ranks import parallel, shuffled, synchronized
 from training.settings import Settings
 from training.timing import TimedSearch, WaitClock, loader_limit
 
 Row = dict[str, Any]  # one epoch of the metrics
-SHOWN = ("loss", "purity")  # beside the progress bar
+CHECK_EVERY = 50  # steps between looks at whether loss and weights are numbers still, for which the GPU is waited for
+LOG_EVERY = 100  # steps between calls of ``log``, for which the GPU is waited for
 PARTS = ("online", "predictor", "target", "criterion", "optimizer")
 STATE = {"settings", "train_size", "step", "history", "sums", "notes", *PARTS}
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss, or a weight, is no longer a finite number."""
 
 
 class StopRequest:
-    """Remembers a Ctrl-C or SIGTERM, so that the step under way ends first. A second Ctrl-C stops at once."""
+    """Remembers a Ctrl-C or SIGTERM, so that the step under way ends first. A second Ctrl-C stops at once.
+
+    Python hands signals to the main thread alone: in another one, setting ``signal`` does the same.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -65,14 +72,18 @@ class Trainer:
     def __init__(self, settings: Settings, source: DataSource, device: torch.device, ranks: Ranks) -> None:
         self.settings, self.source, self.device, self.ranks = settings, source, device, ranks
         self.steps_per_epoch = source.train_size // settings.batch_size
-        if self.steps_per_epoch < 1:
-            raise ValueError(f"--batch-size {settings.batch_size} is more than the {source.train_size} training images")
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
         self.total_epochs = -(-self.total_steps // self.steps_per_epoch)
 
         torch.manual_seed(settings.seed)
         stem = stem_of(settings.stem, settings.arch, settings.image_size)
-        backbone, features = build_backbone(settings.arch, source.image_shape, stem)
+        try:
+            backbone, features = build_backbone(settings.arch, source.image_shape, stem)
+        except ValueError as error:
+            text = str(error) if str(error).startswith("--") else f"--arch: {error}"
+            if "does not take images" in text and (size := usual_size(settings.arch, source.image_shape[0], stem)):
+                text += f"; {settings.arch!r} takes --image-size {size}"
+            raise ValueError(text) from error
         online = Encoder(backbone, mlp(features, settings.hidden, settings.dim))
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         online = online.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -83,8 +94,9 @@ class Trainer:
         self.online, self.predictor = student[0], student[1]
         self.target = EMATarget(self.online, momentum=settings.momentum)
         self.search = TimedSearch(settings.backend, device)
-        self.criterion = MeanShiftLoss(self._build_bank(), k=self._k()).to(device)
-        self.student: nn.Module = DistributedDataParallel(student) if ranks.size > 1 else student
+        options = {"exclude_same_id": settings.exclude_same_id, "same_label": settings.same_label}
+        self.criterion = MeanShiftLoss(self._build_bank(), k=self._k(), **options).to(device)
+        self.student: nn.Module = parallel(student, source.image_shape, device) if ranks.size > 1 else student
         self.optimizer = torch.optim.SGD(
             student.parameters(), settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.weight_decay
         )
@@ -110,26 +122,33 @@ class Trainer:
         """Whether this process is the one that evaluates, logs and writes."""
         return self.ranks.rank == 0
 
-    def train(self, stop: StopRequest, after_epoch: Callable[[Row], None]) -> None:
-        """Train to the last step, or until a rank is asked to stop. ``after_epoch`` may add to its row.
+    def train(
+        self, stop: StopRequest, after_epoch: Callable[[Row], None], log: Callable[[], None] = lambda: None
+    ) -> None:
+        """Train to the last step, or until a rank is asked to stop.
+
+        Args:
+            stop: asks for it.
+            after_epoch: is called with each epoch's averages, and may add to them.
+            log: is called within an epoch every `LOG_EVERY` steps.
 
         Raises:
-            UnreadableImage: on all ranks; nothing of that step has happened.
-            Diverged: the loss of a step was not finite.
+            OSError: images of a step could not be read; on all ranks, and nothing of that step has happened.
+            Diverged: a loss or a weight is not finite; noticed within `CHECK_EVERY` steps.
         """
-        interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
-        with tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=interval,
-            disable=not self.leads,
-        ) as bar:
+        with Progress(
+            self.step, self.total_steps, self.total_epochs, self.settings.batch_size, speaks=self.leads
+        ) as progress:
             while self.step < self.total_steps and not self.stopped:
-                self._train_epoch(stop, after_epoch, bar)
+                try:
+                    self._train_epoch(stop, after_epoch, log, progress)
+                except OSError:
+                    self.check_sound()  # a checkpoint will be written
+                    raise
 
-    def _train_epoch(self, stop: StopRequest, after_epoch: Callable[[Row], None], bar: tqdm) -> None:
+    def _train_epoch(
+        self, stop: StopRequest, after_epoch: Callable[[Row], None], log: Callable[[], None], progress: Progress
+    ) -> None:
         epoch, first_step = divmod(self.step, self.steps_per_epoch)
         last = min((epoch + 1) * self.steps_per_epoch, self.total_steps)
         started, waiting = time.perf_counter(), WaitClock(self.device)
@@ -137,17 +156,18 @@ class Trainer:
         while self.step < last:
             micro_batches = self._fetch(views, stop)
             if self.stopped:
+                self.check_sound()
                 return  # within the epoch: its sums are kept
             self._train_step(micro_batches)
-            bar.update()
-            if self.step % 10 == 0 and self.leads:
-                shown = {name: f"{mean:.3f}" for name, mean in self.averages.means().items() if name in SHOWN}
-                bar.set_postfix(epoch=epoch + 1, **shown, refresh=False)
+            progress.after_step(self.step, epoch + 1, self.averages.means)
+            if self.step % CHECK_EVERY == 0:
+                self.check_sound()
+            if self.step % LOG_EVERY == 0 and self.step < last:
+                log()
         next(views, None)  # lets the workers come to the end of the epoch
         self._agree(stop)
+        self.check_sound()
         means = means_of(self._sums_of_all().sum(dim=0))
-        if not math.isfinite(means["loss"]):
-            raise Diverged(f"the loss became {means['loss']} in epoch {epoch + 1}: try a lower --lr")
         seconds, steps = time.perf_counter() - started, self.step - epoch * self.steps_per_epoch - first_step
         row: Row = {
             "epoch": epoch + 1,
@@ -166,6 +186,7 @@ class Trainer:
         if self.leads and workers is not None and (limit := loader_limit(row, workers, workers_of(-1))):
             self._warn(limit, once="loader")
         after_epoch(row)
+        progress.after_epoch(row)
 
     def _warn(self, warning: str, once: str) -> None:
         """Print a warning, the first time that it comes under this name."""
@@ -176,25 +197,22 @@ class Trainer:
     def _fetch(self, views: Iterator[Views], stop: StopRequest) -> list[Views]:
         """Return this rank's micro-batches of the next step, once all ranks have theirs and none is to stop."""
         micro_batches: list[Views] = []
-        problem: UnreadableImage | None = None
+        problem: OSError | None = None
         try:
             micro_batches += itertools.islice(views, self.settings.accumulate)
-        except UnreadableImage as error:
+        except OSError as error:  # an unreadable image, a reading process that has ended
             problem = error
         self._agree(stop, problem)
         return micro_batches
 
-    def _agree(self, stop: StopRequest, problem: UnreadableImage | None = None) -> None:
+    def _agree(self, stop: StopRequest, problem: OSError | None = None) -> None:
         """Stop all ranks, at the same step, when one of them is asked to or cannot go on."""
         if self.ranks.size == 1:
             self.stopped = stop.signal
             if problem is not None:
                 raise problem
             return
-        try:
-            self.stopped = max(self.ranks.agree("step", same={"step": self.step}, count=stop.signal, problem=problem))
-        except OSError as error:
-            raise UnreadableImage(str(error)) from error
+        self.stopped = max(self.ranks.agree("step", same={"step": self.step}, count=stop.signal, problem=problem))
 
     def _train_step(self, micro_batches: list[Views]) -> None:
         for group in self.optimizer.param_groups:
@@ -206,37 +224,70 @@ class Trainer:
         self.losses.append(torch.stack(losses).mean())
         self.step += 1
 
-    def _backward(self, number: int, target_view: Tensor, online_view: Tensor, labels: Tensor) -> Tensor:
+    def _backward(self, number: int, target_view: Tensor, online_view: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
         """Add a micro-batch's gradient to those of the step; return its loss."""
         last = number == self.settings.accumulate - 1
         if self.settings.views == "same":
             target_view = online_view
+        for_target, for_online = [target_view], [online_view]
+        if self.settings.symmetric:  # prediction i goes with the target of the other view
+            for_target = for_online = [target_view, online_view]
         seeds = (self.settings.seed, self.step, number)
         torch.manual_seed(seed_of(*seeds, self.ranks.rank))  # of dropout and the like: the same after a resume
         alone = isinstance(self.student, DistributedDataParallel) and not last
         with self.student.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                if self.settings.batchnorm == "shuffle" and self.ranks.size > 1:
-                    u = shuffled(self.target, target_view, self.ranks, *seeds)
-                else:
-                    u = self.target(target_view)
-                v = self.student(online_view)
-            loss, neighbors = self.criterion(v, u, labels, return_neighbors=True)
+                us = [self._targets(view, (*seeds, place) if place else seeds) for place, view in enumerate(for_target)]
+                vs = [self.student(view) for view in for_online]
+            loss, neighbors = self._loss(vs, us, labels, ids)
             (loss / self.settings.accumulate).backward()
-        measures = measure(loss, u, neighbors, labels, (target_view, online_view), self.criterion.bank)
-        measures["age"] = measures["age"] / self.settings.batch_size  # in steps
+        views = len(us)
+        measures = measure(
+            loss, torch.cat(us), neighbors, labels.repeat(views), (target_view, online_view), self.criterion.bank
+        )
+        measures["age"] = measures["age"] / (self.settings.batch_size * views)  # in steps
         self.averages.add(measures)
         detached: Tensor = loss.detach()
         return detached
 
+    def _targets(self, view: Tensor, seeds: tuple[int, ...]) -> Tensor:
+        """Return the target encoder's embeddings of a view; ``seeds`` are of the order in which ranks shuffle it."""
+        if self.settings.batchnorm == "shuffle" and self.ranks.size > 1:
+            return shuffled(self.target, view, self.ranks, *seeds)
+        embeddings: Tensor = self.target(view)
+        return embeddings
+
+    def _loss(self, vs: list[Tensor], us: list[Tensor], labels: Tensor, ids: Tensor) -> tuple[Tensor, Neighbors]:
+        """Return the loss of predictions and targets, one or two views each, and the neighbors of all targets."""
+        kept = ids if self.settings.exclude_same_id else None  # beside each row, in 8 bytes
+        if len(us) == 1:
+            loss, neighbors = self.criterion(vs[0], us[0], labels, ids=kept, return_neighbors=True)
+            return loss, neighbors
+        loss, of_views = self.criterion(vs, us, labels, ids=kept, return_neighbors=True)
+        return loss, Neighbors(*(torch.cat(parts) for parts in zip(*of_views, strict=True)))
+
+    def check_sound(self) -> None:
+        """Raise Diverged if a loss of this epoch or a weight is not finite: on all ranks, which call it together."""
+        loss = float(self._sums_of_all()[:, 0, MEASURES.index("loss")].sum())
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        lengths = torch.stack([torch.linalg.vector_norm(parameter.detach().float()) for parameter in parameters])
+        if math.isfinite(loss) and lengths.isfinite().all():
+            return
+        what = "a weight is no longer a finite number" if math.isfinite(loss) else f"the loss became {loss}"
+        advice = f"train anew with a lower --lr than {self.settings.lr:g}"
+        if self.precision != "float32":
+            advice += ", or with --precision float32"
+        raise Diverged(f"{what} by step {self.step} of {self.total_steps}: {advice}")
+
     def average_losses(self) -> list[float]:
         """Return the loss of every step since `losses_written`, averaged over all ranks; all of them ask for it."""
         if self.losses:
-            losses = torch.stack(self.losses)
+            losses = torch.stack(self.losses)[None]
             self.losses = []
             if self.ranks.size > 1:
-                dist.all_reduce(losses)
-            self.averaged += (losses / self.ranks.size).tolist()
+                losses = self.ranks.gather(losses, [1] * self.ranks.size)
+            # In rank order, however many steps there are: all_reduce's order depends on that.
+            self.averaged += (sum(losses[1:], losses[0]) / self.ranks.size).tolist()
         return self.averaged
 
     def losses_written(self) -> None:
@@ -286,7 +337,9 @@ class Trainer:
         """
         if state["train_size"] != self.source.train_size:
             raise ValueError(
-                f"the run to resume had {state['train_size']} training images, there are {self.source.train_size} here"
+                f"the run to resume had {state['train_size']} training images, there are {self.source.train_size} "
+                "here, and which of them a step takes depends on their number: put removed files back (even an empty "
+                "one of the same name serves, with --on-bad-image skip), and take added ones away"
             )
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])

@@ -1,6 +1,9 @@
 """Labels and ids of banks that ranks share: their dtypes, searches that differ, states that mix."""
 
+import os
+import re
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msf_core import MeanShiftLoss, MemoryBank
+from msf_core.distributed import Ranks
 
 DIM = 4
 
@@ -132,6 +136,26 @@ def not_everyone_comes(rank: int) -> None:
 
 def test_where_a_rank_makes_fewer_calls_the_error_tells_of_uneven_inputs(two_ranks: Any) -> None:
     two_ranks.run(not_everyone_comes)
+
+
+LONG, NOT_UTF8 = "/pictures/" + "é" * 2_500 + ".jpg", os.fsdecode(b"/pictures/\xff \xe9.jpg") + "\ud800 "
+
+
+def told_of(rank: int, text: str, exchanges: bool) -> str:
+    ranks, problem = Ranks(), OSError(text) if rank == 1 else None
+    call = partial(ranks.exchange, "search", [torch.zeros(2, 1)], [1, 1], problem)
+    if not exchanges:
+        call = partial(ranks.agree, "step", same={}, count=7, problem=problem)
+    with pytest.raises(OSError, match=re.escape(text)) as raised:
+        call()
+    assert ranks.agree("step", same={}, count=rank) == [0, 1], "they can go on"
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("text", [LONG, NOT_UTF8, ""], ids=["of 5,014 bytes", "not UTF-8", "empty"])
+def test_a_message_arrives_whole_and_in_any_encoding(two_ranks: Any, text: str) -> None:
+    for exchanges in (False, True):
+        assert two_ranks.run(told_of, text, exchanges) == [f"rank 1: {text}", text]
 
 
 def smaller_into_full(rank: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_trainer_ranks import train
-from test_training import blank_pictures
+from test_training import SMALL_NETWORK, blank_pictures, make_tree
 
 import imagenet_train
 from benchmarks import fault_drill
@@ -83,3 +83,26 @@ def test_a_run_whose_ranks_are_killed_ends_as_if_nothing_had_happened(two_ranks:
     ]
     expected, _ = two_ranks.run(train, str(tmp_path / "undisturbed"), *flags)[0]
     assert losses(tmp_path / "faulty") == expected, "to the last bit"
+
+
+@pytest.mark.slow
+def test_ranks_whose_workers_meet_a_bad_file_end_and_are_started_again(tmp_path: Path) -> None:
+    """Every rank has a worker alive when one of them fails."""
+    tree = make_tree(tmp_path / "tree", train=8, val=1)
+    (tree / "train" / "class0" / "0.jpg").write_bytes(b"")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    flags = [*SMALL_NETWORK, "--batch-size", "4", "--epochs", "1", "--workers", "1"]
+    done = subprocess.run(
+        [*command, SCRIPT, "--data", str(tree), *flags, "--out", str(tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("writes to") == 2, "it was started twice"
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert all("class0/0.jpg: the file is empty; mend or replace the file" in line for line in errors)
+    assert "Original Traceback" not in done.stderr

@@ -1,7 +1,10 @@
 """The trainer of the example on several ranks, against its own run in one process."""
 
 import functools
+import os
+import signal
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,11 @@ import imagenet_train
 from evaluating.linear import Protocol, Standardize, accuracy, train_linear
 from msf_core.distributed import Ranks
 from training import evaluation
-from training.data import Digits, Photos, Share, open_folder
+from training.data import BadImages, Digits, Photos, Share, open_folder
+from training.lock import FolderLock
 from training.ranks import SyncBatchNormAnywhere, shuffled, synchronized
 from training.settings import build_parser
-from training.trainer import StopRequest
+from training.trainer import Diverged, StopRequest, Trainer
 
 STEPS = 10
 RECIPE = ["--steps", STEPS, "--batch-size", 16, "--lr", 0.005, "--batchnorm", "sync"]
@@ -27,10 +31,30 @@ RECIPE = ["--steps", STEPS, "--batch-size", 16, "--lr", 0.005, "--batchnorm", "s
 
 def train(rank: int, folder: str, *flags: object) -> tuple[list[float], int]:
     """Losses of all steps, and updates of the target."""
-    given = vars(build_parser("").parse_args(["--out", folder, *map(str, flags)]))
-    trainer, _ = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    trainer, _ = prepared(folder, *flags)
     trainer.train(StopRequest(), lambda row: None)
     return trainer.average_losses(), trainer.target.updates
+
+
+def prepared(folder: str, *flags: object) -> tuple[Trainer, Path]:
+    given = vars(build_parser("").parse_args(["--out", folder, *map(str, flags)]))
+    return imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+
+
+class Stop(StopRequest):
+    """Asks for a stop after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def after(self, step: Callable[..., None]) -> Callable[..., None]:
+        def counted(views: Any) -> None:
+            step(views)
+            self.steps -= 1
+            self.signal = 0 if self.steps else signal.SIGTERM
+
+        return counted
 
 
 @functools.cache
@@ -111,9 +135,14 @@ def test_photos_with_accumulation_move_the_target_once_a_step(two_ranks: Any, tm
 
 
 def saves(rank: int, folder: str) -> None:
-    given = vars(build_parser("").parse_args(["--out", folder, "--steps", "3", "--bank-layout", "sharded"]))
-    trainer, path = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    trainer, path = prepared(folder, "--steps", "3", "--bank-layout", "sharded")
     assert imagenet_train.save(trainer, path)
+
+
+def test_a_run_folder_may_have_a_name_that_is_not_utf8(two_ranks: Any, tmp_path: Path) -> None:
+    name = os.fsdecode(bytes(tmp_path / "run-") + b"\xff")
+    two_ranks.run(saves, name)
+    assert b"checkpoint.pt" in os.listdir(os.fsencode(name))
 
 
 def one_sees_it(rank: int, folder: str) -> None:
@@ -127,6 +156,34 @@ def one_sees_it(rank: int, folder: str) -> None:
 def test_a_rank_that_does_not_see_the_checkpoint_stops_them_all(two_ranks: Any, tmp_path: Path) -> None:
     two_ranks.run(saves, str(tmp_path / "run"))
     two_ranks.run(one_sees_it, str(tmp_path / "run"))
+
+
+def goes_on(rank: int, folder: str) -> None:
+    """Train to the end at one go, and stopped within an epoch of three steps and gone on with by a new trainer."""
+    flags = ["--batch-size", 448, "--steps", 6, "--eval-every", 0, "--lr", 0.5]
+    trainer, _ = prepared(f"{folder}/whole", *flags)
+    for name, value in trainer.online.named_buffers():
+        assert torch.equal(value, torch.full_like(value, name.endswith("var"))), (
+            f"{name}: untouched by DDP's first pass"
+        )
+    trainer.train(StopRequest(), lambda row: None)
+    whole, losses = trainer.online.state_dict(), trainer.average_losses()
+
+    (trainer, path), stop = prepared(f"{folder}/run", *flags), Stop(4)
+    trainer._train_step = stop.after(trainer._train_step)
+    trainer.train(stop, lambda row: None)
+    begun = list(trainer.average_losses())
+    assert len(begun) == trainer.step == 4
+    assert imagenet_train.save(trainer, path)
+    trainer, _ = prepared(f"{folder}/run", "--resume", "auto")
+    trainer.train(StopRequest(), lambda row: None)
+    assert begun + trainer.average_losses() == losses, "to the last bit"
+    for name, value in trainer.online.named_parameters():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_four_ranks_that_begin_anew_go_on_to_the_last_bit(four_ranks: Any, tmp_path: Path) -> None:
+    four_ranks.run(goes_on, str(tmp_path))
 
 
 def finds_a_damaged_shard(rank: int, folder: str) -> str:
@@ -145,8 +202,7 @@ def test_one_byte_of_a_shard_is_an_error_on_all_ranks_that_names_the_file(two_ra
 
 
 def has_no_room(rank: int, folder: str) -> bool:
-    given = vars(build_parser("").parse_args(["--out", folder, "--steps", "3", "--bank-layout", "sharded"]))
-    trainer, path = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    trainer, path = prepared(folder, "--steps", "3", "--bank-layout", "sharded")
     with pytest.MonkeyPatch.context() as monkeypatch:
         if rank == 0:
             monkeypatch.setattr("tempfile.mkdtemp", full)
@@ -206,21 +262,29 @@ def test_ranks_train_the_linear_layer_that_one_process_trains(ranks: Any) -> Non
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def meets_an_unreadable_image(rank: int, folder: str) -> None:
-    ranks = Ranks()
+def damaged_photos(folder: str, rank: int, ranks: int, on_bad_image: str) -> Photos:
     train, val, _ = open_folder(Path(folder))
-    source = Photos(
+    return Photos(
         train,
         val,
         size=32,
         has_labels=True,
         augmentation="w/s",
-        share=Share(8, rank=rank, ranks=2),
+        share=Share(8, rank=rank, ranks=ranks),
         workers=0,
         seed=0,
         device=torch.device("cpu"),
+        bad=BadImages(on_bad_image),
     )
-    backbone = synchronized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.device("cpu"))
+
+
+def small_backbone() -> nn.Sequential:
+    return synchronized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.device("cpu"))
+
+
+def meets_an_unreadable_image(rank: int, folder: str) -> None:
+    ranks, backbone = Ranks(), small_backbone()
+    source = damaged_photos(folder, rank, 2, "error")
     for evaluates in (
         lambda: evaluation.evaluate(backbone, source, 5, ranks),
         lambda: evaluation.nearest_neighbours(backbone, source, ranks),
@@ -231,13 +295,27 @@ def meets_an_unreadable_image(rank: int, folder: str) -> None:
     assert backbone.training
 
 
-def test_an_image_that_one_rank_cannot_read_is_an_error_on_all_in_every_evaluation(
+def does_without(rank: int, folder: str) -> tuple[dict[str, float], Tensor, set[str]]:
+    ranks = Ranks()
+    source = damaged_photos(folder, rank, ranks.size, "skip")
+    accuracy = evaluation.nearest_neighbours(small_backbone(), source, ranks)
+    views = torch.cat([target for target, _, _ in source.train_views(0, 0)])
+    return accuracy, views, set(source.bad.of_all(ranks))
+
+
+def test_an_image_that_one_rank_cannot_read_is_an_error_on_all_or_is_skipped_as_one_process_skips_it(
     two_ranks: Any, tmp_path: Path
 ) -> None:
     tree = make_tree(tmp_path / "tree", train=6)
-    spoiled = min((tree / "train").rglob("0.jpg"))
-    spoiled.write_bytes(b"no image")
+    spoiled = {str(tree / split / "class0" / "0.jpg") for split in ("train", "val")}
+    for path in spoiled:
+        Path(path).write_bytes(b"no image")
     two_ranks.run(meets_an_unreadable_image, str(tree))
+    accuracy, views, found = does_without(0, str(tree))
+    assert found == spoiled
+    runs = two_ranks.run(does_without, str(tree))
+    assert [run[::2] for run in runs] == [(accuracy, spoiled)] * 2
+    assert torch.equal(torch.stack([view.view(2, 4, *view.shape[1:]) for _, view, _ in runs], 1).view_as(views), views)
 
 
 # BatchNorm
@@ -295,3 +373,43 @@ def test_shuffled_batchnorm_sees_images_of_all_ranks_and_gives_each_its_own_back
     seen = ranks.run(shuffles)
     assert sorted(image for images in seen for image in images) == list(range(6 * ranks.size))
     assert all(len({image // 6 for image in images}) > 1 for images in seen)
+
+
+# What ends a run ends it on all ranks
+
+
+def diverges(rank: int, folder: str) -> int:
+    given = vars(build_parser("").parse_args(["--out", folder, "--steps", "12"]))
+    trainer, _ = imagenet_train.prepare(given, Ranks(), torch.device("cpu"))
+    train_step = trainer._train_step
+
+    def spoiled(views: Any) -> None:
+        train_step(views)
+        if rank == 1:
+            trainer.averages.sums[0, 0] = torch.nan
+
+    trainer._train_step = spoiled
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("training.trainer.CHECK_EVERY", 5)
+        with pytest.raises(Diverged, match="the loss became nan by step 5 of 12"):
+            trainer.train(StopRequest(), lambda row: None)
+    return trainer.step
+
+
+def test_a_loss_that_is_nan_on_one_rank_ends_all_at_the_same_step(two_ranks: Any, tmp_path: Path) -> None:
+    assert two_ranks.run(diverges, str(tmp_path / "run")) == [5, 5]
+
+
+def finds_another_run(rank: int, folder: str) -> str:
+    given = vars(build_parser("").parse_args(["--out", folder, "--steps", "1"]))
+    with FolderLock() as theirs, FolderLock() as ours:
+        if rank == 0:
+            theirs.take(Path(folder))
+        with pytest.raises(ValueError, match="in use by") as raised:
+            imagenet_train.prepare(given, Ranks(), torch.device("cpu"), ours)
+    return str(raised.value)
+
+
+def test_a_folder_in_use_is_an_error_on_all_ranks(two_ranks: Any, tmp_path: Path) -> None:
+    own, others = two_ranks.run(finds_another_run, str(tmp_path))
+    assert others == f"rank 0: {own}"

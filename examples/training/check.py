@@ -1,0 +1,39 @@
+"""A look at every image file before a run."""
+
+import sys
+
+from tqdm import tqdm
+
+from msf_core.distributed import Ranks
+from training.data import BadImages, DataSource, Photos
+from training.folders import printable
+from training.ranks import shared
+
+
+def check_images(source: DataSource, ranks: Ranks) -> int:
+    """Read all images, each rank its part, and print those that cannot be read; return 1 if there are any, else 0."""
+    if not isinstance(source, Photos):
+        print("these images are not read from image files: there is nothing to check")
+        return 0
+    summary = []
+    status = 0
+    for split in ("train", "val") if source.has_val else ("train",):
+        bad, size = BadImages("skip"), source.size(split)
+        with shared(ranks), progress_bar(f"reading {split}", size, ranks) as bar:
+            for count in source.check(split, list(range(ranks.rank, size, ranks.size)), bad):
+                bar.update(count * ranks.size)
+        found = bad.of_all(ranks)
+        if ranks.rank == 0:
+            for path, reason in sorted(found.items()):
+                print(f"{printable(path)}: {reason}")
+        summary.append(f"{len(found):,} of {size:,} images in {split}")
+        status |= bool(found)
+    if ranks.rank == 0:
+        print(f"{' and '.join(summary)} cannot be read")
+    return status
+
+
+def progress_bar(what: str, total: int, ranks: Ranks) -> "tqdm[None]":
+    """Return a bar that rank 0 shows; a log file gets a line now and then."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(desc=what, unit="image", total=total, disable=ranks.rank > 0, mininterval=interval)
