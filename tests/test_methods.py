@@ -324,7 +324,7 @@ def test_a_folder_without_val_is_divided_class_by_class_the_same_for_all_runs(tm
         names = source.names()
         assert len(names) == 15
         assert (seed, names) in [(0, names), (1, names)]
-        first, second, _ = next(source.train_views(0, 0))
+        first, second, *_ = next(source.train_views(0, 0))
         assert first.shape == second.shape == (4, 3, 16, 16)
     assert not set(parts_of(torch.tensor([0] * 5 + [1] * 5), 0.2)[0]) & set(
         parts_of(torch.tensor([0] * 5 + [1] * 5), 0.2)[1]
