@@ -109,7 +109,7 @@ def test_every_experiment_is_a_grid_of_flags_that_the_trainer_takes(tmp_path: Pa
     [
         (["nosuch"], "no experiment 'nosuch': there are k, quick"),
         (["k", "--seeds", "0"], "--seeds must be at least 1"),
-        (["k", "--", "--lr", "-1"], "--lr must be at least 0"),
+        (["k", "--", "--lr", "-1"], "--lr: must be at least 0"),
         (["k", "--", "--nosuch"], "unrecognized arguments: --nosuch"),
         (["bank", "--", "--k", "100"], "--k must be at most --bank-size, 64"),
     ],

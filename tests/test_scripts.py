@@ -19,6 +19,7 @@ STARTS = {  # script -> (arguments, what it says, what must be there)
     "knn_cost.py": (["--rows", "0"], "usage: knn_cost.py", "numpy"),
     "ema_cost.py": (["--repeats", "0"], "usage: ema_cost.py", "numpy"),
     "lightly_bank.py": (["--repeats", "0"], "usage: lightly_bank.py", "lightly"),
+    "methods.py": (["--seeds", "0"], "usage: methods.py", "lightly"),
     "tune_triton.py": ([], "PyTorch sees no CUDA device here", "triton"),
 }
 ONE_AFTER_ANOTHER = """

@@ -23,12 +23,16 @@ class Digits:
     workers: int | None = None
     found = Found()
 
-    def __init__(self, augmentation: str, share: Share, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, augmentation: str, share: Share, seed: int, device: torch.device, validation: float = 0.0
+    ) -> None:
         pixels, labels = load_digits(return_X_y=True)
         images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
         images = F.interpolate(images, size=(16, 16), mode="bicubic", align_corners=False).clamp_(0, 1)
         # The split is the same for every seed, so that runs of several seeds are tested on the same images.
         train, val = train_test_split(np.arange(len(labels)), test_size=450, stratify=labels, random_state=0)
+        if validation:  # that share of the training images is tested on, so that choices need no test image
+            train, val = train_test_split(train, test_size=validation, stratify=labels[train], random_state=0)
         self._images = {split: images[ids].to(device) for split, ids in (("train", train), ("val", val))}
         self._labels = {split: torch.tensor(labels[ids]).to(device) for split, ids in (("train", train), ("val", val))}
         self._mean, self._std = float(images[train].mean()), float(images[train].std())

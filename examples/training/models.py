@@ -17,20 +17,20 @@ _RESNETS = ("resnet", "resnext", "wide_resnet")
 
 
 class DigitsResNet(nn.Module):
-    """A residual network for 16×16 grey images: 96 features, 173 thousand parameters."""
+    """A residual network for small images, as the digits of 16×16: 96 features, 173 thousand parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(1, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(inplace=True)
+            nn.Conv2d(channels, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(inplace=True)
         )
         self.blocks = nn.Sequential(
             BasicBlock(24, 24), BasicBlock(24, 48, 2, _shortcut(24, 48)), BasicBlock(48, 96, 2, _shortcut(48, 96))
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features [B, 96] of images [B, 1, 16, 16]."""
-        maps: Tensor = self.blocks(self.stem(images))  # [B, 96, 2, 2]
+        """Return features [B, 96] of images [B, channels, H, W]."""
+        maps: Tensor = self.blocks(self.stem(images))  # [B, 96, H/8, W/8]
         return maps.mean(dim=(2, 3))
 
 
@@ -68,7 +68,7 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int], stem: str = "im
             for what is no ResNet of torchvision's.
     """
     if arch == "digits":
-        backbone: nn.Module = DigitsResNet()
+        backbone: nn.Module = DigitsResNet(image_shape[0])
     elif arch in torchvision.models.list_models(module=torchvision.models):
         backbone = torchvision.models.get_model(arch, weights=None)
         remove_classifier(backbone, arch)

@@ -37,8 +37,9 @@ class Photos:
 
     A worker sends the two crops of an image as uint8, and the row of draws of which the rest of its views is made.
     ``train`` is what the encoder learns from, ``gallery`` what evaluation calls "train" (the same, unless most
-    of it has no labels), ``val`` what it tests on. ``bad`` notes what cannot be read. Where that is skipped, training
-    sees another image of the training set in its place, a classifier another of those that it is trained on, and
+    of it has no labels), ``val`` what it tests on. ``views`` of target and online encoder serve instead of those
+    that ``augmentation`` and ``blur`` name. ``bad`` notes what cannot be read. Where that is skipped, training sees
+    another image of the training set in its place, a classifier another of those that it is trained on, and
     evaluation does without.
     """
 
@@ -57,6 +58,7 @@ class Photos:
         workers: int,
         seed: int,
         device: torch.device,
+        views: tuple[View, View] | None = None,
         bad: BadImages | None = None,
     ) -> None:
         self.bad = BadImages() if bad is None else bad
@@ -69,7 +71,7 @@ class Photos:
         self._sets = {"train": _Centred(train if gallery is None else gallery, size)}
         if val is not None:
             self._sets["val"] = _Centred(val, size)
-        views = views_of(augmentation, blur)
+        views = views_of(augmentation, blur) if views is None else views
         self._device = device
         self._normalized = Normalization(IMAGENET_MEAN, IMAGENET_STD, device)
         self._target, self._online, self._classifier = (

@@ -245,7 +245,10 @@ def build_parser(description: str, examples: str = "") -> Parser:
                     options["metavar"] = _METAVARS.get(name, {int: "N", float: "X"}.get(type(default), "NAME"))
             group.add_argument(flag_of(name), **options)
     parser.add_argument(
-        "--check-images", action="store_true", help="read every image, list those that cannot be read, and end"
+        "--check-images",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="read every image, list those that cannot be read, and end",
     )
     return parser
 

@@ -28,7 +28,7 @@ class Split:
 
 
 class SmallImages:
-    """Images of one size. ``train``, ``gallery`` and ``val`` are as in `Photos`."""
+    """Images of one size. ``train``, ``gallery``, ``val`` and ``views`` are as in `Photos`."""
 
     has_labels = has_val = True
     workers: int | None = None
@@ -46,6 +46,7 @@ class SmallImages:
         share: Share,
         seed: int,
         device: torch.device,
+        views: tuple[View, View] | None = None,
     ) -> None:
         self.bad = BadImages()
         self.image_shape = (3, size, size)
@@ -59,7 +60,7 @@ class SmallImages:
             "train": self._learned if gallery is None else _placed(gallery, device),
             "val": _placed(val, device),
         }
-        self._views = views_of(augmentation, blur)
+        self._views = views_of(augmentation, blur) if views is None else views
         self._target, self._online, self._classifier = (
             Rendering(view, size, mean, std, device) for view in (*self._views, SUPERVISED)
         )

@@ -299,7 +299,7 @@ def does_without(rank: int, folder: str) -> tuple[dict[str, float], Tensor, set[
     ranks = Ranks()
     source = damaged_photos(folder, rank, ranks.size, "skip")
     accuracy = evaluation.nearest_neighbours(small_backbone(), source, ranks)
-    views = torch.cat([target for target, _, _ in source.train_views(0, 0)])
+    views = torch.cat([target for target, *_ in source.train_views(0, 0)])
     return accuracy, views, set(source.bad.of_all(ranks))
 
 
