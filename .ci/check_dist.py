@@ -16,7 +16,7 @@ from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 
 PARTS = ("msf_core", "tests", "docs", "examples", "benchmarks")  # folders of the sdist
-ROOT_FILES = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+ROOT_FILES = {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"}
 RECORDS = {".md", ".png"}  # of benchmarks/results; the .jsonl beside them stay in the repository
 
 

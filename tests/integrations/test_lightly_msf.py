@@ -98,7 +98,7 @@ def test_taken_back_the_diff_leaves_lightlys_byol(run: Run, tmp_path: Path, caps
     assert all(-1 <= loss <= 1 for loss in printed)
 
 
-def test_the_diff_makes_the_example_of_byol_in_the_fewer_than_15_lines_of_the_readme() -> None:
+def test_the_diff_makes_the_example_of_byol_in_fewer_than_15_lines() -> None:
     text = byol()
     for before, after in hunks():
         assert text.count(before) == 1
@@ -107,8 +107,8 @@ def test_the_diff_makes_the_example_of_byol_in_the_fewer_than_15_lines_of_the_re
     body = DIFF.read_text(encoding="utf-8").split("+++ byol.py\n")[1]
     changed = [line for line in body.splitlines() if line[0] in "+-"]
     assert 0 < len(changed) < 15
-    readme = (EXAMPLE.parents[2] / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(["```diff", *changed, "```"]) in readme
+    page = (EXAMPLE.parents[2] / "docs" / "integrations" / "lightly.md").read_text(encoding="utf-8")
+    assert "{literalinclude} ../../examples/integrations/lightly_byol_to_msf.diff\n" in page
 
 
 def test_patch_takes_the_diff(tmp_path: Path) -> None:
