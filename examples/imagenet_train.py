@@ -1,4 +1,4 @@
-"""Train an encoder by Mean Shift (MSF, ICCV 2021), and show what its neighbours have become.
+"""Train an encoder by Mean Shift (MSF, ICCV 2021), and show what its neighbors have become.
 
 Needs: pip install 'msf_core[examples]'
 

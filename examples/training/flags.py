@@ -96,6 +96,18 @@ def finite(
     return parse
 
 
+def not_empty(text: str) -> str:
+    """Return the text: the type of a flag for which an unset variable of a shell script must not pass as ``.``.
+
+    >>> not_empty("")
+    Traceback (most recent call last):
+    argparse.ArgumentTypeError: must not be empty
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def existing_folder(flag: str, text: str) -> Path:
     """Return the folder that a flag names.
 

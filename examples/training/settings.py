@@ -9,7 +9,7 @@ from typing import Any
 
 from training.augment import AUGMENTATIONS
 from training.bad_images import ACTIONS, LIST
-from training.flags import Parser, finite, whole
+from training.flags import Parser, finite, not_empty, whole
 from training.loggers import LOGGERS
 from training.source import DataSource
 
@@ -199,7 +199,8 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("checkpoint_every", "timeout"), whole(1)),
     **dict.fromkeys(("lr", "sgd_momentum", "weight_decay"), finite(0)),
     **dict.fromkeys(("momentum", "blur"), finite(0, 1)),
-    "image_size": whole(8),
+    "image_size": whole(8, 4096),
+    **dict.fromkeys(("data", "out", "resume"), not_empty),
     "workers": whole(-1),
     "seed": whole(0, 2**63 - 1),
 }
