@@ -426,7 +426,20 @@ def training_run(task: Task, steps: int, folder: str) -> Record:
     flags += ["--device", str(task.device), "--steps", str(steps), "--checkpoint-every", "10000"]
     flags += ["--out", f"{folder}/run"]
     if task.device.type == "cpu":  # a trial of this benchmark
-        flags += ["--arch", "resnet18", "--stem", "imagenet", "--hidden", "64", "--dim", "32", "--bank-size", "256", "--k", "2"]
+        flags += [
+            "--arch",
+            "resnet18",
+            "--stem",
+            "imagenet",
+            "--hidden",
+            "64",
+            "--dim",
+            "32",
+            "--bank-size",
+            "256",
+            "--k",
+            "2",
+        ]
     with contextlib.redirect_stdout(io.StringIO()):
         status = imagenet_train.main(flags)
     if status:

@@ -16,19 +16,19 @@ which the authors use, comes near one by box blurs).
 Labels serve purity and evaluation alone, unless --same-label is given; a folder of images without labels works.
 """
 
+from training import interrupts
+
+if __name__ == "__main__":
+    interrupts.leave_on_interrupt()
+
 import contextlib
 import json
-import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":  # a Ctrl-C ends it without a traceback during the imports, which take seconds
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ from training.bad_images import LIST, write_list
 from training.check import check_images
 from training.checkpoint import check_sharded_checkpoints, load_checkpoint, load_shards, save_checkpoint
 from training.data import UNKNOWN, UNREADABLE, BadImages, DataSource, Share, open_source, seed_of
+from training.ending import OUT_OF_MEMORY, WRONG_INPUT, status_of, telling
 from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warmed_up
 from training.features import features_of
 from training.flags import writable_folder
@@ -48,7 +49,6 @@ from training.health import warnings_of
 from training.lock import FolderLock
 from training.loggers import Logger, check_logger, open_logger
 from training.models import export_backbone, stem_of
-from training.peers import lost_touch, told_in_a_line
 from training.pictures import draw_curves, draw_neighbors
 from training.ranks import joined, may_restart, restarted, shared
 from training.report import (
@@ -74,6 +74,7 @@ from training.settings import (
 )
 from training.trainer import STATE, Diverged, StopRequest, Trainer
 
+PROGRAM = "imagenet_train.py"
 RAW_LIMIT = 10_000  # training images up to which raw pixels are evaluated: every pixel is a feature
 SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
 REDRAW = 60.0  # seconds between drawings of curves.png, each of which takes one or two
@@ -85,43 +86,34 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: the flags; None are those of the command line.
     """
+    return status_of(PROGRAM, lambda: train(arguments))
+
+
+def train(arguments: list[str] | None) -> int:
+    """Do what the flags say; return the exit status.
+
+    Raises:
+        SystemExit: after --help, and after an error, which has been told.
+        LostRank: a rank does not answer.
+    """
     title, _, examples, *_ = (__doc__ or "\n\n\n\n").split("\n\n")
     parser = build_parser(title, f"examples:\n{examples}")
-    parser.prog = "imagenet_train.py"  # in a notebook the program is another
-    try:
-        given = vars(parser.parse_args(arguments))
-    except SystemExit as end:  # --help, or a flag that it refuses
-        leave_the_word_to_rank_0()
-        return int(end.code or 0)
+    parser.prog = PROGRAM  # in a notebook the program is another
+    given = vars(parser.parse_args(arguments))
     check_alone = given.pop("check_images", False)
     timeout = given.get("timeout", Settings.timeout)
     with ExitStack() as stack:
-        stack.enter_context(told_in_a_line(parser.prog))
-        try:
+        with telling(PROGRAM, kinds=WRONG_INPUT):
             ranks, device = stack.enter_context(joined(given.get("device", Settings.device), timeout))
+        with telling(PROGRAM, ranks, WRONG_INPUT):
             if check_alone:
                 return check_images(source_of(settings_of(given, ranks)[0], ranks, device), ranks)
             # Where torchrun starts it again on another machine, a file server may not yet know that the first one died.
             lock = stack.enter_context(FolderLock(patience=timeout / 2 if restarted() else 0))
             trainer, folder = prepare(given, ranks, device, lock)
-        except (ValueError, ImportError, RuntimeError, OSError) as error:
-            if lost_touch(error) and dist.is_initialized():
-                raise  # `joined` finds out whom
-            leave_the_word_to_rank_0()
-            print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
         stop = stack.enter_context(StopRequest())
-        return run(trainer, folder, stop)
-
-
-def leave_the_word_to_rank_0(seconds: float = 10) -> None:
-    """On another rank, wait before saying what is wrong and ending: rank 0 mostly says the same.
-
-    Once it has ended, torchrun ends the others on its machine.
-    """
-    if int(os.environ.get("RANK", 0)):
-        sys.stdout.flush()
-        time.sleep(seconds)
+        with telling(PROGRAM, ranks, OUT_OF_MEMORY, status=1):
+            return run(trainer, folder, stop)
 
 
 def prepare(
@@ -593,7 +585,4 @@ def verdict(rows: dict[str, dict[str, float]], name: str, last: Row, *, with_lab
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    finally:
-        signal.signal(signal.SIGINT, before)  # IPython's %run goes on
+    interrupts.run_script(main)

@@ -504,16 +504,28 @@ def test_main_returns_a_status_in_a_thread_and_in_an_event_loop_as_notebooks_hav
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_ctrl_c_during_the_imports_is_no_traceback() -> None:
-    script = "import runpy, signal, sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1])\n"
-    script += (
-        "class Finder:\n def find_spec(self, name, *_):\n  name == 'torch' and signal.raise_signal(signal.SIGINT)\n"
-    )
-    script += "del sys.modules['torch']; sys.meta_path.insert(0, Finder())\n"
-    script += "runpy.run_path(sys.argv[2], run_name='__main__')"
-    command = [sys.executable, "-c", script, str(SCRIPT.parent), str(SCRIPT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+@pytest.mark.usefixtures("_untrained_is_not_evaluated")
+def test_no_memory_and_ctrl_c_are_one_line_and_a_bug_is_raised(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(error: BaseException) -> int:
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Trainer, "train", fail)
+        return train("--steps", 1, "--out", tmp_path / "run")
+
+    for error, status, line in (
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), 1, "error: CUDA out of memory. Tried to"),
+        (MemoryError(), 1, "error: MemoryError\n"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),  # the second one: the first lets the step end
+    ):
+        assert ends(error) == status
+        said = capsys.readouterr().err.strip("\n") + "\n"
+        assert said.startswith(f"imagenet_train.py: {line}")
+        assert said.count("\n") == 1
+    with pytest.raises(AssertionError, match="a bug"):
+        ends(AssertionError("a bug"))
 
 
 def poisoned(step: int) -> Callable[..., None]:
