@@ -44,7 +44,6 @@ from training.ending import OUT_OF_MEMORY, WRONG_INPUT, status_of, telling
 from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warmed_up
 from training.features import features_of
 from training.flags import writable_folder
-from training.folders import printable
 from training.health import warnings_of
 from training.lock import FolderLock
 from training.loggers import Logger, check_logger, open_logger
@@ -62,6 +61,7 @@ from training.report import (
     write_losses,
     written,
 )
+from training.scanning import printable
 from training.settings import (
     Settings,
     build_parser,
