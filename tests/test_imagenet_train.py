@@ -29,6 +29,7 @@ import imagenet_train
 from msf_core import MemoryBank, Neighbors, mean_shift_loss
 from msf_core.distributed import Ranks
 from msf_core.rows import unit_rows
+from training import showing
 from training.data import Digits
 from training.health import measure
 from training.settings import build_parser, complete, resumed
@@ -267,11 +268,11 @@ def test_tensorboard_has_every_number_once_although_the_run_crashed(
 
         def crashing(self: Trainer, *views: torch.Tensor) -> None:
             if self.step == 25:  # the checkpoint is that of step 21
-                raise MemoryError
+                raise AssertionError("a bug")
             train_step(self, *views)
 
         patch.setattr(Trainer, "_train_step", crashing)
-        with pytest.raises(MemoryError):
+        with pytest.raises(AssertionError, match="a bug"):
             train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run")
     assert (tmp_path / "run" / "curves.png").exists()
     assert len(logged(tmp_path / "run")["step/loss"]) == 25
@@ -390,14 +391,12 @@ def test_the_picture_of_neighbors_begins_with_the_earliest_that_are_known(
     shutil.copytree(whole, tmp_path / "run")
     trainer, _ = imagenet_train.prepare({"resume": str(tmp_path / "run")}, Ranks(), torch.device("cpu"))
     drawn: list[str] = []
-    monkeypatch.setattr(
-        imagenet_train, "draw_neighbors", lambda path, queries, rows, title: drawn.append(rows[0]["title"])
-    )
+    monkeypatch.setattr(showing, "draw_neighbors", lambda path, queries, rows, title: drawn.append(rows[0]["title"]))
     neighbors = trainer.notes.pop("untrained_neighbors")
     # Untrained; in a run that version 0.2.0 began, after its first epoch; or not at all.
     for notes in ({"untrained_neighbors": neighbors}, {"first_neighbors": neighbors}, {}):
         trainer.notes = notes
-        imagenet_train.picture(trainer, tmp_path / "neighbors.png", "title")
+        showing.picture(trainer, tmp_path / "neighbors.png", "title")
     assert drawn == ["before training", "after epoch 1", "after epoch 2"]
 
 
