@@ -117,7 +117,7 @@ def test_a_file_name_that_is_no_text_is_read_and_can_be_printed(tmp_path: Path) 
     train, _, found = open_folder(tmp_path)
     assert all(os.path.exists(path) for path in train.paths)
     assert names(train)[1] == "dog\n/caf\udce9.jpg"
-    assert found.lines[1] == "left out: .txt files (2), as cat/\\udce9.txt"
+    assert found.lines[1] == "left out: .txt files (2), as cat/\\xe9.txt"
     "\n".join(found.lines).encode()
 
 

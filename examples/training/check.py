@@ -6,8 +6,8 @@ from tqdm import tqdm
 
 from msf_core.distributed import Ranks
 from training.data import BadImages, DataSource, Photos
-from training.folders import printable
 from training.ranks import shared
+from training.scanning import printable
 
 
 def check_images(source: DataSource, ranks: Ranks) -> int:

@@ -1,10 +1,8 @@
 """The flags, and what they are when not given: the paper's settings, or a small recipe for small images."""
 
 import argparse
-import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from training.augment import AUGMENTATIONS
@@ -366,21 +364,3 @@ def check_division(settings: Settings, ranks: int) -> None:
         ways = [f"{ranks} ranks"] * (ranks > 1) + [f"--accumulate {settings.accumulate}"] * (settings.accumulate > 1)
         evenly = f", divided evenly by {' x '.join(ways)}" if ways else ""
         raise ValueError(f"--batch-size must be at least {2 * parts} for BatchNorm{evenly}, got {settings.batch_size}")
-
-
-def new_run_folder(dataset: str) -> Path:
-    """Make a new folder below runs/, named after the data set, and return it.
-
-    Raises:
-        ValueError: nothing can be written there.
-    """
-    for number in itertools.count(1):
-        folder = Path("runs") / (dataset if number == 1 else f"{dataset}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ValueError(f"no folder can be made below runs/: {error.strerror}; choose one with --out") from None
-    raise AssertionError("unreachable")
