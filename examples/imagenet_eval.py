@@ -12,57 +12,46 @@ Needs: pip install 'msf_core[examples]'
 Each writes a JSON record of the whole protocol, beside the encoder or to --out.
 """
 
-from evaluating import interrupts
+from training import interrupts
 
 if __name__ == "__main__":
     interrupts.leave_on_interrupt()
 
-import argparse
-import os
-import sys
 import time
+from contextlib import ExitStack
 
 from evaluating.arguments import PROGRAM, build_parser, check_flags
 from evaluating.commands import COMMANDS, check_device
-from evaluating.errors import Told, tell, telling_once
 from evaluating.record import record_path, report
 from training.bad_images import LIST, write_list
-from training.flags import speaks
+from training.ending import status_of, telling
 from training.ranks import joined, shared
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the script; return its exit status: 0, 2 after an error, 130 after Ctrl-C. Both are told in one line.
+    """Run the script; return its exit status: 0, 2 after an error, 1 where a rank was lost, 130 after Ctrl-C.
 
-    Raises:
-        SystemExit: by argparse, after --help or for a flag that it does not understand.
+    Args:
+        arguments: the flags; None are those of the command line.
     """
-    try:
-        flags = build_parser((__doc__ or "").partition("\n\n")[0]).parse_args(arguments)
-        evaluate(flags)
-    except KeyboardInterrupt:
-        if not int(os.environ.get("RANK", 0)):
-            print(f"\n{PROGRAM}: {interrupts.LINE}", file=sys.stderr, flush=True)
-        return interrupts.STATUS
-    except Told:
-        return 2
-    except Exception as error:
-        if speaks():
-            tell(PROGRAM, error)
-        return 2
-    return 0
+    return status_of(PROGRAM, lambda: evaluate(arguments))
 
 
-def evaluate(flags: argparse.Namespace) -> None:
-    """Do what the flags say.
+def evaluate(arguments: list[str] | None) -> int:
+    """Do what the flags say, and return 0.
 
     Raises:
-        Exception: whatever befalls this rank or another one, or `Told` if it has been printed.
+        SystemExit: after --help, and after an error, which has been told.
+        LostRank: a rank does not answer.
     """
     started = time.perf_counter()
-    check_flags(flags)
-    check_device(flags.device)
-    with joined(flags.device, flags.timeout) as (ranks, device), telling_once(PROGRAM, ranks):
+    flags = build_parser((__doc__ or "").partition("\n\n")[0]).parse_args(arguments)
+    with ExitStack() as stack:
+        with telling(PROGRAM):
+            check_flags(flags)
+            check_device(flags.device)
+            ranks, device = stack.enter_context(joined(flags.device, flags.timeout))
+        stack.enter_context(telling(PROGRAM, ranks))
         prepare, measure = COMMANDS[flags.command]
         with shared(ranks):
             if ranks.rank == 0:
@@ -77,6 +66,7 @@ def evaluate(flags: argparse.Namespace) -> None:
                 write_list(path.parent / LIST, found)
                 print(f"{len(found):,} images could not be read: {path.parent / LIST} names them")
             report(subject, protocol, row, path, time.perf_counter() - started)
+    return 0
 
 
 if __name__ == "__main__":

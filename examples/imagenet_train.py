@@ -1,4 +1,4 @@
-"""Train an encoder by Mean Shift (MSF, ICCV 2021), and show what its neighbours have become.
+"""Train an encoder by Mean Shift (MSF, ICCV 2021), and show what its neighbors have become.
 
 Needs: pip install 'msf_core[examples]'
 
@@ -16,10 +16,13 @@ which the authors use, comes near one by box blurs).
 Labels serve purity and evaluation alone, unless --same-label is given; a folder of images without labels works.
 """
 
+from training import interrupts
+
+if __name__ == "__main__":
+    interrupts.leave_on_interrupt()
+
 import contextlib
 import json
-import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -27,55 +30,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # a Ctrl-C ends it without a traceback during the imports, which take seconds
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from msf_core.distributed import Ranks
-from msf_core.search import find_backend
 from training.bad_images import LIST, write_list
 from training.check import check_images
 from training.checkpoint import check_sharded_checkpoints, load_checkpoint, load_shards, save_checkpoint
-from training.data import UNKNOWN, UNREADABLE, BadImages, DataSource, Share, open_source, seed_of
-from training.evaluation import PROBE_LIMIT, evaluate, nearest_neighbours, warmed_up
-from training.features import features_of
+from training.data import BadImages, DataSource, Share, open_source
+from training.ending import OUT_OF_MEMORY, WRONG_INPUT, status_of, telling
+from training.evaluation import nearest_neighbours
 from training.flags import writable_folder
-from training.folders import printable
-from training.health import warnings_of
 from training.lock import FolderLock
 from training.loggers import Logger, check_logger, open_logger
-from training.models import export_backbone, stem_of
-from training.peers import lost_touch, told_in_a_line
-from training.pictures import draw_curves, draw_neighbors
-from training.ranks import joined, may_restart, restarted, shared
-from training.report import (
-    Row,
-    environment,
-    in_words,
-    keep_losses,
-    read_losses,
-    table,
-    write_csv,
-    write_losses,
-    written,
-)
-from training.settings import (
-    Settings,
-    build_parser,
-    check_division,
-    check_source,
-    complete,
-    is_old,
-    new_run_folder,
-    resumed,
-)
+from training.models import stem_of
+from training.ranks import joined, restarted, shared
+from training.report import Row, keep_losses, write_csv, write_losses, written
+from training.run_folder import checkpoint_of, folder_of, has_checkpoint, new_run_folder, occupy
+from training.run_logging import catch_up, log, log_losses, numbers_of
+from training.scanning import printable
+from training.settings import Settings, build_parser, check_division, check_source, complete, is_old, resumed
+from training.showing import add_rows_before, export, redraw_curves, report, rows_after
 from training.trainer import STATE, Diverged, StopRequest, Trainer
 
-RAW_LIMIT = 10_000  # training images up to which raw pixels are evaluated: every pixel is a feature
-SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
+PROGRAM = "imagenet_train.py"
 REDRAW = 60.0  # seconds between drawings of curves.png, each of which takes one or two
 
 
@@ -85,43 +64,35 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: the flags; None are those of the command line.
     """
+    return status_of(PROGRAM, lambda: train(arguments))
+
+
+def train(arguments: list[str] | None) -> int:
+    """Do what the flags say; return the exit status.
+
+    Raises:
+        SystemExit: after --help, and after an error, which has been told.
+        LostRank: a rank does not answer.
+    """
     title, _, examples, *_ = (__doc__ or "\n\n\n\n").split("\n\n")
     parser = build_parser(title, f"examples:\n{examples}")
-    parser.prog = "imagenet_train.py"  # in a notebook the program is another
-    try:
-        given = vars(parser.parse_args(arguments))
-    except SystemExit as end:  # --help, or a flag that it refuses
-        leave_the_word_to_rank_0()
-        return int(end.code or 0)
+    parser.prog = PROGRAM  # in a notebook the program is another
+    given = vars(parser.parse_args(arguments))
     check_alone = given.pop("check_images", False)
     timeout = given.get("timeout", Settings.timeout)
     with ExitStack() as stack:
-        stack.enter_context(told_in_a_line(parser.prog))
-        try:
+        with telling(PROGRAM, kinds=WRONG_INPUT):
             ranks, device = stack.enter_context(joined(given.get("device", Settings.device), timeout))
+        with telling(PROGRAM, ranks, WRONG_INPUT):
             if check_alone:
                 return check_images(source_of(settings_of(given, ranks)[0], ranks, device), ranks)
             # Where torchrun starts it again on another machine, a file server may not yet know that the first one died.
             lock = stack.enter_context(FolderLock(patience=timeout / 2 if restarted() else 0))
             trainer, folder = prepare(given, ranks, device, lock)
-        except (ValueError, ImportError, RuntimeError, OSError) as error:
-            if lost_touch(error) and dist.is_initialized():
-                raise  # `joined` finds out whom
-            leave_the_word_to_rank_0()
-            print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        stop = stack.enter_context(StopRequest())
-        return run(trainer, folder, stop)
-
-
-def leave_the_word_to_rank_0(seconds: float = 10) -> None:
-    """On another rank, wait before saying what is wrong and ending: rank 0 mostly says the same.
-
-    Once it has ended, torchrun ends the others on its machine.
-    """
-    if int(os.environ.get("RANK", 0)):
-        sys.stdout.flush()
-        time.sleep(seconds)
+            stop = stack.enter_context(StopRequest())
+            logger = begin(trainer, folder)
+        with telling(PROGRAM, ranks, OUT_OF_MEMORY, status=1):
+            return run(trainer, folder, logger, stop)
 
 
 def prepare(
@@ -200,72 +171,26 @@ def source_of(settings: Settings, ranks: Ranks, device: torch.device) -> DataSou
     )
 
 
-def checkpoint_of(given: dict[str, Any]) -> Path | None:
-    """Return the checkpoint to go on from: the one of --resume, by its file or its folder, or the one in --out.
+def begin(trainer: Trainer, folder: Path) -> Logger:
+    """Say what will happen, and return where the first rank logs it; the others' logger writes nothing.
 
     Raises:
-        ValueError: there is none, or a run that may be restarted has no --out to find its checkpoint in.
+        ImportError, RuntimeError, OSError: the logger cannot be had, on all ranks.
     """
-    resume = given.get("resume", "auto" if restarted() else "")
-    if may_restart() and not given.get("out") and resume in ("", "auto"):
-        raise ValueError("torchrun --max-restarts needs --out DIR: a restarted run looks for its checkpoint there")
-    if resume == "auto":
-        if not given.get("out"):
-            raise ValueError("--resume auto needs --out DIR")
-        path = Path(given["out"]) / "checkpoint.pt"
-        return path if path.exists() else None
-    if not resume:
-        return None
-    path = Path(resume) / "checkpoint.pt" if Path(resume).is_dir() else Path(resume)
-    if not path.is_file():
-        raise ValueError(f"--resume {resume}: no checkpoint at {path}")
-    return path
+    logger = Logger()
+    with shared(trainer.ranks):
+        if trainer.leads:
+            announce(trainer, folder)
+            logger = open_logger(folder, trainer.step, asdict(trainer.settings), trainer.notes)
+            catch_up(logger, trainer, folder)
+    return logger
 
 
-def folder_of(given: dict[str, Any], checkpoint: Path | None) -> Path | None:
-    """Return the folder of the run; None is a new one below runs/."""
-    if given.get("out"):
-        return Path(given["out"])
-    return None if checkpoint is None else checkpoint.parent
-
-
-def occupy(folder: Path, checkpoint: Path | None, lock: FolderLock | None) -> None:
-    """Make the folder of the run, unless it is there, and lock it.
-
-    Args:
-        folder: of the run.
-        checkpoint: that the run goes on from.
-        lock: to take.
-
-    Raises:
-        ValueError: another run is there, or was and has left a checkpoint; or nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if lock is not None:
-            lock.take(folder)
-    except OSError as error:
-        raise ValueError(f"--out: nothing can be written to {folder}: {error.strerror or error}") from None
-    other = checkpoint is None or checkpoint.parent.resolve() != folder.resolve()
-    if other and has_checkpoint(folder):
-        raise ValueError(f"{folder} holds a run: go on with --resume {folder}, or choose another --out")
-
-
-def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
+def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> int:
     """Train, and report; return the exit status. With several ranks, the first of them reports."""
     source, settings = trainer.source, trainer.settings
-    logger, drawn = Logger(), time.monotonic()
+    drawn = time.monotonic()
     reported = trainer.step == trainer.total_steps and (folder / "neighbors.png").exists()
-    try:
-        with shared(trainer.ranks):
-            if trainer.leads:
-                announce(trainer, folder)
-                logger = open_logger(folder, trainer.step, asdict(settings), trainer.notes)
-                catch_up(logger, trainer, folder)
-    except RuntimeError as error:
-        if trainer.leads:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
 
     def after_epoch(row: Row) -> None:
         nonlocal drawn
@@ -300,15 +225,7 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
                 print(f"\nerror: {error}{kept}", file=sys.stderr)
             return 1
         if problem is not None or trainer.step < trainer.total_steps:
-            saved = save(trainer, folder, logger)
-            if trainer.leads:
-                redraw_curves(trainer, folder)
-                then = f"go on with --resume {folder}" if has_checkpoint(folder) else "there is no checkpoint"
-                print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; {then}")
-                if problem is not None:
-                    print(f"error: {problem}", file=sys.stderr)
-                name_bad_images(trainer, folder)
-            return 1 if problem is not None or not saved else 128 + trainer.stopped
+            return stopped(trainer, folder, logger, problem)
         rows: dict[str, float] = {}
         try:
             rows = rows_after(trainer)
@@ -337,15 +254,23 @@ def run(trainer: Trainer, folder: Path, stop: StopRequest) -> int:
     return 0 if problem is None else 1
 
 
+def stopped(trainer: Trainer, folder: Path, logger: Logger, problem: OSError | None) -> int:
+    """Save a run before its end, stopped by a signal or by a problem; say how it goes on, and return the status."""
+    saved = save(trainer, folder, logger)
+    if trainer.leads:
+        redraw_curves(trainer, folder)
+        then = f"go on with --resume {folder}" if has_checkpoint(folder) else "there is no checkpoint"
+        print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; {then}")
+        if problem is not None:
+            print(f"error: {problem}", file=sys.stderr)
+        name_bad_images(trainer, folder)
+    return 1 if problem is not None or not saved else 128 + trainer.stopped
+
+
 def name_bad_images(trainer: Trainer, folder: Path) -> None:
     """Say how many images could not be read, and where they are named."""
     if found := trainer.notes.get("bad_images"):
         print(f"{len(found):,} images could not be read: {folder / LIST} names them")
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Return whether there is one to go on from."""
-    return (folder / "checkpoint.pt").exists()
 
 
 def save(trainer: Trainer, folder: Path, logger: Logger | None = None) -> bool:
@@ -383,69 +308,6 @@ def save(trainer: Trainer, folder: Path, logger: Logger | None = None) -> bool:
     return True
 
 
-def log(logger: Logger, trainer: Trainer) -> None:
-    """Log the loss and the learning rate of every step since the last time; all ranks call it."""
-    losses = trainer.average_losses()
-    if trainer.leads:
-        log_losses(logger, trainer, losses, trainer.step)
-
-
-def log_losses(logger: Logger, trainer: Trainer, losses: list[float], last_step: int) -> None:
-    """Log those of the losses, the last of them of ``last_step``, that have not been logged."""
-    steps = range(max(logger.last_step, last_step - len(losses)), last_step)
-    if steps:
-        logger.last_step = steps.start
-        logger.steps(losses[-len(steps) :], [trainer.lr(step) for step in steps])
-
-
-def catch_up(logger: Logger, trainer: Trainer, folder: Path) -> None:
-    """Log what the run has come to so far, if it is resumed with a logger that it did not have."""
-    if logger.new and trainer.step:
-        losses = read_losses(folder / "losses.csv")
-        first = trainer.step - len(losses)
-        for row in trainer.history:
-            log_losses(logger, trainer, losses[: max(0, row["step"] - first)], row["step"])
-            logger.epoch(row["step"], numbers_of(row))
-        log_losses(logger, trainer, losses, trainer.step)
-
-
-def numbers_of(row: Row) -> dict[str, float]:
-    """Return an epoch's metrics without those that say when it was, and without the rate, which is logged by steps."""
-    return {name: value for name, value in row.items() if name not in ("epoch", "step", "lr")}
-
-
-def redraw_curves(trainer: Trainer, folder: Path) -> None:
-    """Draw the curves of a run that is not at its end; a picture is not worth a run."""
-    try:
-        if trainer.history:
-            draw_curves(folder / "curves.png", trainer.history, title_of(trainer))
-    except OSError as error:
-        print(f"\nwarning: {folder / 'curves.png'} could not be drawn: {error}", file=sys.stderr)
-
-
-def title_of(trainer: Trainer) -> str:
-    """Return the title of a run's pictures."""
-    s = trainer.settings
-    return f"{name_of(s)} on {s.dataset}, seed {s.seed}\n{in_words(environment(trainer.device))}"
-
-
-def name_of(settings: Settings) -> str:
-    """Return what the method is called in the table."""
-    return "BYOL" if settings.method == "byol" else f"MSF, k = {settings.k}"
-
-
-def rows_after(trainer: Trainer) -> dict[str, float]:
-    """Return the table's last row: what the trained encoder is worth; nothing where there is nothing to test on."""
-    if not trainer.source.has_val:
-        return {}
-    return evaluate(trainer.backbone, trainer.source, neighbors_of(trainer), trainer.ranks)
-
-
-def neighbors_of(trainer: Trainer) -> int:
-    """Return how many of its nearest an image's purity is measured with."""
-    return min(max(trainer.settings.k, 5), trainer.source.size("train"))
-
-
 def announce(trainer: Trainer, folder: Path) -> None:
     """Say what will happen."""
     s, source = trainer.settings, trainer.source
@@ -467,133 +329,5 @@ def announce(trainer: Trainer, folder: Path) -> None:
     print(f"writes to {folder}" + (f", from step {trainer.step}" if trainer.step else ""), flush=True)
 
 
-def add_rows_before(trainer: Trainer) -> None:
-    """Note what there is before training: the table's rows, raw pixels where they are few, and the first neighbors."""
-    source, k = trainer.source, neighbors_of(trainer)
-    if trainer.step:
-        return
-    rows: dict[str, dict[str, float]] = {}
-    untrained = warmed_up(trainer.backbone, source, trainer.ranks)
-    if source.has_val and source.size("train") <= PROBE_LIMIT:
-        if source.image_shape[1] <= 32 and source.size("train") <= RAW_LIMIT:
-            rows["raw pixels"] = evaluate(torch.nn.Identity(), source, k, trainer.ranks)
-        rows["untrained"] = evaluate(untrained, source, k, trainer.ranks)
-    with shared(trainer.ranks):
-        if trainer.leads:
-            with source.bad.tolerated():  # a picture is not worth a run
-                trainer.notes["untrained_neighbors"] = find_neighbors(trainer, untrained)
-    trainer.notes["before"] = rows
-
-
-def find_neighbors(trainer: Trainer, backbone: torch.nn.Module) -> list[list[int]]:
-    """Return for a few fixed queries the places of their nearest images in a fixed gallery of training images."""
-    source = trainer.source
-    queries, gallery = shown(source)
-    wanted = (("val" if source.has_val else "train", queries), ("train", gallery))
-    (query_features, _), (gallery_features, labels) = (
-        [torch.cat(parts) for parts in zip(*features_of(backbone, source.images(split, chosen)), strict=True)]
-        for split, chosen in wanted
-    )
-    gallery = [place for place, label in zip(gallery, labels.tolist(), strict=True) if label != UNREADABLE]
-    query_features, gallery_features = (
-        torch.nn.functional.normalize(features, dim=1)
-        for features in (query_features, gallery_features[labels != UNREADABLE])
-    )
-    n = min(SHOWN_NEIGHBORS, len(gallery))
-    _, index = find_backend("auto", trainer.device).topk(query_features, gallery_features, n)
-    return [[gallery[place] for place in places] for places in index.tolist()]
-
-
-def shown(source: DataSource) -> tuple[list[int], list[int]]:
-    """Return the places of the queries and of the gallery: the same at every epoch, apart from one another."""
-    generator = torch.Generator().manual_seed(seed_of(0))
-    order = torch.randperm(source.size("train"), generator=generator).tolist()
-    if source.has_val:
-        queries = torch.randperm(source.size("val"), generator=generator).tolist()[:SHOWN_QUERIES]
-        return queries, order[:GALLERY]
-    count = min(SHOWN_QUERIES, len(order) // 2)
-    return order[:count], order[count : count + GALLERY]
-
-
-def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: float, steps: int) -> None:
-    """Print the table, write pictures, weights and the record."""
-    s, source = trainer.settings, trainer.source
-    name, title = name_of(s), title_of(trainer)
-    export(trainer, folder / "backbone.safetensors")
-    found_with = environment(trainer.device)
-    draw_curves(folder / "curves.png", trainer.history, title)
-    last = trainer.history[-1]
-    print(f"\n{steps:,} steps in {seconds:.0f} s; in the last epoch {last['images_per_second']:.0f} images/s, ", end="")
-    print(f"{last['data_share']:.1%} of the time waiting for data, {last['search_share']:.1%} in the search")
-    rows = dict(trainer.notes["before"])
-    if after:
-        rows[name] = after
-        print(f"\n{table(rows)}\n")
-        record = {
-            "settings": asdict(s),
-            **found_with,
-            "seconds_of_this_session": round(seconds, 1),
-            "rows": rows,
-        }
-        (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
-    picture(trainer, folder / "neighbors.png", title)
-    if after or not source.has_val:
-        print(verdict(rows, name, last, with_labels=s.same_label))
-
-
-def export(trainer: Trainer, path: Path) -> None:
-    """Write the backbone, and what imagenet_eval.py needs to know of it."""
-    s = trainer.settings
-    facts = trainer.source.facts
-    export_backbone(trainer.backbone, path, arch=s.arch, dataset=s.dataset, image_size=s.image_size, **facts)
-
-
-def picture(trainer: Trainer, path: Path, title: str) -> None:
-    """Draw the queries' neighbors before training and at its end."""
-    source = trainer.source
-    queries, _ = shown(source)
-    images, labels = gather(source, "val" if source.has_val else "train", queries)
-    rows = []
-    # A run that version 0.2.0 began knows those after its first epoch; one without any shows the last alone.
-    titles = {"untrained_neighbors": "before training", "first_neighbors": "after epoch 1"}
-    ends = [(title, trainer.notes[key]) for key, title in titles.items() if key in trainer.notes][:1]
-    ends.append((f"after epoch {trainer.total_epochs}", find_neighbors(trainer, trainer.backbone)))
-    for when, found in ends:
-        flat, found_labels = gather(source, "train", [place for places in found for place in places])
-        pairs = found_labels.view(len(found), -1).tolist()
-        right = [
-            [None if UNKNOWN in (one, other) else one == other for other in others]
-            for one, others in zip(labels.tolist(), pairs, strict=True)
-        ]
-        shape = (len(found), len(found[0]), *source.displayable(flat).shape[1:])
-        rows.append({"title": when, "images": source.displayable(flat).reshape(shape), "right": right})
-    draw_neighbors(path, source.displayable(images), rows, f"Queries and their nearest training images: {title}")
-
-
-def gather(source: DataSource, split: str, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the evaluation images and labels at these places; an unreadable image is black, its label UNKNOWN."""
-    parts = list(source.images(split, places))
-    labels = torch.cat([labels.cpu() for _, labels in parts])
-    return torch.cat([images.cpu() for images, _ in parts]), labels.clamp(min=UNKNOWN)
-
-
-def verdict(rows: dict[str, dict[str, float]], name: str, last: Row, *, with_labels: bool = False) -> str:
-    """Say in one sentence what happened; ``with_labels`` where they chose the neighbors."""
-    how = "with labels" if with_labels else "without labels"
-    if warnings := warnings_of(last):
-        return "\n".join(f"warning: {warning}" for warning in warnings)
-    after = rows.get(name, {})
-    if "one_label" in after:
-        others = " and ".join(f"{row['one_label']:.1%} ({title})" for title, row in rows.items() if title != name)
-        return f"{name}, trained {how}: {after['one_label']:.1%} with one label a class, against {others}."
-    if after:
-        return f"{name}: 20-NN accuracy on the test images is {after['nn20']:.1%}, learned {how}."
-    ends = f"the loss is {last['loss']:.3f} and the spread {last['spread']:.2f}"
-    return f"{name}: {ends}; no labeled test images to evaluate on."
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    finally:
-        signal.signal(signal.SIGINT, before)  # IPython's %run goes on
+    interrupts.run_script(main)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,12 @@ import imagenet_train
 from evaluating import subsets
 from evaluating.commands import COMMANDS
 from evaluating.encoders import load_encoder
-from evaluating.errors import LONGEST, in_one_line
 from evaluating.linear import Protocol, Standardize, accuracy, batches_of, train_linear
 from evaluating.paper import comparable
 from evaluating.record import tables, write_whole
 from msf_core.distributed import Ranks
 from training.data import Share, open_source
+from training.ending import LONGEST, in_one_line
 from training.features import Batch, nearest_neighbour_accuracy
 
 CPU = torch.device("cpu")
@@ -369,10 +370,7 @@ WRONG: dict[str, tuple[str, str]] = {
 
 
 def status_of(*arguments: object) -> int:
-    try:
-        return imagenet_eval.main([str(argument) for argument in arguments])
-    except SystemExit as stopped:  # argparse's
-        return int(str(stopped.code))
+    return imagenet_eval.main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())
@@ -456,7 +454,8 @@ def test_an_error_that_nobody_foresaw_and_ctrl_c_are_one_line_too(
         assert capsys.readouterr().err.split("\n")[-2:] == [line, ""]
 
 
-def test_ctrl_c_amid_the_imports_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", [imagenet_eval, imagenet_train], ids=["evaluation", "training"])
+def test_ctrl_c_amid_the_imports_is_one_line(tmp_path: Path, program: ModuleType) -> None:
     """A module that is imported early interrupts the process, and swallows a KeyboardInterrupt."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
@@ -469,7 +468,7 @@ def test_ctrl_c_amid_the_imports_is_one_line(tmp_path: Path) -> None:
         "                raise ImportError('interrupted') from None\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
-    script = Path(imagenet_eval.__file__)
+    script = Path(program.__file__)
     search = os.pathsep.join([str(tmp_path), str(script.parent.parent), str(script.parent)])
     done = subprocess.run(
         [sys.executable, script, "knn", "resnet18"],
@@ -478,7 +477,7 @@ def test_ctrl_c_amid_the_imports_is_one_line(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (130, "imagenet_eval.py: stopped by Ctrl-C\n")
+    assert (done.returncode, done.stderr) == (130, f"{script.name}: stopped by Ctrl-C\n")
 
 
 def test_it_works_in_a_thread(digits_run: Path, photo_run: Path, tmp_path: Path) -> None:
@@ -492,16 +491,19 @@ def test_it_works_in_a_thread(digits_run: Path, photo_run: Path, tmp_path: Path)
     assert statuses == [0, 2]
 
 
-def test_only_the_first_process_of_a_machine_speaks(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The others wait for torchrun to end them."""
-    slept: list[float] = []
-    monkeypatch.setattr("time.sleep", slept.append)
+def test_the_first_process_of_a_machine_speaks_first(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The others wait for torchrun to end them; one that it does not end has an error of its own."""
+    said: list[str] = []  # before it slept
+    monkeypatch.setattr("time.sleep", lambda seconds: said.append(capsys.readouterr().err))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank in (0, 1):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert status_of("knn", "x", "--seed", "x") == status_of("knn", "x", "--device", "gpu") == 2
-        assert len(capsys.readouterr().err.splitlines()) == 2 * (rank == 0)
-    assert len(slept) == 2
+        for flags in (["--seed", "x"], ["--device", "gpu"]):
+            for program, command in ((imagenet_eval, ["knn", "x"]), (imagenet_train, [])):
+                assert program.main([*command, *flags]) == 2
+                assert len(capsys.readouterr().err.splitlines()) == 1
+        assert said == [""] * 4 * rank
+    assert status_of("--help") == imagenet_train.main(["--help"]) == 0
 
 
 # The record

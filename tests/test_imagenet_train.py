@@ -29,6 +29,7 @@ import imagenet_train
 from msf_core import MemoryBank, Neighbors, mean_shift_loss
 from msf_core.distributed import Ranks
 from msf_core.rows import unit_rows
+from training import showing
 from training.data import Digits
 from training.health import measure
 from training.settings import build_parser, complete, resumed
@@ -267,11 +268,11 @@ def test_tensorboard_has_every_number_once_although_the_run_crashed(
 
         def crashing(self: Trainer, *views: torch.Tensor) -> None:
             if self.step == 25:  # the checkpoint is that of step 21
-                raise MemoryError
+                raise AssertionError("a bug")
             train_step(self, *views)
 
         patch.setattr(Trainer, "_train_step", crashing)
-        with pytest.raises(MemoryError):
+        with pytest.raises(AssertionError, match="a bug"):
             train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run")
     assert (tmp_path / "run" / "curves.png").exists()
     assert len(logged(tmp_path / "run")["step/loss"]) == 25
@@ -390,14 +391,12 @@ def test_the_picture_of_neighbors_begins_with_the_earliest_that_are_known(
     shutil.copytree(whole, tmp_path / "run")
     trainer, _ = imagenet_train.prepare({"resume": str(tmp_path / "run")}, Ranks(), torch.device("cpu"))
     drawn: list[str] = []
-    monkeypatch.setattr(
-        imagenet_train, "draw_neighbors", lambda path, queries, rows, title: drawn.append(rows[0]["title"])
-    )
+    monkeypatch.setattr(showing, "draw_neighbors", lambda path, queries, rows, title: drawn.append(rows[0]["title"]))
     neighbors = trainer.notes.pop("untrained_neighbors")
     # Untrained; in a run that version 0.2.0 began, after its first epoch; or not at all.
     for notes in ({"untrained_neighbors": neighbors}, {"first_neighbors": neighbors}, {}):
         trainer.notes = notes
-        imagenet_train.picture(trainer, tmp_path / "neighbors.png", "title")
+        showing.picture(trainer, tmp_path / "neighbors.png", "title")
     assert drawn == ["before training", "after epoch 1", "after epoch 2"]
 
 
@@ -448,7 +447,11 @@ def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pyt
         ("--data TREE/train/class0 --same-label", "--same-label needs labels, and the training images of"),
         ("--dataset folder", "--dataset folder needs --data DIR"),
         ("--dataset digits --data x", "--data goes with"),
-        ("--data /nowhere/at/all", "no such folder: /nowhere/at/all"),
+        ("--data TREE --image-size 100000", "argument --image-size: must be at most 4096, got 100000"),
+        ("--data=", "argument --data: must not be empty"),
+        ("--resume=", "argument --resume: must not be empty"),
+        ("--out=", "argument --out: must not be empty"),
+        ("--data /nowhere/at/all", "--data: no such folder: /nowhere/at/all"),
         ("--arch resnet5000", "--arch: no model 'resnet5000' in torchvision or timm: did you mean resnet50"),
         ("--backend magic", "unknown search backend 'magic'"),
         ("--device warp", "--device must be auto, cpu, cuda or a GPU as cuda:0, got 'warp'"),
@@ -504,16 +507,28 @@ def test_main_returns_a_status_in_a_thread_and_in_an_event_loop_as_notebooks_hav
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_ctrl_c_during_the_imports_is_no_traceback() -> None:
-    script = "import runpy, signal, sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1])\n"
-    script += (
-        "class Finder:\n def find_spec(self, name, *_):\n  name == 'torch' and signal.raise_signal(signal.SIGINT)\n"
-    )
-    script += "del sys.modules['torch']; sys.meta_path.insert(0, Finder())\n"
-    script += "runpy.run_path(sys.argv[2], run_name='__main__')"
-    command = [sys.executable, "-c", script, str(SCRIPT.parent), str(SCRIPT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+@pytest.mark.usefixtures("_untrained_is_not_evaluated")
+def test_no_memory_and_ctrl_c_are_one_line_and_a_bug_is_raised(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(error: BaseException) -> int:
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Trainer, "train", fail)
+        return train("--steps", 1, "--out", tmp_path / "run")
+
+    for error, status, line in (
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), 1, "error: CUDA out of memory. Tried to"),
+        (MemoryError(), 1, "error: MemoryError\n"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),  # the second one: the first lets the step end
+    ):
+        assert ends(error) == status
+        said = capsys.readouterr().err.strip("\n") + "\n"
+        assert said.startswith(f"imagenet_train.py: {line}")
+        assert said.count("\n") == 1
+    with pytest.raises(AssertionError, match="a bug"):
+        ends(AssertionError("a bug"))
 
 
 def poisoned(step: int) -> Callable[..., None]:

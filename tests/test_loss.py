@@ -200,7 +200,7 @@ def reference_of(v: Tensor, u: Tensor, neighbors: Tensor) -> Tensor:
 
 
 @given(cases(BACKENDS))
-@settings(max_examples=80)
+@settings(max_examples=50)
 @example(Case())
 @example(Case(row_dtype=torch.bfloat16, backend="faiss"))
 @example(Case(batch=20, size=13, filled=0))

@@ -194,7 +194,7 @@ def classify_in_a_loop(queries: Tensor, features: Tensor, labels: list[int], k: 
 
 
 @given(
-    queries=st.integers(1, 20),
+    queries=st.integers(1, 7),
     n=st.integers(1, 50),
     dim=st.integers(2, 33),
     classes=st.integers(1, 4),
@@ -203,7 +203,7 @@ def classify_in_a_loop(queries: Tensor, features: Tensor, labels: list[int], k: 
     seed=st.integers(0, 2**31),
     data=st.data(),
 )
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_the_label_is_a_majority_vote_with_ties_to_the_larger_sum(
     queries: int, n: int, dim: int, classes: int, chunk: int, backend: str, seed: int, data: st.DataObject
 ) -> None:

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-import imagenet_train
 from msf_core.distributed import Ranks
 from training import data, evaluation
 from training.augment import DIGITS_VIEWS, DigitsView
@@ -54,7 +53,7 @@ def blank_pictures() -> Iterator[None]:
     """Empty files in place of the trainer's pictures, which take half the time of a run of some steps."""
     with pytest.MonkeyPatch.context() as patch:
         for draw in ("draw_curves", "draw_neighbors"):
-            patch.setattr(imagenet_train, draw, lambda path, *drawn: Image.new("RGB", (8, 8)).save(path))
+            patch.setattr(f"training.showing.{draw}", lambda path, *drawn: Image.new("RGB", (8, 8)).save(path))
         yield
 
 

@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from evaluating.encoders import LoadedEncoder, load_encoder
-from evaluating.errors import in_one_line
 from evaluating.export import LAYOUTS, export_to
 from evaluating.linear import Protocol, Standardize, accuracy, batches_of, train_linear
 from evaluating.subsets import listed, share_of_each_class, some_of_each_class
 from evaluating.transfer import SETS, Parts, TransferSet, classify
 from msf_core.distributed import Ranks
 from training.data import BadImages, DataSource, Photos, Share, open_source, workers_of
+from training.ending import in_one_line
 from training.evaluation import few_labels, linear_probe
 from training.features import (
     NEIGHBORS,

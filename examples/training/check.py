@@ -6,8 +6,8 @@ from tqdm import tqdm
 
 from msf_core.distributed import Ranks
 from training.data import BadImages, DataSource, Photos
-from training.folders import printable
 from training.ranks import shared
+from training.scanning import printable
 
 
 def check_images(source: DataSource, ranks: Ranks) -> int:
@@ -15,6 +15,8 @@ def check_images(source: DataSource, ranks: Ranks) -> int:
     if not isinstance(source, Photos):
         print("these images are not read from image files: there is nothing to check")
         return 0
+    if ranks.rank == 0:
+        print(*source.found.lines, sep="\n")  # what is left out is not checked
     summary = []
     status = 0
     for split in ("train", "val") if source.has_val else ("train",):

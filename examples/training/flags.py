@@ -7,15 +7,14 @@ on one machine's disk need not be on another's.
 
 import argparse
 import math
-import os
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from training.ending import let_the_first_speak
+
 MOST = 2**31 - 1  # of a whole number, unless said otherwise: more than any batch, epoch or second, and no overflow
-PATIENCE = 60  # seconds: what the first process of a machine may need longer than another to import its modules
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,19 +22,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (flags: --help)\n" if speaks() else None)
-
-
-def speaks() -> bool:
-    """Tell whether this process prints an error that all those of this machine have, before they know one another.
-
-    Under torchrun it is the first of them. The others wait here to be ended by torchrun, as soon as the first has
-    printed it and ended: torchrun would otherwise end the first because another one was faster.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["LOCAL_RANK"]) == 0:
-        return True
-    time.sleep(PATIENCE)
-    return False
+        let_the_first_speak()
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (flags: --help)\n")
 
 
 def whole(least: int = 1, most: int = MOST) -> Callable[[str], int]:
@@ -94,6 +82,18 @@ def finite(
         return value
 
     return parse
+
+
+def not_empty(text: str) -> str:
+    """Return the text: the type of a flag for which an unset variable of a shell script must not pass as ``.``.
+
+    >>> not_empty("")
+    Traceback (most recent call last):
+    argparse.ArgumentTypeError: must not be empty
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def existing_folder(flag: str, text: str) -> Path:

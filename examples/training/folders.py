@@ -13,6 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from training.scanning import printable
+
 try:
     from torchvision.io import ImageReadMode, decode_image
 except ImportError:  # torchvision 0.29 calls its decoders deprecated; Pillow reads the same pixels, more slowly
@@ -35,12 +37,6 @@ class UnreadableImage(OSError):
 
     def __reduce__(self) -> Any:
         return UnreadableImage, (self.path, self.reason)
-
-
-def printable(path: str) -> str:
-    r"""Return a path that can be printed: bytes that are not UTF-8 as ``\xff``, line breaks as ``\n``."""
-    text = os.fsencode(path).decode(errors="backslashreplace")
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def read_image(path: str) -> Tensor:

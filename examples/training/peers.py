@@ -7,11 +7,9 @@ have found each other; whoever is waiting in vain says so there, and looks who n
 import os
 import re
 import socket
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -31,16 +29,6 @@ def lost_touch(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         isinstance(error, (LostRank, dist.DistError)) or bool(_SIGNS.search(str(error)))
     )
-
-
-@contextmanager
-def told_in_a_line(program: str) -> Iterator[None]:
-    """End the process with status 1 and one line, not a traceback, when a rank is lost."""
-    try:
-        yield
-    except LostRank as error:
-        print(f"\n{program}: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
 
 
 class Peers:

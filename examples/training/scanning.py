@@ -136,9 +136,10 @@ def joined(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def printable(name: str) -> str:
-    """Return a file name, which may have line breaks in it or be no text at all, as something that can be printed."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+def printable(path: str) -> str:
+    r"""Return a path that can be printed: bytes that are not UTF-8 as ``\xff``, line breaks as ``\n``."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:

@@ -1,15 +1,13 @@
 """The flags, and what they are when not given: the paper's settings, or a small recipe for small images."""
 
 import argparse
-import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from training.augment import AUGMENTATIONS
 from training.bad_images import ACTIONS, LIST
-from training.flags import Parser, finite, whole
+from training.flags import Parser, finite, not_empty, whole
 from training.loggers import LOGGERS
 from training.source import DataSource
 
@@ -199,7 +197,8 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("checkpoint_every", "timeout"), whole(1)),
     **dict.fromkeys(("lr", "sgd_momentum", "weight_decay"), finite(0)),
     **dict.fromkeys(("momentum", "blur"), finite(0, 1)),
-    "image_size": whole(8),
+    "image_size": whole(8, 4096),
+    **dict.fromkeys(("data", "out", "resume"), not_empty),
     "workers": whole(-1),
     "seed": whole(0, 2**63 - 1),
 }
@@ -365,21 +364,3 @@ def check_division(settings: Settings, ranks: int) -> None:
         ways = [f"{ranks} ranks"] * (ranks > 1) + [f"--accumulate {settings.accumulate}"] * (settings.accumulate > 1)
         evenly = f", divided evenly by {' x '.join(ways)}" if ways else ""
         raise ValueError(f"--batch-size must be at least {2 * parts} for BatchNorm{evenly}, got {settings.batch_size}")
-
-
-def new_run_folder(dataset: str) -> Path:
-    """Make a new folder below runs/, named after the data set, and return it.
-
-    Raises:
-        ValueError: nothing can be written there.
-    """
-    for number in itertools.count(1):
-        folder = Path("runs") / (dataset if number == 1 else f"{dataset}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ValueError(f"no folder can be made below runs/: {error.strerror}; choose one with --out") from None
-    raise AssertionError("unreachable")

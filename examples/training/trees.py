@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from training.flags import existing_folder
 from training.folders import read_image
 from training.scanning import LeftOut, Paths, Scan, joined, list_folder, printable
 from training.source import UNKNOWN, Found
@@ -86,8 +87,7 @@ def open_folder(root: Path, val_split: float = 0.0) -> tuple[ImageTree, ImageTre
             classes in ``val`` that ``train`` does not have, or a ``val_split`` that does not go with what is there.
         OSError: a folder cannot be read.
     """
-    if not root.is_dir():
-        raise ValueError(f"no such folder: {root}")
+    existing_folder("--data", str(root))
     left_out = LeftOut()
     train_name, val_name = _splits(root, left_out)
     found = Scan(root / train_name)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch.distributed as dist
 
-from training.peers import LostRank, Peers, lost_touch, told_in_a_line
+from msf_core.distributed import Ranks
+from training.ending import status_of, telling
+from training.peers import LostRank, Peers, lost_touch
 from training.ranks import joined
 
 SILENCE = 1.5
@@ -87,11 +89,16 @@ def test_where_the_store_is_gone_its_keeper_is(peers: list[Peers]) -> None:
 
 
 def test_a_lost_rank_ends_the_process_with_one_line_and_other_errors_are_not_taken_for_it(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit) as ended, told_in_a_line("train.py"):
+    monkeypatch.setattr(Ranks, "size", 2)
+    with pytest.raises(RuntimeError, match="gloo"), telling("train.py", Ranks()):
+        raise RuntimeError("gloo: closed by peer")  # `joined` finds out which rank it was
+
+    def lose() -> int:
         raise LostRank("lost rank 1 on host2: no answer")
-    assert ended.value.code == 1
+
+    assert status_of("train.py", lose) == 1
     assert capsys.readouterr().err == "\ntrain.py: error: lost rank 1 on host2: no answer\n"
     for error in (RuntimeError("shapes do not match"), OSError("gloo.jpg is no image"), ValueError("NCCL")):
         assert not lost_touch(error)

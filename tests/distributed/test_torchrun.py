@@ -68,19 +68,13 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_layout(tmp_path:
 
 @pytest.mark.slow
 def test_a_run_whose_ranks_are_killed_ends_as_if_nothing_had_happened(two_ranks: Any, tmp_path: Path) -> None:
-    """One rank by kill -9 at a step, then all of them while a checkpoint is written; the drill has many more."""
+    """All of them, while a checkpoint is written. A single rank is lost in test_hosts.py, and both in the drill."""
     flags = ["--steps", "63", "--eval-every", "0", "--checkpoint-every", "1", "--bank-layout", "sharded"]
-    plan = {
-        "0": {"name": fault_drill.KILL, "rank": 1, "after": 25},
-        "1": {"name": fault_drill.WRITE, "rank": 0, "after": 1},
-    }
+    plan = {"0": {"name": fault_drill.WRITE, "rank": 0, "after": 22}}
     status, said, events, _ = fault_drill.torchrun(tmp_path / "faulty", [*flags, "--timeout", "60"], plan)
     assert status == 0, said
-    assert [event["start"] for event in events if "start" in event] == [0, 21, 21]
-    assert [(event["fault"], event["step"]) for event in events if "fault" in event] == [
-        (fault_drill.KILL, 25),
-        (fault_drill.WRITE, 42),
-    ]
+    assert [event["start"] for event in events if "start" in event] == [0, 21]
+    assert [(event["fault"], event["step"]) for event in events if "fault" in event] == [(fault_drill.WRITE, 42)]
     expected, _ = two_ranks.run(train, str(tmp_path / "undisturbed"), *flags)[0]
     assert losses(tmp_path / "faulty") == expected, "to the last bit"
 

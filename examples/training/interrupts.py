@@ -1,5 +1,6 @@
 """Ctrl-C at any time ends a script with one line and status 130. Imported before what takes seconds to import."""
 
+import atexit
 import os
 import signal
 import sys
@@ -29,6 +30,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except OSError:  # nobody reads any more: Python would complain once again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = status or 2
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # IPython's %run goes on
+        atexit.register(signal.signal, signal.SIGINT, _leave)
     sys.exit(status)
 
 
