@@ -149,6 +149,7 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
         accelerator.save_state(str(args.out / "state"))
         if accelerator.is_main_process:
             backbone.save_pretrained(args.out / "backbone")
+    accelerator.end_training()  # leaves the group: a process that ends within it may be aborted
     return found
 
 
