@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -149,7 +149,6 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
         accelerator.save_state(str(args.out / "state"))
         if accelerator.is_main_process:
             backbone.save_pretrained(args.out / "backbone")
-    accelerator.end_training()  # leaves the group: a process that ends within it may be aborted
     return found
 
 
@@ -169,3 +168,4 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     train(parse())
+    PartialState().destroy_process_group()  # a process that ends within its group may be aborted

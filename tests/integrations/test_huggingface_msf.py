@@ -91,8 +91,9 @@ def run_the_script_thrice(folder: Path) -> None:
     resumed = ["--resume", str(folder / "first" / "state"), "--first-epoch", "1"]
     for name, epochs, more in (("first", 1, []), ("whole", 2, []), ("second", 2, resumed)):
         arguments = ["--batch-size", "64", "--epochs", str(epochs), "--out", str(folder / name), *more]
-        sys.argv = [str(script), *arguments]
-        runpy.run_path(str(script), run_name="__main__")
+        made = runpy.run_path(str(script))
+        made["train"](made["parse"](arguments))
+    made["PartialState"]().destroy_process_group()
 
 
 if __name__ == "__main__":
