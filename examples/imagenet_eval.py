@@ -21,7 +21,7 @@ import time
 from contextlib import ExitStack
 
 from evaluating.arguments import PROGRAM, build_parser, check_flags
-from evaluating.commands import COMMANDS, check_device
+from evaluating.commands import COMMANDS
 from evaluating.record import record_path, report
 from training.bad_images import LIST, write_list
 from training.ending import status_of, telling
@@ -49,7 +49,6 @@ def evaluate(arguments: list[str] | None) -> int:
     with ExitStack() as stack:
         with telling(PROGRAM):
             check_flags(flags)
-            check_device(flags.device)
             ranks, device = stack.enter_context(joined(flags.device, flags.timeout))
         stack.enter_context(telling(PROGRAM, ranks))
         prepare, measure = COMMANDS[flags.command]

@@ -30,27 +30,8 @@ from training.features import (
     readable,
 )
 from training.flags import existing_folder, writable_folder
+from training.progress import progress_bar
 from training.ranks import shared
-
-
-def check_device(name: str) -> None:
-    """Raise ValueError unless --device is one that PyTorch can compute on here."""
-    if name == "auto":
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be auto, cpu, cuda or another of PyTorch's devices, got {name!r}") from None
-    if device.type == "cuda":  # which is not touched: each rank will have its own
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: PyTorch sees no GPU here")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here, from cuda:0 on")
-        return
-    try:
-        (torch.zeros(1, device=device) + 1).item()
-    except Exception as error:
-        raise ValueError(f"--device {name}: PyTorch cannot compute on it here: {in_one_line(error)}") from error
 
 
 class Subject:
@@ -130,7 +111,9 @@ class Evaluation(Subject):
 
     def part(self, split: str) -> Iterator[Batch]:
         """Yield the features of this rank's part of a split, with progress."""
-        with progress_bar(self, f"features of {split}", "image", self.source.size(split) // self.ranks.size) as bar:
+        with progress_bar(
+            f"features of {split}", "image", self.source.size(split) // self.ranks.size, self.ranks
+        ) as bar:
             for features, labels in part_of_images(self.backbone, self.source, split, self.ranks):
                 bar.update(len(labels))
                 yield features, labels
@@ -229,7 +212,7 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
             batches = [[places[i] for i in batch] for batch in batches_of(len(places), epoch, protocol, ranks)]
             return features_of(evaluation.backbone, source.supervised_views(epoch, batches))
 
-    with progress_bar(evaluation, f"training on {len(places)} images", "epoch", protocol.epochs) as bar:
+    with progress_bar(f"training on {len(places)} images", "epoch", protocol.epochs, evaluation.ranks) as bar:
         layers = train_linear(views, standardize, evaluation.classes, protocol, ranks, lambda loss: shown(bar, loss))
     results = accuracy(list(layers), standardize, evaluation.part("val"), ranks)
     described: dict[str, Any] = {
@@ -375,12 +358,6 @@ def export(subject: Export) -> tuple[dict[str, Any], dict[str, float]]:
         protocol["not measured"] = subject.refused
     print(f"\n{subject.folder}: {', '.join(names)}")
     return protocol, {}
-
-
-def progress_bar(evaluation: Evaluation, what: str, unit: str, total: int) -> tqdm:
-    """Return a bar that rank 0 shows; a log file gets a line now and then."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=what, unit=unit, total=total, disable=evaluation.ranks.rank > 0, mininterval=interval)
 
 
 def shown(bar: tqdm, loss: float) -> None:

@@ -1,11 +1,8 @@
 """A look at every image file before a run."""
 
-import sys
-
-from tqdm import tqdm
-
 from msf_core.distributed import Ranks
 from training.data import BadImages, DataSource, Photos
+from training.progress import progress_bar
 from training.ranks import shared
 from training.scanning import printable
 
@@ -21,7 +18,7 @@ def check_images(source: DataSource, ranks: Ranks) -> int:
     status = 0
     for split in ("train", "val") if source.has_val else ("train",):
         bad, size = BadImages("skip"), source.size(split)
-        with shared(ranks), progress_bar(f"reading {split}", size, ranks) as bar:
+        with shared(ranks), progress_bar(f"reading {split}", "image", size, ranks) as bar:
             for count in source.check(split, list(range(ranks.rank, size, ranks.size)), bad):
                 bar.update(count * ranks.size)
         found = bad.of_all(ranks)
@@ -33,9 +30,3 @@ def check_images(source: DataSource, ranks: Ranks) -> int:
     if ranks.rank == 0:
         print(f"{' and '.join(summary)} cannot be read")
     return status
-
-
-def progress_bar(what: str, total: int, ranks: Ranks) -> "tqdm[None]":
-    """Return a bar that rank 0 shows; a log file gets a line now and then."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=what, unit="image", total=total, disable=ranks.rank > 0, mininterval=interval)

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from msf_core.distributed import Ranks
+
 SHOWN = {"loss": "loss", "purity": "purity", "nn20": "20-NN"}
 SILENCE = 600.0  # seconds without a line, where there is no bar: epochs may take hours
 
@@ -97,3 +99,9 @@ def _measures(measured: dict[str, Any]) -> list[str]:
     """Return those of the averages that are shown, in words."""
     found = {name: measured.get(key, math.nan) for key, name in SHOWN.items()}
     return [f"{name} {value:.3f}" for name, value in found.items() if not math.isnan(value)]
+
+
+def progress_bar(what: str, unit: str, total: int, ranks: Ranks) -> "tqdm[None]":
+    """Return a bar that rank 0 shows; a log file gets a line now and then."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(desc=what, unit=unit, total=total, disable=ranks.rank > 0, mininterval=interval)

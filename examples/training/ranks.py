@@ -96,10 +96,11 @@ def device_of(name: str) -> torch.device:
         raise ValueError(f"--device {name}: PyTorch sees no GPU here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here, the first is cuda:0")
-    try:
-        torch.zeros(1, device=device).tolist()
-    except Exception as error:  # each kind of device has another
-        raise ValueError(f"--device {name}: PyTorch cannot compute on it here ({type(error).__name__})") from None
+    if device.type != "cuda":  # a GPU is not touched: each rank will have its own
+        try:
+            torch.zeros(1, device=device).tolist()
+        except Exception as error:  # each kind of device has another
+            raise ValueError(f"--device {name}: PyTorch cannot compute on it here ({type(error).__name__})") from None
     return torch.device("cpu") if device.type == "cpu" else device
 
 
