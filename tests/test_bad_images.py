@@ -293,6 +293,7 @@ def test_a_run_stopped_by_a_bad_file_goes_on_without_it(
     printed = capsys.readouterr()
     assert f"3 images could not be read: {tmp_path / 'run' / 'bad_images.txt'} names them" in printed.out
     assert printed.err.count("warning: cannot read") >= 1
+    assert printed.out.splitlines()[-1].endswith(", bad_images.txt"), "the closing list names every file"
 
 
 def test_a_bad_test_image_costs_no_result(

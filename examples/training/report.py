@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import msf_core
+from training.bad_images import LIST
 from training.evaluation import COLUMNS
 
 Row = dict[str, Any]
@@ -74,6 +75,7 @@ FILES = (
     "wandb",
     "curves.png",
     "neighbors.png",
+    LIST,
 )
 
 
