@@ -16,7 +16,7 @@ _BACKWARD = os.path.join("torch", "autograd", "graph.py")
 
 
 def gives_memory_alone(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Tell whether a function that `torch.nn.Module._apply` gets is that of ``to_empty``, which loses the values."""
+    """Return whether a function that `torch.nn.Module._apply` gets is that of ``to_empty``, which loses the values."""
     return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
 
 

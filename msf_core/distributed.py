@@ -185,7 +185,7 @@ class Ranks:
         problem: Exception | None,
         payload: Tensor | None = None,
     ) -> tuple[list[int], Tensor]:
-        """Agree, and return the counts and what travelled behind the headers, [W, room] bytes."""
+        """Agree, and return the counts and what traveled behind the headers, [W, room] bytes."""
         sizes = _sizes_of(self._host_group())
         message = torch.zeros(_HEADER_BYTES + max(sizes), dtype=torch.uint8, device="cpu")
         message[:_HEADER_BYTES] = _header(call, same, count, problem)
@@ -311,7 +311,7 @@ def blocks_of(rows: Tensor, device: torch.device, most: int = 1 << 26) -> Iterat
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Tell whether this is a DTensor, without importing what that is."""
+    """Return whether this is a DTensor, without importing what that is."""
     return hasattr(tensor, "placements")
 
 

@@ -14,7 +14,7 @@ CHUNK = {"cpu": 1 << 20, "else": 1 << 23}
 
 
 def needs_master(dtype: torch.dtype) -> bool:
-    """Tell whether a dtype is floating, or complex, with less than float32's precision."""
+    """Return whether a dtype is floating, or complex, with less than float32's precision."""
     return dtype in _WIDE
 
 

@@ -159,7 +159,7 @@ class RunningTopk:
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Tell whether reading a value of a tensor makes nobody wait, and whether there is one: not while it is traced."""
+    """Return whether a value of the tensor can be read without waiting: on the CPU, and not while it is traced."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 

@@ -20,7 +20,7 @@ GPU_REMEDY = "pip install 'msf_core[faiss-gpu]' (Linux x86-64)"
 
 
 def has_cuda() -> bool:
-    """Tell whether the FAISS installed here can search CUDA tensors."""
+    """Return whether the FAISS installed here can search CUDA tensors."""
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 

@@ -54,13 +54,13 @@ Search = Callable[[Queries, Rows, int], tuple[Tensor, Tensor]]
 
 @cache
 def is_fast() -> bool:
-    """Tell whether this CPU has instructions for products of bfloat16 values."""
+    """Return whether this CPU has instructions for products of bfloat16 values."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
-    """Tell whether the screen makes a search faster: on a CPU that has those instructions, from some size on."""
+    """Return whether the screen makes a search faster: on a CPU that has those instructions, from some size on."""
     least = LEAST_FLOAT16_QUERIES if rows.dtype == torch.float16 else LEAST_QUERIES
     n = rows.shape[0]
     large = n >= LEAST_ROWS and queries.numel() * n >= LEAST_WORK
@@ -159,7 +159,7 @@ class _Screen:
         return True
 
     def _affordable(self, counts: Tensor, done: int) -> bool:
-        """Tell whether so many groups of each query, [Q], may be multiplied again, the rows before ``done`` being so.
+        """Return whether so many groups of each query, [Q], may be multiplied again, the rows before ``done`` being so.
 
         Both their time, with that of the groups before them, and the memory that holds their rows are bounded.
         """

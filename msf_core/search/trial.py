@@ -69,7 +69,7 @@ class TriedSearch:
         return self.fallback.general_topk(queries, rows, k)
 
     def _trusts(self, queries: Queries, rows: Rows, k: int) -> bool:
-        """Tell whether the backend serves that search; try it where that is not known."""
+        """Return whether the backend serves that search; try it where that is not known."""
         values = rows.values
         kernel = (values.device, values.dtype, values.shape[1], k, *_limits(queries, rows))
         with self._lock:
@@ -134,7 +134,7 @@ def try_out(backend: GeneralSearch, queries: Queries, rows: Rows, k: int) -> str
 
 
 def _limits(queries: Queries, rows: Rows) -> tuple[bool, bool, int]:
-    """Tell whether the search is limited by labels and by ids, and how many rows of their own queries leave out."""
+    """Return whether the search is limited by labels and by ids, and how many rows of their own queries leave out."""
     by_label, by_id = None not in (queries.labels, rows.labels), None not in (queries.ids, rows.ids)
     return by_label, by_id, queries.most_own
 
