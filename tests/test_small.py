@@ -213,14 +213,18 @@ def test_images_are_whole_and_normalized_by_the_training_set() -> None:
 
 
 TINY = ["--dataset", "fashion-mnist", "--batch-size", 12, "--hidden", 16, "--dim", 8, "--bank-size", 32, "--epochs", 2]
-TINY += ["--arch", "resnet18", "--eval-every", 0]
+TINY += ["--eval-every", 0]
 
 
-def test_a_folder_of_idx_files_trains_stops_and_goes_on_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """With the small stem, which the run, its export and its evaluation agree on."""
+@pytest.mark.parametrize("arch", ["resnet18", "digits"])
+def test_a_folder_of_idx_files_trains_stops_and_goes_on_exactly(
+    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """With the small stem, or the digits' network on three channels: the run, its export and its evaluation agree."""
     flags = [*TINY, "--data", idx_folder(tmp_path / "idx", train=40, size=14, packed=True), "--image-size", 14]
+    flags += ["--arch", arch]
     assert train(*flags, "--out", tmp_path / "whole") == 0
-    assert "resnet18 with the stem for small images" in capsys.readouterr().out
+    assert ("resnet18 with the stem for small images" in capsys.readouterr().out) == (arch == "resnet18")
     with pytest.MonkeyPatch.context() as monkeypatch:
         stop_at(monkeypatch, 4)
         assert train(*flags, "--out", tmp_path / "run") == 143
