@@ -207,7 +207,8 @@ def _stepping(
 ) -> Callable[[int], object]:
     torch.manual_seed(0)
     backbone, features = new_backbone(recipe, image_shape)
-    method: Method = METHODS[name].build(backbone, features, recipe).to(device).train()
+    method: Method = METHODS[name].build(backbone, features, recipe).train()
+    method = method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = Run(name, recipe.lr / 100, 1, 0, False, recipe)
     optimizer = optimizer_of(method, run)
     first, second = torch.randn(2, recipe.batch_size, *image_shape).to(device)

@@ -28,7 +28,6 @@ from benchmarks.methods_losses import (
 from benchmarks.methods_recipe import RECIPES, new_backbone, open_images, parts_of
 from benchmarks.methods_runs import Place, Run, epochs_of, optimizer_of, step_of
 from benchmarks.methods_table import PAPER, passes_of
-from training.views import WEAK
 
 CPU = torch.device("cpu")
 TINY = replace(
@@ -340,4 +339,3 @@ def test_a_folder_without_val_is_divided_class_by_class_the_same_for_all_runs(tm
 def test_the_papers_rows_are_those_of_methods_that_are_there() -> None:
     assert PAPER.keys() <= METHODS.keys()
     assert METHODS["msf"].augmentation == "w/s"
-    assert RECIPES["fashion-mnist"].strong.flip == WEAK.flip

@@ -22,7 +22,7 @@ from training.settings import RECIPES, complete
 from training.small import SmallImages, Split, statistics
 from training.small_sets import IDX_FILES, open_small
 from training.source import Share, epoch_order, seed_of
-from training.views import PER_VIEW, SUPERVISED, crop_boxes, draws, resized_crops
+from training.views import PER_VIEW, SUPERVISED, crop_boxes, draws, resized_crops, views_of
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 GENERATOR = np.random.default_rng(0)
@@ -49,7 +49,6 @@ def idx_folder(root: Path, train: int = 60, test: int = 20, size: int = 28, pack
 
 
 def source(split: Split, share: Share = Share(8), seed: int = 0, size: int = 12, **options: Any) -> SmallImages:  # noqa: B008
-    options = {"augmentation": "w/s", "blur": 0.5, **options}
     return SmallImages(split, split, size=size, share=share, seed=seed, device=CPU, **options)
 
 
@@ -178,7 +177,7 @@ def test_views_depend_on_neither_the_batch_nor_the_ranks_nor_on_where_the_epoch_
         assert not torch.equal(other[0][0], first[0][0])
     classifier = [views for views, _ in source(split).supervised_views(1, [[0, 1, 2], [3]])]
     assert torch.equal(torch.cat(classifier), next(iter(source(split).supervised_views(1, [[0, 1, 2, 3]])))[0])
-    assert not torch.equal(classifier[0], joined_of(batches(source(split, augmentation="w/w"), 1))[0][:3])
+    assert not torch.equal(classifier[0], joined_of(batches(source(split, views=views_of("w/w")), 1))[0][:3])
 
 
 def test_each_view_is_made_of_its_image_and_its_part_of_the_row() -> None:

@@ -314,7 +314,6 @@ def photos_of(subject: Subject, images: Dataset[Any]) -> Photos:
         None,
         size=subject.image_size,
         has_labels=True,
-        augmentation="w/w",
         share=Share(subject.flags.batch_size, 1, subject.ranks.rank, subject.ranks.size),
         workers=workers_of(subject.flags.workers),
         seed=subject.flags.seed,
