@@ -67,7 +67,7 @@ def quick_k_values(dataset: str) -> Variants:
 
 def bank_sizes(dataset: str) -> Variants:
     """Rows: of the paper's Figure 3, or fewer for smaller data sets."""
-    sizes = (256, 1_000, 4_000, 16_000, 64_000, 128_000, 256_000, 512_000, 1_024_000)
+    sizes: tuple[int, ...] = (256, 1_000, 4_000, 16_000, 64_000, 128_000, 256_000, 512_000, 1_024_000)
     if dataset == "digits":
         sizes = (64, 256, 1_024, 2_048)
     elif dataset in SMALL:
