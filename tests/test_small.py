@@ -303,7 +303,7 @@ def test_recipes_are_settings_that_flags_go_over(tmp_path: Path, capsys: pytest.
     solo = complete({"dataset": "cifar10", "recipe": "solo-learn", "epochs": 2})
     assert (solo.batch_size, solo.epochs, solo.hidden) == (256, 2, 4096)
     for dataset in ("cifar10", "cifar100", "fashion-mnist", "stl10"):
-        assert complete({"dataset": dataset}).blur == (0.5 if dataset == "stl10" else 0.0)
+        assert complete({"dataset": dataset}).blur == (0.0 if dataset.startswith("cifar") else 0.5)
     assert set(RECIPES) == {"own", "lightly-200", "lightly-800", "solo-learn"}
     assert "--recipe solo-learn is for" in error_of(capsys, "--recipe", "solo-learn", "--data", "x")
     assert "--dataset fashion-mnist" in error_of(capsys, "--data", idx_folder(tmp_path))
