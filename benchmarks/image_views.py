@@ -51,7 +51,7 @@ from training.photos import IMAGENET_MEAN, IMAGENET_STD, Crops
 from training.rendering import Rendering
 from training.small import SmallImages, Split
 from training.source import Share, seed_of
-from training.views import PER_VIEW, STRONG, WEAK, crop_boxes, draws, resized_crop
+from training.views import PER_VIEW, STRONG, WEAK, crop_boxes, draws, resized_crop, views_of
 
 BEFORE, NOW = "before: Pillow", "now: worker"
 WHOLE = {"before: Pillow": "before, whole", "now: worker": "now, whole, on the CPU"}
@@ -243,8 +243,7 @@ def methods(task: Task) -> dict[str, tuple[Callable[[int], float], int]]:
             split,
             split,
             size=32,
-            augmentation="w/s",
-            blur=blur,
+            views=views_of("w/s", blur),
             share=Share(256),
             seed=0,
             device=torch.device("cpu"),

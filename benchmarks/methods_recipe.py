@@ -14,8 +14,8 @@ from evaluating.subsets import share_of_each_class
 from training.data import DataSource, Digits, Photos, Share, open_folder, workers_of
 from training.models import build_backbone, stem_of
 from training.small import SmallImages, Split
-from training.small_sets import open_small
-from training.views import STRONG, WEAK, View
+from training.small_sets import VIEWS, open_small
+from training.views import STRONG, WEAK, View, views_of
 
 VALIDATION = 1 / 6  # of each class's training images, in the sweep: 10,000 of Fashion-MNIST's 60,000
 TEST = 1 / 5  # of each class's images, where a folder has no val/
@@ -46,8 +46,6 @@ class Recipe:
     strong: View = field(default=STRONG)
 
 
-# Gray images have no saturation and no hue; their jitter is brightness and contrast.
-_GRAY = View(area=(0.5, 1.0), strengths=(0.4, 0.4, 0.0, 0.0), gray=0.0, blur=0.0)
 _SMALL: dict[str, Any] = {
     "batch_size": 128,
     "steps": 5000,
@@ -81,9 +79,9 @@ RECIPES = {
         "fashion-mnist",
         arch="digits",
         image_size=28,
-        weak=View(area=(0.5, 1.0), jitter=0.0, gray=0.0, blur=0.0),
-        strong=_GRAY,
-        **_SMALL,
+        weak=VIEWS["fashion-mnist"][0],
+        strong=VIEWS["fashion-mnist"][1],
+        **{**_SMALL, "batch_size": 64, "steps": 4000, "sweep_steps": 800, "lr": 0.1},  # the trainer's, for shorter
     ),
     "cifar10": Recipe("cifar10", arch="resnet18", image_size=32, strong=View(blur=0.0), **_SMALL),
     "folder": Recipe("folder", arch="resnet18", image_size=96, stem="imagenet", **_SMALL),
@@ -117,16 +115,12 @@ def open_images(
     share = Share(recipe.batch_size)
     if recipe.dataset == "digits":
         return Digits(augmentation, share, seed, device, VALIDATION if validation else 0.0)
-    views = {"w": recipe.weak, "s": recipe.strong}
-    target, online = (views[strength] for strength in augmentation.split("/"))
     options: dict[str, Any] = {
         "size": recipe.image_size,
-        "augmentation": augmentation,
-        "blur": 0.0,  # as `views` have it
         "share": share,
         "seed": seed,
         "device": device,
-        "views": (target, online),
+        "views": views_of(augmentation, recipe.strong.blur, (recipe.weak, recipe.strong)),
     }
     if recipe.dataset != "folder":
         train, test, _ = open_small(recipe.dataset, Path(data))

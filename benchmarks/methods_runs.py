@@ -195,7 +195,7 @@ def do(run: Run, place: Place, stepped: Callable[[], None]) -> dict[str, Any]:
     )
     torch.manual_seed(run.seed)
     backbone, features = new_backbone(recipe, source.image_shape)
-    backbone = backbone.to(device)
+    backbone = backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     started = time.perf_counter()
     losses: list[float] = []
     if run.method == UNTRAINED:

@@ -4,6 +4,7 @@ Needs: pip install 'msf_core[examples]'
 
     python examples/experiments.py                                k = 1, 5 and 20 on the digits, some minutes
     python examples/experiments.py k bank augmentation            these, on the digits, with all of their values
+    python examples/experiments.py k bank --dataset fashion-mnist --data DIR      on Fashion-MNIST
     python examples/experiments.py bank --data IMAGENET           the paper's Figure 3, on ImageNet
     python examples/experiments.py k --seeds 1 -- --arch resnet18 --epochs 20     what follows -- goes to the trainer
 
@@ -32,8 +33,10 @@ from training.evaluation import COLUMNS
 from training.features import features_of
 from training.pictures import draw_neighbors
 from training.report import environment, in_words
+from training.settings import DATASETS
 
 Variants = dict[str, tuple[str, ...]]  # a name -> flags of the trainer
+SMALL = tuple(name for name in DATASETS if name not in ("digits", "folder"))
 PLAIN = ("--k", "5")  # the same flags wherever nothing is varied: one run serves all
 TSNE_CLASSES, TSNE_IMAGES = 10, 1_000
 QUERIES, NEIGHBORS, GALLERY = 8, 4, 5_000  # of Fig. 2
@@ -45,31 +48,34 @@ class Experiment:
 
     title: str
     paper: str
-    variants: Callable[[bool], Variants]  # whether it is on the digits
+    variants: Callable[[str], Variants]  # of a data set
     x_label: str = ""  # variants are numbers
     logarithmic: bool = False
 
 
-def k_values(digits: bool) -> Variants:
+def k_values(dataset: str) -> Variants:
     """Neighbors, the target itself included."""
-    ks: Variants = {str(k): ("--k", str(k)) for k in (2, 5, 10, 20, 50)}
-    return {"1": ("--method", "byol"), **ks}
+    ks = (2, 5, 10, 20) if dataset in SMALL else (2, 5, 10, 20, 50)
+    return {"1": ("--method", "byol"), **{str(k): ("--k", str(k)) for k in ks}}
 
 
-def quick_k_values(digits: bool) -> Variants:
+def quick_k_values(dataset: str) -> Variants:
     """A few of them, on the digits for half as long."""
-    shorter = ("--steps", "900") if digits else ()
-    return {name: (*flags, *shorter) for name, flags in k_values(digits).items() if name in ("1", "5", "20")}
+    shorter = ("--steps", "900") if dataset == "digits" else ()
+    return {name: (*flags, *shorter) for name, flags in k_values(dataset).items() if name in ("1", "5", "20")}
 
 
-def bank_sizes(digits: bool) -> Variants:
-    """Rows: of the paper's Figure 3, or as many as the digits have."""
-    ours = (64, 256, 1024, 2048)
-    papers = (256, 1_000, 4_000, 16_000, 64_000, 128_000, 256_000, 512_000, 1_024_000)
-    return {str(size): ("--bank-size", str(size)) for size in (ours if digits else papers)}
+def bank_sizes(dataset: str) -> Variants:
+    """Rows: of the paper's Figure 3, or fewer for smaller data sets."""
+    sizes: tuple[int, ...] = (256, 1_000, 4_000, 16_000, 64_000, 128_000, 256_000, 512_000, 1_024_000)
+    if dataset == "digits":
+        sizes = (64, 256, 1_024, 2_048)
+    elif dataset in SMALL:
+        sizes = (256, 1_024, 8_192, 32_768)
+    return {str(size): ("--bank-size", str(size)) for size in sizes}
 
 
-def augmentations(digits: bool) -> Variants:
+def augmentations(dataset: str) -> Variants:
     """Views of target / online encoder, of both methods."""
     methods: Variants = {"MSF": PLAIN, "BYOL": ("--method", "byol")}
     return {
@@ -79,7 +85,7 @@ def augmentations(digits: bool) -> Variants:
     }
 
 
-def schedules(digits: bool) -> Variants:
+def schedules(dataset: str) -> Variants:
     """Of k, in a straight line over the run."""
     constant: Variants = {"5": PLAIN}
     return constant | {
@@ -90,17 +96,17 @@ def schedules(digits: bool) -> Variants:
     }
 
 
-def same_views(digits: bool) -> Variants:
+def same_views(dataset: str) -> Variants:
     """Two views, or one for both."""
     return {"two views": PLAIN, "the same view": ("--views", "same")}
 
 
-def predictors(digits: bool) -> Variants:
+def predictors(dataset: str) -> Variants:
     """With and without."""
     return {"MLP": PLAIN, "none": ("--predictor", "none")}
 
 
-def purity_variants(digits: bool) -> Variants:
+def purity_variants(dataset: str) -> Variants:
     """Those of the paper's Figure 4: k, and the views."""
     ks: Variants = {f"k = {k}": ("--k", str(k)) for k in (2, 5, 10, 20)}
     return ks | {f"k = 5, {views}": ("--augmentation", views, *PLAIN) for views in ("s/s", "w/w")}
@@ -119,8 +125,8 @@ EXPERIMENTS = {
     "predictor": Experiment("Prediction head", "the method has one on the online side", predictors),
     "purity": Experiment("Purity over epochs (Fig. 4)", "it is drawn for k and for the views", purity_variants),
     "k-schedule": Experiment("k that changes over the run", "named as future work, not measured", schedules),
-    "tsne": Experiment("t-SNE over epochs (Table 2, right)", "clusters of classes form", lambda digits: {"MSF": ()}),
-    "neighbors": Experiment("Neighbors over epochs (Fig. 2)", "they become alike", lambda digits: {"MSF": ()}),
+    "tsne": Experiment("t-SNE over epochs (Table 2, right)", "clusters of classes form", lambda dataset: {"MSF": ()}),
+    "neighbors": Experiment("Neighbors over epochs (Fig. 2)", "they become alike", lambda dataset: {"MSF": ()}),
 }
 
 
@@ -135,43 +141,46 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no experiment {unknown[0]!r}: there are {', '.join(EXPERIMENTS)}")
     if flags.seeds < 1 or flags.jobs < 0:
         parser.error(f"--seeds must be at least 1 and --jobs 0 or above, got {flags.seeds} and {flags.jobs}")
-    digits = not flags.data and "--dataset" not in for_trainer
-    common = ("--data", flags.data, *for_trainer) if flags.data else tuple(for_trainer)
-    runs = Runs(Path(flags.out), common, flags.jobs or (min(2, os.cpu_count() or 1) if digits else 1))
+    if misplaced := {"--dataset", "--data"}.intersection(for_trainer):
+        parser.error(f"{min(misplaced)} decides the values of a grid: give it before the --")
+    dataset = flags.dataset or ("folder" if flags.data else "digits")
+    common = (*(("--dataset", dataset) if flags.dataset else ()), *(("--data", flags.data) if flags.data else ()))
+    jobs = flags.jobs or (1 if dataset == "folder" else min(2, os.cpu_count() or 1))
+    runs = Runs(Path(flags.out), (*common, *for_trainer), jobs)
     try:
         for name in names:
-            for run in grid(name, flags.seeds, digits):
+            for run in grid(name, flags.seeds, dataset):
                 runs.check(run)
         for name in names:
-            wanted = grid(name, flags.seeds, digits)
+            wanted = grid(name, flags.seeds, dataset)
             print(f"{name}: {len(wanted)} runs, {sum(map(runs.finished, wanted))} of them finished before")
             runs.finish(wanted)
-            report(name, runs, flags.seeds, digits)
+            report(name, runs, flags.seeds, dataset)
     except (ValueError, RuntimeError) as error:
         parser.exit(2 if isinstance(error, ValueError) else 1, f"{parser.prog}: error: {error}\n")
     return 0
 
 
-def grid(name: str, seeds: int, digits: bool) -> list[Run]:
+def grid(name: str, seeds: int, dataset: str) -> list[Run]:
     """Return the runs of an experiment, those of a variant one after another."""
     if name in PICTURES:
         return [Run(("--keep-every", "10"), 0)]
-    return [Run(flags, seed) for flags in EXPERIMENTS[name].variants(digits).values() for seed in range(seeds)]
+    return [Run(flags, seed) for flags in EXPERIMENTS[name].variants(dataset).values() for seed in range(seeds)]
 
 
-def report(name: str, runs: Runs, seeds: int, digits: bool) -> None:
+def report(name: str, runs: Runs, seeds: int, dataset: str) -> None:
     """Draw the figure, print the table, and write both and the record."""
     experiment = EXPERIMENTS[name]
     path = runs.folder / f"{name}.png"
     found_with = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if name in PICTURES:
         title = f"{experiment.title}\n{in_words(found_with)}"
-        PICTURES[name](runs.folder_of(grid(name, seeds, digits)[0]), path, title)
+        PICTURES[name](runs.folder_of(grid(name, seeds, dataset)[0]), path, title)
         print(f"{path}: {experiment.title}; in the paper {experiment.paper}")
         return
-    names = list(experiment.variants(digits))
+    names = list(experiment.variants(dataset))
     of_them = f"{seeds} seeds" if seeds > 1 else "1 seed"
-    of_seeds = [Run(flags, seed) for flags in experiment.variants(digits).values() for seed in range(seeds)]
+    of_seeds = [Run(flags, seed) for flags in experiment.variants(dataset).values() for seed in range(seeds)]
     results = [runs.results(run) for run in of_seeds]
     columns = [key for key in COLUMNS if all(key in row for row in results)]
     values = {
@@ -194,7 +203,7 @@ def report(name: str, runs: Runs, seeds: int, digits: bool) -> None:
         "experiment": name,
         "flags": runs.flags,
         "seeds": seeds,
-        "variants": experiment.variants(digits),
+        "variants": experiment.variants(dataset),
         "values": values,
         **found_with,
     }
@@ -203,7 +212,7 @@ def report(name: str, runs: Runs, seeds: int, digits: bool) -> None:
     series = {COLUMNS[key]: values[key] for key in ("nn1", "nn20", "one_label") if key in columns}
     title = f"{experiment.title}, {of_them}\n{in_words(found_with)}"
     if name == "purity":
-        draw_purity(path, runs, experiment.variants(digits), seeds, title)
+        draw_purity(path, runs, experiment.variants(dataset), seeds, title)
     elif not series:
         return  # images without labels: there is the table
     elif experiment.x_label:
@@ -297,9 +306,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("experiment", nargs="*", help=f"{', '.join(EXPERIMENTS)} (quick)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (3)")
-    parser.add_argument("--data", default="", help="ImageFolder tree, as ImageNet; without: the digits")
+    parser.add_argument("--dataset", choices=DATASETS, help="of the trainer (digits; with --data: folder)")
+    parser.add_argument("--data", default="", help="folder of the images, for all but the digits")
     parser.add_argument("--out", default="runs/experiments", help="folder of runs and results (runs/experiments)")
-    parser.add_argument("--jobs", type=int, default=0, help="runs at a time (0: 2 on the digits, else 1)")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at a time (0: 2 on small images, 1 on a folder)")
     return parser
 
 

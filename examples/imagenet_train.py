@@ -9,9 +9,9 @@ Needs: pip install 'msf_core[examples]'
     torchrun --nproc-per-node=8 examples/imagenet_train.py --data IMAGENET --batchnorm shuffle       on 8 GPUs
 
 Where it departs from the paper: the target is updated after the step rather than before the next one (the same
-sequence), one process drives one GPU, and on a GPU the encoders run in bfloat16 autocast, channels last. Views are
-drawn on the device of the training, without rounding to 8 bits in between, and their blur is a Gaussian (Pillow's,
-which the authors use, comes near one by box blurs).
+sequence), one process drives one GPU, and on a GPU the encoders run in bfloat16 autocast. Views are drawn on the
+device of the training, without rounding to 8 bits in between, and their blur is a Gaussian (Pillow's, which the
+authors use, comes near one by box blurs).
 --batch-size counts the images of all ranks.
 Labels serve purity and evaluation alone, unless --same-label is given; a folder of images without labels works.
 """

@@ -378,7 +378,7 @@ from pathlib import Path
 import torch
 from training.data import Photos, Share, open_folder
 train, val, _ = open_folder(Path(sys.argv[1]))
-options = {"size": 32, "has_labels": True, "augmentation": "w/s", "share": Share(4), "workers": 1, "seed": 0}
+options = {"size": 32, "has_labels": True, "share": Share(4), "workers": 1, "seed": 0}
 for how in ("an error", "SIGKILL"):
     child = os.fork()
     if not child:

@@ -95,13 +95,14 @@ def test_a_run_that_fails_is_named_with_its_last_words(tmp_path: Path) -> None:
 
 
 def test_every_experiment_is_a_grid_of_flags_that_the_trainer_takes(tmp_path: Path) -> None:
-    for digits, common in ((True, ()), (False, ("--data", "somewhere"))):
+    small = ("--dataset", "fashion-mnist", "--data", "somewhere")
+    for dataset, common in (("digits", ()), ("folder", ("--data", "somewhere")), ("fashion-mnist", small)):
         for name in experiments.EXPERIMENTS:
-            grid = experiments.grid(name, 3, digits)
+            grid = experiments.grid(name, 3, dataset)
             assert len({run.name for run in grid}) == len(grid), "each has a folder of its own"
             for one in grid:
                 Runs(tmp_path, common, 1).check(one)
-    assert [one.seed for one in experiments.grid("k", 2, True)] == [0, 1] * 6
+    assert [one.seed for one in experiments.grid("k", 2, "digits")] == [0, 1] * 6
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,7 @@ def test_every_experiment_is_a_grid_of_flags_that_the_trainer_takes(tmp_path: Pa
         (["nosuch"], "no experiment 'nosuch': there are k, quick"),
         (["k", "--seeds", "0"], "--seeds must be at least 1"),
         (["k", "--", "--lr", "-1"], "--lr: must be at least 0"),
+        (["k", "--", "--dataset", "cifar10"], "--dataset decides the values of a grid: give it before the --"),
         (["k", "--", "--nosuch"], "unrecognized arguments: --nosuch"),
         (["bank", "--", "--k", "100"], "--k must be at most --bank-size, 64"),
     ],

@@ -27,8 +27,7 @@ from benchmarks.methods_losses import (
 )
 from benchmarks.methods_recipe import RECIPES, new_backbone, open_images, parts_of
 from benchmarks.methods_runs import Place, Run, epochs_of, optimizer_of, step_of
-from benchmarks.methods_table import PAPER, passes_of
-from training.views import WEAK
+from benchmarks.methods_table import ORDER, PAPER, paired, passes_of
 
 CPU = torch.device("cpu")
 TINY = replace(
@@ -337,7 +336,25 @@ def test_a_folder_without_val_is_divided_class_by_class_the_same_for_all_runs(tm
         open_images(recipe, str(tmp_path / "flat"), "w/s", validation=False, seed=0, device=CPU)
 
 
+def test_k_5_and_k_1_are_compared_seed_by_seed_and_diverged_runs_left_out() -> None:
+    def of(*values: float | None) -> list[dict]:
+        return [{"results": {} if value is None else dict.fromkeys(ORDER, value)} for value in values]
+
+    records = {
+        "msf": of(0.52, 0.64, 0.9, 0.56, 0.7),
+        "byol-asym-ws": of(0.5, 0.6, None, 0.5),
+        "byol-asym": of(0.5, 0.6),
+    }
+    sentence, table = paired(records)
+    assert "paired" in sentence
+    (row,) = [line for line in table.splitlines() if "−" in line]
+    differences = [2.0, 4.0, 6.0]  # t = 4 / (2 / √3) = 3.46, two degrees of freedom: p = 1 − t / √(t² + 2)
+    p = 1 - 12**0.5 / (12 + len(differences) - 1) ** 0.5
+    assert row.count(f"| +4.0 ± 2.0, 3 of 3, p = {p:.2g} ") == len(ORDER)
+    assert paired({"msf": of(0.5, 0.6), "byol-asym": of(0.5, 0.6)}) == [], "no pair on the same views"
+    assert paired({"msf": of(0.5), "byol-asym-ws": of(0.4)}) == [], "one seed is no deviation"
+
+
 def test_the_papers_rows_are_those_of_methods_that_are_there() -> None:
     assert PAPER.keys() <= METHODS.keys()
     assert METHODS["msf"].augmentation == "w/s"
-    assert RECIPES["fashion-mnist"].strong.flip == WEAK.flip

@@ -22,7 +22,7 @@ from training.settings import RECIPES, complete
 from training.small import SmallImages, Split, statistics
 from training.small_sets import IDX_FILES, open_small
 from training.source import Share, epoch_order, seed_of
-from training.views import PER_VIEW, SUPERVISED, crop_boxes, draws, resized_crops
+from training.views import PER_VIEW, SUPERVISED, crop_boxes, draws, resized_crops, views_of
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 GENERATOR = np.random.default_rng(0)
@@ -49,7 +49,6 @@ def idx_folder(root: Path, train: int = 60, test: int = 20, size: int = 28, pack
 
 
 def source(split: Split, share: Share = Share(8), seed: int = 0, size: int = 12, **options: Any) -> SmallImages:  # noqa: B008
-    options = {"augmentation": "w/s", "blur": 0.5, **options}
     return SmallImages(split, split, size=size, share=share, seed=seed, device=CPU, **options)
 
 
@@ -178,7 +177,7 @@ def test_views_depend_on_neither_the_batch_nor_the_ranks_nor_on_where_the_epoch_
         assert not torch.equal(other[0][0], first[0][0])
     classifier = [views for views, _ in source(split).supervised_views(1, [[0, 1, 2], [3]])]
     assert torch.equal(torch.cat(classifier), next(iter(source(split).supervised_views(1, [[0, 1, 2, 3]])))[0])
-    assert not torch.equal(classifier[0], joined_of(batches(source(split, augmentation="w/w"), 1))[0][:3])
+    assert not torch.equal(classifier[0], joined_of(batches(source(split, views=views_of("w/w")), 1))[0][:3])
 
 
 def test_each_view_is_made_of_its_image_and_its_part_of_the_row() -> None:
@@ -213,14 +212,18 @@ def test_images_are_whole_and_normalized_by_the_training_set() -> None:
 
 
 TINY = ["--dataset", "fashion-mnist", "--batch-size", 12, "--hidden", 16, "--dim", 8, "--bank-size", 32, "--epochs", 2]
-TINY += ["--arch", "resnet18", "--eval-every", 0]
+TINY += ["--eval-every", 0]
 
 
-def test_a_folder_of_idx_files_trains_stops_and_goes_on_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """With the small stem, which the run, its export and its evaluation agree on."""
+@pytest.mark.parametrize("arch", ["resnet18", "digits"])
+def test_a_folder_of_idx_files_trains_stops_and_goes_on_exactly(
+    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """With the small stem, or the digits' network on three channels: the run, its export and its evaluation agree."""
     flags = [*TINY, "--data", idx_folder(tmp_path / "idx", train=40, size=14, packed=True), "--image-size", 14]
+    flags += ["--arch", arch]
     assert train(*flags, "--out", tmp_path / "whole") == 0
-    assert "resnet18 with the stem for small images" in capsys.readouterr().out
+    assert ("resnet18 with the stem for small images" in capsys.readouterr().out) == (arch == "resnet18")
     with pytest.MonkeyPatch.context() as monkeypatch:
         stop_at(monkeypatch, 4)
         assert train(*flags, "--out", tmp_path / "run") == 143
@@ -300,7 +303,7 @@ def test_recipes_are_settings_that_flags_go_over(tmp_path: Path, capsys: pytest.
     solo = complete({"dataset": "cifar10", "recipe": "solo-learn", "epochs": 2})
     assert (solo.batch_size, solo.epochs, solo.hidden) == (256, 2, 4096)
     for dataset in ("cifar10", "cifar100", "fashion-mnist", "stl10"):
-        assert complete({"dataset": dataset}).blur == (0.5 if dataset == "stl10" else 0.0)
+        assert complete({"dataset": dataset}).blur == (0.0 if dataset.startswith("cifar") else 0.5)
     assert set(RECIPES) == {"own", "lightly-200", "lightly-800", "solo-learn"}
     assert "--recipe solo-learn is for" in error_of(capsys, "--recipe", "solo-learn", "--data", "x")
     assert "--dataset fashion-mnist" in error_of(capsys, "--data", idx_folder(tmp_path))

@@ -70,7 +70,6 @@ def photos(
         val,
         size=32,
         has_labels=bool(train.classes),
-        augmentation="w/s",
         share=share,
         workers=workers,
         seed=seed,

@@ -62,9 +62,9 @@ def _from_checkpoint(path: Path, ranks: Ranks, image_size: int) -> LoadedEncoder
     state = load_checkpoint(path, {"settings", "online", "step"}, ranks)
     settings = state["settings"]
     stem = stem_of(settings.get("stem", "imagenet"), settings["arch"], settings["image_size"])
-    backbone = _built(settings["arch"], image_size or settings["image_size"], stem)
     prefix = "backbone."
     tensors = {key.removeprefix(prefix): value for key, value in state["online"].items() if key.startswith(prefix)}
+    backbone = _built(settings["arch"], image_size or settings["image_size"], stem, channels_of(tensors))
     _load(backbone, tensors, path)
     source = {"checkpoint": str(path), "step": state["step"], "settings": settings}
     trained_on = {key: settings[key] for key in ("dataset", "data", "image_size", "val_split") if key in settings}
@@ -86,7 +86,8 @@ def _from_file(path: Path, arch: str, image_size: int) -> LoadedEncoder:
     trained_on = {key: facts[key] for key in ("dataset",) if key in facts}
     if facts.get("image_size", "").isdecimal():
         trained_on["image_size"] = int(facts["image_size"])
-    backbone = _built(arch, image_size or trained_on.get("image_size", 224), facts.get("stem", "imagenet"))
+    size = image_size or trained_on.get("image_size", 224)
+    backbone = _built(arch, size, facts.get("stem", "imagenet"), channels_of(tensors))
     classifier = getattr(backbone, "classifier_shapes", {})
     _load(backbone, {key: value for key, value in tensors.items() if key not in classifier}, path)
     return LoadedEncoder(backbone, arch, {"file": str(path), "metadata": facts}, trained_on, path.parent)
@@ -106,7 +107,7 @@ def _by_name(name: str, weights: str, image_size: int) -> LoadedEncoder:
             raise ValueError(f"no run, file or model {name!r}: give a run's folder, or a model of torchvision or timm")
     source = {"model": name, "weights": weights or "none: random initialization"}
     if not weights:
-        return LoadedEncoder(_built(name, image_size), name, source)
+        return LoadedEncoder(_built(name, image_size, channels=1 if name == "digits" else 3), name, source)
     if weights not in known:
         raise ValueError(f"--weights: {name} has no weights {weights!r}, only {', '.join(known) or 'random ones'}")
     try:
@@ -121,9 +122,15 @@ def _by_name(name: str, weights: str, image_size: int) -> LoadedEncoder:
     return LoadedEncoder(backbone, name, source)
 
 
-def _built(arch: str, image_size: int, stem: str = "imagenet") -> nn.Module:
+def _built(arch: str, image_size: int, stem: str = "imagenet", channels: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    return build_backbone(arch, (1 if arch == "digits" else 3, image_size, image_size), stem)[0]
+    return build_backbone(arch, (channels, image_size, image_size), stem)[0]
+
+
+def channels_of(tensors: dict[str, Tensor]) -> int:
+    """Return how many channels the images of these weights have: one where `DigitsResNet` learned gray ones."""
+    first = tensors.get("stem.0.weight")
+    return 1 if first is not None and first.ndim == 4 and first.shape[1] == 1 else 3
 
 
 def _load(backbone: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -10,10 +10,10 @@ from training.digits import Digits
 from training.folders import UnreadableImage, labels_of
 from training.photos import Photos, workers_of
 from training.small import SmallImages
-from training.small_sets import open_small
+from training.small_sets import VIEWS, open_small
 from training.source import UNKNOWN, UNREADABLE, DataSource, Found, Share, Views, epoch_order, seed_of
 from training.trees import ImageTree, open_folder
-from training.views import STRONG
+from training.views import PAPERS, STRONG, views_of
 
 __all__ = [
     "UNKNOWN",
@@ -65,8 +65,7 @@ def open_source(
         return Digits(augmentation, share, seed, device)
     options: dict[str, Any] = {
         "size": image_size,
-        "augmentation": augmentation,
-        "blur": blur,
+        "views": views_of(augmentation, blur, VIEWS.get(dataset, PAPERS)),
         "share": share,
         "seed": seed,
         "device": device,

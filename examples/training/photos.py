@@ -22,7 +22,7 @@ from training.prefetch import SideStream
 from training.rendering import Normalization, Rendering
 from training.source import UNREADABLE, Found, Share, Views, epoch_order, seed_of
 from training.trees import ImageTree
-from training.views import PER_VIEW, STRONG, SUPERVISED, View, crop_boxes, draws, resized_crop, views_of
+from training.views import PAPERS, PER_VIEW, SUPERVISED, View, crop_boxes, draws, resized_crop
 
 LONGEST = 16  # times as long as wide may an image be that evaluation resizes as a whole
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,10 +37,9 @@ class Photos:
 
     A worker sends the two crops of an image as uint8, and the row of draws of which the rest of its views is made.
     ``train`` is what the encoder learns from, ``gallery`` what evaluation calls "train" (the same, unless most
-    of it has no labels), ``val`` what it tests on. ``views`` of target and online encoder serve instead of those
-    that ``augmentation`` and ``blur`` name. ``bad`` notes what cannot be read. Where that is skipped, training sees
-    another image of the training set in its place, a classifier another of those that it is trained on, and
-    evaluation does without.
+    of it has no labels), ``val`` what it tests on. ``views`` are those of the target and of the
+    online encoder. ``bad`` notes what cannot be read. Where that is skipped, training sees another image of the
+    training set in its place, a classifier another of those that it is trained on, and evaluation does without.
     """
 
     def __init__(
@@ -52,13 +51,11 @@ class Photos:
         found: Found | None = None,
         size: int,
         has_labels: bool,
-        augmentation: str,
-        blur: float = STRONG.blur,
         share: Share,
         workers: int,
         seed: int,
         device: torch.device,
-        views: tuple[View, View] | None = None,
+        views: tuple[View, View] = PAPERS,
         bad: BadImages | None = None,
     ) -> None:
         self.bad = BadImages() if bad is None else bad
@@ -71,7 +68,6 @@ class Photos:
         self._sets = {"train": _Centred(train if gallery is None else gallery, size)}
         if val is not None:
             self._sets["val"] = _Centred(val, size)
-        views = views_of(augmentation, blur) if views is None else views
         self._device = device
         self._normalized = Normalization(IMAGENET_MEAN, IMAGENET_STD, device)
         self._target, self._online, self._classifier = (

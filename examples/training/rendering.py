@@ -82,25 +82,19 @@ class Normalization:
     Args:
         mean: of each channel.
         std: of each channel.
-        device: where images come to lie, channels last if it is a GPU.
+        device: where images come to lie, channels last, as convolutions are fast.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
         self._mean, self._std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
-        self._layout = layout_on(device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return images [B, C, H, W] of 0 to 255 on the device normalized, [B, 3, H, W] float32."""
-        return ((images.float() / 255 - self._mean) / self._std).contiguous(memory_format=self._layout)
+        return ((images.float() / 255 - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
 
     def undone(self, images: Tensor) -> Tensor:
         """Return normalized images [B, 3, H, W] as [B, H, W, 3] in [0, 1], on the CPU."""
         return (images.cpu() * self._std.cpu() + self._mean.cpu()).clamp(0, 1).permute(0, 2, 3, 1)
-
-
-def layout_on(device: torch.device) -> torch.memory_format:
-    """Return the layout in which convolutions are fast there."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 class Rendering:
@@ -125,7 +119,7 @@ class Rendering:
             self._recolor = _Compiled(recolored)
 
     def __call__(self, crops: Tensor, rows: Tensor) -> Tensor:
-        """Return views [B, 3, size, size] float32, channels last on a GPU.
+        """Return views [B, 3, size, size] float32, channels last.
 
         Args:
             crops: [B, C, size, size] on the device, uint8, or float32 in [0, 1]; one channel serves as all three.
@@ -133,7 +127,7 @@ class Rendering:
         """
         parameters = Parameters.of(rows, self.view)
         shape = (len(crops), 3, self.size, self.size)
-        views = torch.empty(shape, device=self.device, memory_format=layout_on(self.device))
+        views = torch.empty(shape, device=self.device, memory_format=torch.channels_last)
         chunk = len(crops) if self.device.type == "cuda" else max(1, _CPU_PIXELS // self.size**2)
         for first in range(0, len(crops), chunk):
             part = slice(first, first + chunk)

@@ -13,7 +13,7 @@ from training.bad_images import BadImages
 from training.prefetch import SideStream
 from training.rendering import Normalization, Rendering
 from training.source import Found, Share, Views, epoch_order, seed_of
-from training.views import PER_VIEW, SUPERVISED, View, crop_boxes, draws, resized_crops, views_of
+from training.views import PAPERS, PER_VIEW, SUPERVISED, View, crop_boxes, draws, resized_crops
 
 FREE_SHARE = 0.5  # of a GPU's free memory that the images may take; larger sets stay in the host's
 SAMPLE = 10_000  # images that mean and standard deviation are taken from
@@ -41,12 +41,10 @@ class SmallImages:
         *,
         gallery: Split | None = None,
         size: int,
-        augmentation: str,
-        blur: float,
         share: Share,
         seed: int,
         device: torch.device,
-        views: tuple[View, View] | None = None,
+        views: tuple[View, View] = PAPERS,
     ) -> None:
         self.bad = BadImages()
         self.image_shape = (3, size, size)
@@ -60,7 +58,7 @@ class SmallImages:
             "train": self._learned if gallery is None else _placed(gallery, device),
             "val": _placed(val, device),
         }
-        self._views = views_of(augmentation, blur) if views is None else views
+        self._views = views
         self._target, self._online, self._classifier = (
             Rendering(view, size, mean, std, device) for view in (*self._views, SUPERVISED)
         )

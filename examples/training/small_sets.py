@@ -12,12 +12,21 @@ from torchvision import datasets
 
 from training.folders import labels_of
 from training.small import Split
+from training.views import View
 
 # train, and test: images and labels
 IDX_FILES = (
     ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 )
+# Weak and strong views of data sets that are not photographs. Fashion-MNIST: clothes fill the image, so crops are mild;
+# all shoes point to the left, so nothing is flipped; gray images have neither saturation nor hue.
+VIEWS = {
+    "fashion-mnist": (
+        View(area=(0.85, 1.0), jitter=0.0, gray=0.0, blur=0.0, flip=0.0),
+        View(area=(0.7, 1.0), strengths=(0.4, 0.4, 0.0, 0.0), gray=0.0, blur=0.5, sigma=(0.1, 1.0), flip=0.0),
+    ),
+}
 _BYTES = 8  # the code of unsigned bytes in an idx header
 
 

@@ -85,8 +85,7 @@ class Trainer:
                 text += f"; {settings.arch!r} takes --image-size {size}"
             raise ValueError(text) from error
         online = Encoder(backbone, mlp(features, settings.hidden, settings.dim))
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        online = online.to(device, memory_format=layout)  # type: ignore[call-overload]
+        online = online.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         predictor = mlp(settings.dim, settings.hidden, settings.dim) if settings.predictor == "mlp" else nn.Identity()
         student = nn.Sequential(online, predictor.to(device))
         if settings.batchnorm == "sync" and ranks.size > 1:

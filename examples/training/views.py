@@ -39,9 +39,19 @@ WEAK = View(jitter=0.0, gray=0.0, blur=0.0)  # crop and flip
 SUPERVISED = View(area=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0)  # in which ImageNet's classifiers are trained
 
 
-def views_of(augmentation: str, blur: float = STRONG.blur) -> tuple[View, View]:
-    """Return the views for the target and for the online encoder, named as "w/s"; ``blur`` is that of strong ones."""
-    target, online = ({"s": replace(STRONG, blur=blur), "w": WEAK}[strength] for strength in augmentation.split("/"))
+PAPERS = WEAK, STRONG  # of the target and of the online encoder
+
+
+def views_of(augmentation: str, blur: float = STRONG.blur, views: tuple[View, View] = PAPERS) -> tuple[View, View]:
+    """Return the views for the target and for the online encoder, named as "w/s".
+
+    Args:
+        augmentation: w is the weak one of ``views``, s the strong one.
+        blur: probability of the blur in a strong view.
+        views: (weak, strong) of the data set.
+    """
+    weak, strong = views[0], replace(views[1], blur=blur)
+    target, online = ({"w": weak, "s": strong}[strength] for strength in augmentation.split("/"))
     return target, online
 
 

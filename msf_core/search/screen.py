@@ -124,39 +124,55 @@ class _Screen:
 
     def search(self, rows: Rows, offset: int) -> bool:
         """Search rows [c · GROUP, D]. If the screen leaves too many groups, do nothing and return False."""
-        n, count, k = rows.values.shape[0], self.queries.shape[0], self.best.k
-        maxima = self.queries.new_empty(n // GROUP, count, dtype=torch.bfloat16)
-        first, last = CHUNK_ROWS, (n - 1) // CHUNK_ROWS * CHUNK_ROWS
-        if first < last:  # the first and last chunk predict whether the rest is worth screening
-            self._fill(maxima, rows, 0, first)
-            self._fill(maxima, rows, last, n)
-            seen = torch.cat([maxima[: first // GROUP], maxima[last // GROUP :]])
-            # In this part of the groups, the maximum with this rank estimates the k-th best of the block.
-            rank = -(-k * len(seen) // len(maxima))
-            promised = self._wanted(seen, rank).sum(dim=0) * (len(maxima) / (len(seen) * DOUBT))
-            if not self._affordable(promised, offset + n):
-                return False
-            self._fill(maxima, rows, first, last)
-        else:
-            self._fill(maxima, rows, 0, n)
-        wanted = self._wanted(maxima, k)
+        done = offset + rows.values.shape[0]
+        maxima = self._maxima(rows, done)
+        if maxima is None:
+            return False
+        wanted = self._wanted(maxima, self.best.k)
         counts = wanted.sum(dim=0)  # [Q]
-        if not self._affordable(counts, offset + n):
+        if not self._affordable(counts, done):
             return False
         group, query = wanted.nonzero(as_tuple=True)  # [p] each, by group: rows are read in their order
         self.pairs += group.shape[0]
-        by_query = query.argsort(stable=True)
-        place = torch.empty_like(query)  # of a group among those of its query
-        place[by_query] = (
-            torch.arange(query.shape[0], device=query.device) - (counts.cumsum(0) - counts)[query[by_query]]
-        )
-        most = max(int(counts.max()), -(-k // GROUP))
-        similarity = self.queries.new_full((count, most, GROUP), -torch.inf)
-        index = query.new_full((count, most, GROUP), -1)
-        similarity[query, place] = self._again(rows, query, group)
-        index[query, place] = group[:, None] * GROUP + torch.arange(GROUP, device=group.device) + offset
-        self.best.merge(similarity.flatten(1), index.flatten(1))
+        self._merge(self._again(rows, query, group), group, query, counts, offset)
         return True
+
+    def _maxima(self, rows: Rows, done: int) -> Tensor | None:
+        """Return the largest product of each group, [groups, Q]; None if the first and last chunk leave too many."""
+        n, k = rows.values.shape[0], self.best.k
+        maxima = self.queries.new_empty(n // GROUP, self.queries.shape[0], dtype=torch.bfloat16)
+        first, last = CHUNK_ROWS, (n - 1) // CHUNK_ROWS * CHUNK_ROWS
+        if first >= last:
+            self._fill(maxima, rows, 0, n)
+            return maxima
+        self._fill(maxima, rows, 0, first)
+        self._fill(maxima, rows, last, n)
+        sample = torch.cat([maxima[: first // GROUP], maxima[last // GROUP :]])
+        # In this sample of the groups, the maximum with this rank estimates the k-th best of the block.
+        rank = -(-k * len(sample) // len(maxima))
+        promised = self._wanted(sample, rank).sum(dim=0) * (len(maxima) / (len(sample) * DOUBT))
+        if not self._affordable(promised, done):
+            return None
+        self._fill(maxima, rows, first, last)
+        return maxima
+
+    def _merge(self, products: Tensor, group: Tensor, query: Tensor, counts: Tensor, offset: int) -> None:
+        """Merge the rows of the wanted groups into the best.
+
+        Args:
+            products: [p, GROUP] float32, the products of p pairs of a query and a group.
+            group: [p], the group of each pair, within the block.
+            query: [p], the query of each pair.
+            counts: [Q], the number of pairs of each query.
+            offset: index of the block's first row.
+        """
+        most = max(int(counts.max()), -(-self.best.k // GROUP))
+        similarity = self.queries.new_full((counts.shape[0], most, GROUP), -torch.inf)
+        index = group.new_full((counts.shape[0], most, GROUP), -1)
+        rank = _rank_within(query, counts)
+        similarity[query, rank] = products
+        index[query, rank] = group[:, None] * GROUP + torch.arange(GROUP, device=group.device) + offset
+        self.best.merge(similarity.flatten(1), index.flatten(1))
 
     def _affordable(self, counts: Tensor, done: int) -> bool:
         """Return whether this many groups of each query, [Q], may be computed again, after ``done`` screened rows.
@@ -238,3 +254,17 @@ class _Screen:
         if forbidden is not None:
             products.masked_fill_(forbidden, -torch.inf)
         return products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _rank_within(query: Tensor, counts: Tensor) -> Tensor:
+    """Return how many earlier pairs have the same query, for each pair: [2, 0, 2, 2] → [0, 0, 1, 2].
+
+    Args:
+        query: [p], in any order.
+        counts: [Q], how often each occurs.
+    """
+    by_query = query.argsort(stable=True)
+    begins = counts.cumsum(0) - counts  # [Q], of each query's pairs in that order
+    rank = torch.empty_like(query)
+    rank[by_query] = torch.arange(query.shape[0], device=query.device) - begins[query[by_query]]
+    return rank

@@ -117,6 +117,67 @@ def _stride_of(groups):
     return tl.cdiv(groups, 16) * 16
 
 
+@triton.jit
+def _keys(maxima, g, groups):
+    """Return the keys of the groups g; `LOWEST` for groups without allowed rows, and after the last group."""
+    values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
+    return tl.where(values == values, _key(values, g), LOWEST)
+
+
+@triton.jit
+def _best_two_of_each_lane(maxima, groups, LANES: tl.constexpr):
+    """Return the keys of the best and of the second best group of each lane, [LANES] each."""
+    lanes = tl.arange(0, LANES)
+    lane_best = tl.full((LANES,), LOWEST, dtype=tl.int64)
+    lane_next = tl.full((LANES,), LOWEST, dtype=tl.int64)
+    for start in range(0, groups, LANES):
+        keys = _keys(maxima, start + lanes, groups)
+        lane_next = tl.maximum(lane_next, tl.minimum(lane_best, keys))
+        lane_best = tl.maximum(lane_best, keys)
+    return lane_best, lane_next
+
+
+@triton.jit
+def _best_of_lane_below(group_key, lane, maxima, groups, LANES: tl.constexpr, MEMBERS: tl.constexpr):
+    """Return the key of a lane's best group below ``group_key``, having read the lane again."""
+    members = tl.full((MEMBERS,), LOWEST, dtype=tl.int64)
+    for start in range(0, groups, LANES * MEMBERS):
+        keys = _keys(maxima, start + lane + tl.arange(0, MEMBERS) * LANES, groups)
+        members = tl.maximum(members, tl.where(keys < group_key, keys, LOWEST))
+    return tl.max(members)
+
+
+@triton.jit
+def _length(query, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return the Euclidean length of a query."""
+    d = tl.arange(0, BLOCK_D)
+    squares = 0.0
+    for start in range(0, DIM, BLOCK_D):
+        q_tile = tl.load(query + start + d, mask=d < DIM - start, other=0.0)
+        squares += tl.sum(q_tile * q_tile)
+    return tl.sqrt(squares)
+
+
+@triton.jit
+def _products(query, rows, r, n, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return the float32 products [COUNT] of a query with the rows r; 0 beyond the last row."""
+    d = tl.arange(0, BLOCK_D)
+    products = tl.zeros((COUNT,), dtype=tl.float32)
+    for start in range(0, DIM, BLOCK_D):
+        inside = d < DIM - start
+        q_tile = tl.load(query + start + d, mask=inside, other=0.0).to(tl.float32)
+        places = rows + r[:, None].to(tl.int64) * DIM + start + d[None, :]
+        r_tile = tl.load(places, mask=(r < n)[:, None] & inside[None, :], other=0)
+        products += tl.sum(r_tile.to(tl.float32) * q_tile[None, :], axis=1)
+    return products
+
+
+@triton.jit
+def _settled(worst, group_key, error, K: tl.constexpr):
+    """Tell whether K rows are found, and no row of the group ``group_key`` or of a worse one can be nearer."""
+    return (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
+
+
 @triton.jit(do_not_specialize=["n", "groups", "most"])
 def select(
     queries,  # [Q, DIM]
@@ -151,34 +212,26 @@ def select(
     OWN: tl.constexpr,  # number of own rows excluded from each query
     PRECISE: tl.constexpr,
 ):
-    """Write the k nearest rows of one query, chosen by the maxima of their groups."""
+    """Write the k nearest rows of one query, chosen by the maxima of their groups.
+
+    Groups are taken in the order of their maxima, BATCH at a time. They are distributed over LANES lanes: lane i has
+    the groups i, i + LANES, i + 2·LANES, … Only the best two groups of each lane are kept; after them, the lane is read
+    again.
+    """
     query = tl.program_id(0).to(tl.int64)
     if PRECISE and tl.load(unsettled + query) == 0:
         return
     queries += query * DIM
     maxima += query * _stride_of(groups)
 
-    # The best two groups of each lane; lane i has the groups i, i + LANES, i + 2·LANES, …
     lanes = tl.arange(0, LANES)
-    lane_best = tl.full((LANES,), LOWEST, dtype=tl.int64)
-    lane_next = tl.full((LANES,), LOWEST, dtype=tl.int64)
-    for start in range(0, groups, LANES):
-        g = start + lanes
-        values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
-        keys = tl.where(values == values, _key(values, g), LOWEST)
-        lane_next = tl.maximum(lane_next, tl.minimum(lane_best, keys))
-        lane_best = tl.maximum(lane_best, keys)
-
-    d = tl.arange(0, BLOCK_D)
+    lane_best, lane_next = _best_two_of_each_lane(maxima, groups, LANES)
     error = 0.0
     if not EXACT:
         if INT8:
             error = tl.load(errors + query)
         else:
-            for start in range(0, DIM, BLOCK_D):
-                q_tile = tl.load(queries + start + d, mask=d < DIM - start, other=0.0)
-                error += tl.sum(q_tile * q_tile)
-            error = ERROR * tl.sqrt(error)
+            error = ERROR * _length(queries, DIM, BLOCK_D)
 
     # The k best rows so far. They start as distinct placeholders below the key of every row; lanes after k are unused.
     k_lanes = tl.arange(0, K_LANES)
@@ -197,31 +250,18 @@ def select(
             lane = (_index_of(group_key) % LANES).to(tl.int32)
             refill = tl.max(tl.where(lanes == lane, lane_next, LOWEST))
             if refill == UNKNOWN:
-                members = tl.full((MEMBERS,), LOWEST, dtype=tl.int64)
-                for start in range(0, groups, LANES * MEMBERS):
-                    g = start + lane + tl.arange(0, MEMBERS) * LANES
-                    member_values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
-                    member_keys = tl.where(member_values == member_values, _key(member_values, g), LOWEST)
-                    members = tl.maximum(members, tl.where(member_keys < group_key, member_keys, LOWEST))
-                refill = tl.max(members)
+                refill = _best_of_lane_below(group_key, lane, maxima, groups, LANES, MEMBERS)
             lane_best = tl.where(lanes == lane, refill, lane_best)
             lane_next = tl.where(lanes == lane, UNKNOWN, lane_next)
             group_key = tl.max(lane_best)
             place += 1
             taken += 1
-            enough = (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
-            going = (group_key > LOWEST) & (taken < most) & (enough == 0)
+            going = (group_key > LOWEST) & (taken < most) & (_settled(worst, group_key, error, K) == 0)
 
         # Compute the products of all their rows; shapes are [BATCH · GROUP] from here on.
-        first = tl.where(b < place, _index_of(batch).to(tl.int32) * GROUP, n)
-        r = tl.reshape(first[:, None] + m[None, :], (BATCH * GROUP,))
-        products = tl.zeros((BATCH * GROUP,), dtype=tl.float32)
-        for start in range(0, DIM, BLOCK_D):
-            inside = d < DIM - start
-            q_tile = tl.load(queries + start + d, mask=inside, other=0.0).to(tl.float32)
-            places = rows + r[:, None].to(tl.int64) * DIM + start + d[None, :]
-            r_tile = tl.load(places, mask=(r < n)[:, None] & inside[None, :], other=0)
-            products += tl.sum(r_tile.to(tl.float32) * q_tile[None, :], axis=1)
+        first_row = tl.where(b < place, _index_of(batch).to(tl.int32) * GROUP, n)
+        r = tl.reshape(first_row[:, None] + m[None, :], (BATCH * GROUP,))
+        products = _products(queries, rows, r, n, BATCH * GROUP, DIM, BLOCK_D)
         if INT8:
             products *= tl.load(scale + r, mask=r < n, other=0.0)
         found = (r < n) & (products == products)
@@ -240,12 +280,11 @@ def select(
             keys = tl.where(keys == key, LOWEST, keys)
             key = tl.max(keys)
             worst = tl.min(best)
-        enough = (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
-        going = (group_key > LOWEST) & (taken < most) & (enough == 0)
+        going = (group_key > LOWEST) & (taken < most) & (_settled(worst, group_key, error, K) == 0)
 
     if not EXACT:
-        enough = (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
-        tl.store(unsettled + query, ((group_key > LOWEST) & (enough == 0)).to(tl.int32))
+        left = (group_key > LOWEST) & (_settled(worst, group_key, error, K) == 0)
+        tl.store(unsettled + query, left.to(tl.int32))
     best = tl.sort(tl.where(k_lanes < K, best, LOWEST), descending=True)
     found = best > LOWEST + K
     places = query * K + k_lanes

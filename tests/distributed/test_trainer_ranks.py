@@ -269,7 +269,6 @@ def damaged_photos(folder: str, rank: int, ranks: int, on_bad_image: str) -> Pho
         val,
         size=32,
         has_labels=True,
-        augmentation="w/s",
         share=Share(8, rank=rank, ranks=ranks),
         workers=0,
         seed=0,

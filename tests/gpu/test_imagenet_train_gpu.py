@@ -88,7 +88,7 @@ def test_a_set_that_does_not_fit_stays_in_the_hosts_memory(monkeypatch: pytest.M
     for share in (0.5, 0.0):
         monkeypatch.setattr("training.small.FREE_SHARE", share)
         split = noise()
-        options = {"size": 12, "augmentation": "w/s", "blur": 0.5, "share": Share(8), "seed": 0}
+        options = {"size": 12, "share": Share(8), "seed": 0}
         sources.append(SmallImages(split, split, device=torch.device("cuda"), **options))
         assert sources[-1]._learned.images.is_cuda == (share > 0)
     for one, other in zip(*(source.train_views(0, 0) for source in sources), strict=True):
