@@ -174,7 +174,7 @@ def _products(query, rows, r, n, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK_D
 
 @triton.jit
 def _settled(worst, group_key, error, K: tl.constexpr):
-    """Tell whether K rows are found, and no row of the group ``group_key`` or of a worse one can be nearer."""
+    """Return whether K rows are found, and no row of the group ``group_key`` or of a worse one can be nearer."""
     return (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
 
 
