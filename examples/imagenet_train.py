@@ -144,9 +144,7 @@ def prepare(
     if ranks.size > 1:
         dist.broadcast_object_list(chosen)
     if ranks.rank == 0 and state is not None and is_old(state["settings"]) and settings.dataset != "digits":
-        print(
-            "the run was started by version 0.2.0 or older: from now on, its views differ from those of that version"
-        )
+        print("the run was started by version 0.2.0 or older: from now on, its views differ from those of that version")
     return trainer, Path(chosen[0])
 
 

@@ -184,7 +184,7 @@ _HELP = {
     "eval_every": "epochs between nearest-neighbor evaluations; 0: only at the end",
     "checkpoint_every": "epochs between checkpoints",
     "keep_every": "epochs between backbones to keep, including the first epoch; 0: only the last",
-    "logger": "log to tensorboard or wandb (pip install wandb), in addition to metrics.csv and losses.csv; csv and none "
+    "logger": "log to tensorboard or wandb (pip install wandb), besides metrics.csv and losses.csv; csv and none "
     "write only these files",
     "out": "folder of the run; by default a new one below runs/",
     "resume": "folder of an earlier run, to continue from its checkpoint with its settings; or auto, to continue from "
