@@ -228,10 +228,7 @@ def select(
     lane_best, lane_next = _best_two_of_each_lane(maxima, groups, LANES)
     error = 0.0
     if not EXACT:
-        if INT8:
-            error = tl.load(errors + query)
-        else:
-            error = ERROR * _length(queries, DIM, BLOCK_D)
+        error = tl.load(errors + query) if INT8 else ERROR * _length(queries, DIM, BLOCK_D)
 
     # The k best rows so far. They start as distinct placeholders below the key of every row; lanes after k are unused.
     k_lanes = tl.arange(0, K_LANES)
