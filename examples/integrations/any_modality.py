@@ -1,28 +1,28 @@
-"""MSF on rows of a table: no images, and no augmentation that anybody had to think up.
+"""MSF on rows of a table, without images and without designed augmentations.
 
     pip install -e '.[examples]'                       (in a clone)
     python examples/integrations/any_modality.py
 
-Methods of this family get most of their supervision from strong augmentation. The paper has MSF do better than others
-where both views are weakly augmented ("w/w"), and hopes for other kinds of data from it. This asks for data to which
-nobody knows strong augmentations: the measured columns of scikit-learn's wine (178 × 13, 3 classes) and breast cancer
-(569 × 30, 2 classes). It compares k = 5 with k = 1, which is BYOL, and needs msf_core, torch, scikit-learn and numpy.
+Methods like BYOL depend on strong augmentation. In the paper, MSF is better than others if both views are weakly
+augmented ("w/w"), which the authors expect to help with other kinds of data. This script tests this on data without
+known strong augmentations: the measured columns of scikit-learn's wine (178 × 13, 3 classes) and breast cancer (569 ×
+30, 2 classes). It compares k = 5 with k = 1, which is BYOL, and needs msf_core, torch, scikit-learn and numpy.
 
 Every setting was chosen once, before the first run, and is the same for both k:
 
-- views: noise of 0.1 standard deviations on every feature, and each feature missing (set to its mean) with
-  probability 0.1; target and online view alike.
-- bank: half as many rows as there are to train on. The paper's holds 10 to 80 % of the images. A bank of more rows
-  than the training set would give a row its own older embeddings as neighbors, which is k = 1 again.
-- EMA momentum 0.97, SGD momentum 0.9, weight decay 1e-4: those of the digits in imagenet_train.py. Batches of 32, the
-  paper's learning rate 0.05 with a cosine to 0, and 500 steps, which are 40 epochs or more.
+- Views: noise of 0.1 standard deviations on every feature, and each feature missing (set to its mean) with probability
+  0.1, for the target and the online view alike.
+- Bank: half as many rows as the training set. (The paper's bank holds 10 to 80 % of the images.) If the bank were
+  larger than the training set, a row's neighbors would be its own older embeddings, which is k = 1 again.
+- EMA momentum 0.97, SGD momentum 0.9 and weight decay 1e-4, as for the digits in imagenet_train.py; batches of 32, the
+  paper's learning rate 0.05 with cosine decay to 0, and 500 steps, which are at least 40 epochs.
 
-All encoders are judged alike. A split (70 % to train on, stratified) and all that is random come from the seed. The
-features are scaled by the mean and deviation of the training rows; encoder and bank see these rows alone, and no
-label. Then each test row takes the label of the training row that is nearest by cosine in the encoder's features (the
-backbone's, without projection): among all training rows ("1-NN"), or among 1 or 5 for each class, averaged over 20
-draws that are the same for all encoders. "untrained" is the same encoder at its first weights, with BatchNorm's
-statistics taken from the training rows.
+All encoders are evaluated in the same way. The seed determines the split (70 % for training, stratified) and everything
+random. The features are scaled by the mean and standard deviation of the training rows. Training uses only these rows
+and no labels. Each test row then gets the label of the training row with the nearest backbone features (by cosine,
+without projection): among all training rows ("1-NN"), or among 1 or 5 of each class, averaged over 20 draws that are
+the same for all encoders. "untrained" is the same encoder with its initial weights, and with BatchNorm's statistics
+from the training rows.
 """
 
 import argparse

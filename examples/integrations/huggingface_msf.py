@@ -1,4 +1,4 @@
-"""MSF on a vision model of Hugging Face's transformers, trained with accelerate.
+"""MSF with a vision model of Hugging Face's transformers, trained with accelerate.
 
 Needs, in a clone: pip install -e '.[examples]' transformers accelerate
 
@@ -6,12 +6,12 @@ Needs, in a clone: pip install -e '.[examples]' transformers accelerate
     accelerate launch examples/integrations/huggingface_msf.py              on all GPUs; the ranks share the bank
     python examples/integrations/huggingface_msf.py --model microsoft/resnet-18 --out trained
 
-Any model will do that `AutoModel` loads, that takes RGB images of 32 × 32 and gives a pooler_output; on several
-processes all its parameters must be in use, as DDP asks. ``--out`` gets it back in its own layout
-for ``from_pretrained``, and beside it accelerate's state, from which ``--resume`` goes on, bank and target included.
+You can use any model that `AutoModel` loads, that takes RGB images of 32 × 32 pixels and has a pooler_output. On
+several processes, DDP requires that all its parameters are used. ``--out`` saves the model for ``from_pretrained``, and
+accelerate's state with bank and target, from which ``--resume`` continues.
 
-The digits tell what was learned by one label a class (0.545 before and 0.665 after with seed 0): by all labels the
-untrained features do as well. The figures are in benchmarks/results/huggingface_msf.md.
+With one label per class, the accuracy on the digits is 0.545 before and 0.665 after training (seed 0). With all labels,
+untrained features are as good. The figures are in benchmarks/results/huggingface_msf.md.
 """
 
 import argparse
@@ -36,19 +36,19 @@ STRONG = v2.Compose([v2.RandomAffine(15, (0.1, 0.1), (0.8, 1.2), shear=10), v2.R
 
 
 class Pooled(nn.Module):
-    """A transformers model that gives its pooled feature [B, F]."""
+    """A transformers model that returns its pooled features [B, F]."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the feature of images [B, 3, H, W]."""
+        """Return the features of images [B, 3, H, W]."""
         return self.model(images).pooler_output.flatten(1)
 
 
 class Online(nn.Module):
-    """Encoder and predictor as the one module that accelerate wraps."""
+    """Encoder and predictor in one module, which accelerate wraps."""
 
     def __init__(self, encoder: nn.Module, predictor: nn.Module) -> None:
         super().__init__()
@@ -65,13 +65,13 @@ def mlp(dim: int, hidden: int, out: int) -> nn.Sequential:
 
 
 def small_resnet() -> Any:
-    """Return a model from a configuration: nothing is fetched."""
+    """Return a model from a configuration, without a download."""
     config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic")
     return AutoModel.from_config(config)
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return images [n, 3, 32, 32] in [0, 1] and labels to train on, then those to test on."""
+    """Return images [n, 3, 32, 32] in [0, 1] and labels for training, then those for testing."""
     images, labels = load_digits(return_X_y=True)
     pixels = torch.from_numpy(images).float().view(-1, 1, 8, 8).div(16)
     pixels = F.interpolate(pixels, size=32, mode="bilinear").expand(-1, 3, -1, -1)
@@ -82,7 +82,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def accuracies(backbone: nn.Module, data: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Return the 1-NN accuracy of the backbone's features, by all labels, and by one label a class over 20 draws."""
+    """Return the 1-NN accuracy of the backbone's features, with all labels and with one per class over 20 draws."""
     images, labels, test_images, test_labels = data
     device = next(backbone.parameters()).device
     encode = Pooled(backbone).eval()
@@ -102,7 +102,7 @@ def accuracies(backbone: nn.Module, data: tuple[Tensor, ...]) -> tuple[float, fl
 def train(args: argparse.Namespace) -> tuple[float, float]:
     """Train, save, and return the accuracies of the backbone's features."""
     set_seed(args.seed)
-    # Of the two samplers that accelerate has, this one goes on after a resume with the order that it would have had.
+    # This one of accelerate's two samplers keeps the order of an uninterrupted run after a resume.
     same_order = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, dataloader_config=same_order)
     images, labels, *_ = data = digits()
@@ -129,14 +129,14 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
     report("before")
     for epoch in range(args.first_epoch, args.epochs):
         model.train()
-        set_seed(args.seed + 1 + epoch, device_specific=True)  # views of a resumed run are those it would have had
+        set_seed(args.seed + 1 + epoch, device_specific=True)  # a resumed run draws the same views
         loader.set_epoch(epoch)
         for batch, classes in loader:
             with accelerator.accumulate(model):
                 with accelerator.autocast():
                     u = target(torch.stack([WEAK(image) for image in batch]))
                 v = model(torch.stack([STRONG(image) for image in batch]))
-                loss = criterion(v, u, classes)  # the labels are kept for purity alone
+                loss = criterion(v, u, classes)  # the labels are stored only for the purity
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -153,19 +153,19 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return what the command line asks for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="name or folder for AutoModel.from_pretrained; without it a small ResNet")
+    parser.add_argument("--model", help="name or folder for AutoModel.from_pretrained; default: a small ResNet")
     parser.add_argument("--out", type=Path, help="folder for the backbone and for accelerate's state")
-    parser.add_argument("--resume", type=Path, help="the state folder of a run, which had --first-epoch epochs")
+    parser.add_argument("--resume", type=Path, help="state folder of a run that had --first-epoch epochs")
     parser.add_argument("--first-epoch", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--accumulate", type=int, default=1, help="batches a step of the optimizer")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
     train(parse())
-    PartialState().destroy_process_group()  # a process that ends within its group may be aborted
+    PartialState().destroy_process_group()  # a process that exits without this may be aborted

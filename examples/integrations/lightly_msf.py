@@ -1,17 +1,17 @@
-"""lightly's BYOL example turned into MSF: another loss with a bank, a weak view for the target, half the forwards.
+"""lightly's BYOL example changed to MSF: a loss with a bank, a weak view for the target, and half the forwards.
 
     pip install -e '.[examples]' lightly                      (in a clone)
     python examples/integrations/lightly_msf.py               (scikit-learn's digits: about a minute on two CPU cores)
     python examples/integrations/lightly_msf.py --data DIR    (a folder of images, as LightlyDataset reads it)
 
-A script from top to bottom after lightly's examples/pytorch/byol.py (lightly 1.6, MIT licence). All that MSF changes is
-lightly_byol_to_msf.diff beside it. It fits both: `patch byol.py lightly_byol_to_msf.diff` makes lightly's example MSF,
-`patch -R lightly_msf.py lightly_byol_to_msf.diff` makes this one BYOL.
+Based on lightly's examples/pytorch/byol.py (lightly 1.6, MIT license). lightly_byol_to_msf.diff has all changes for
+MSF. It applies to both files: `patch byol.py lightly_byol_to_msf.diff` changes lightly's example to MSF, and
+`patch -R lightly_msf.py lightly_byol_to_msf.diff` changes this file to BYOL.
 
-BYOL predicts each view from the other. In the MSF paper the online encoder sees the strong view alone and the target
-the weak one, so that a step has one forward of each. Not lightly's are what a short run on digits needs: a ResNet of
-half the blocks, SGD's momentum, a target that follows faster, and gentler views. A folder's views are of 32 pixels, as
-there: change both input_size for photos.
+BYOL predicts each view from the other. In the MSF paper, only the strong view goes through the online encoder and only
+the weak one through the target, which halves the forwards. For a short run on digits, this file also has a ResNet with
+half the blocks, SGD with momentum, a lower target momentum, and weaker views. As in lightly's example, views of a
+folder have 32 pixels: for photographs, increase both input_size.
 """
 # ruff: noqa: I001  (imports in the order of lightly's example, so that one diff fits both)
 
@@ -85,7 +85,7 @@ class Digits(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def hundred_label_accuracy(backbone: nn.Module, digits: Digits) -> float:
-    """Return the 1-NN accuracy on all digits but the first hundred, whose labels are all that is known."""
+    """Return the 1-NN accuracy on all digits except the first hundred, which are the labeled ones."""
     images = [pictures.normalize(pictures.to_tensor(image), **IMAGENET_NORMALIZE) for image in digits.images]
     features = backbone.cpu().eval()(torch.stack(images)).flatten(start_dim=1)
     labels = torch.tensor(digits.labels)
@@ -101,7 +101,7 @@ parser.add_argument(
     "--momentum",
     type=float,
     default=0.97,
-    help="of the target at the start (default: 0.97; lightly: 0.996), from where it rises to 1 in the last epoch",
+    help="initial momentum of the target (default: 0.97; lightly: 0.996), which rises to 1 in the last epoch",
 )
 args = parser.parse_args()
 torch.manual_seed(0)
@@ -124,7 +124,7 @@ if args.data:
     dataset = LightlyDataset(args.data, transform=transform)
 else:
     print(f"1-NN with 100 labels, untrained: {hundred_label_accuracy(copy.deepcopy(backbone), digits):.3f}")
-    transform = BYOLTransform(  # digits read one way, and a small part of one says nothing
+    transform = BYOLTransform(  # no flips and no small crops, because they change digits
         BYOLView1Transform(32, cj_prob=0, min_scale=0.6, random_gray_scale=0, gaussian_blur=0, hf_prob=0),
         BYOLView2Transform(32, min_scale=0.5, gaussian_blur=0, solarization_prob=0, hf_prob=0),
     )

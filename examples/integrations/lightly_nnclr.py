@@ -1,11 +1,11 @@
-"""NNCLR in lightly with `MSFMemoryBankModule` in place of lightly's `NNMemoryBankModule`: one line changes.
+"""lightly's NNCLR example with `MSFMemoryBankModule` instead of `NNMemoryBankModule`, which changes one line.
 
     pip install -e '.[examples]' lightly                        (in a clone)
     python examples/integrations/lightly_nnclr.py               (scikit-learn's digits: half a minute on two CPU cores)
     python examples/integrations/lightly_nnclr.py --data DIR    (a folder of images, as LightlyDataset reads it)
 
-After lightly's examples/pytorch/nnclr.py (lightly 1.6, MIT licence), with a smaller backbone, SGD's momentum and the
-temperature 0.1 of the NNCLR paper, so that few epochs show something.
+Based on lightly's examples/pytorch/nnclr.py (lightly 1.6, MIT license). It has a smaller backbone, SGD with momentum
+and the temperature 0.1 of the NNCLR paper, so that a few epochs show an effect.
 """
 
 import argparse
@@ -29,30 +29,30 @@ from msf_core import MemoryBank
 
 
 class MSFMemoryBankModule(nn.Module):
-    """Drop-in for lightly's ``NNMemoryBankModule``, over a `MemoryBank`: same argument, same call.
+    """A replacement for lightly's ``NNMemoryBankModule`` with a `MemoryBank`: the argument and the call are the same.
 
-    Where it differs from lightly's, and why:
+    Differences from lightly's module:
 
-    - Lightly's bank starts full of random unit vectors and returns them until real rows have pushed them out. Here an
-      unfilled slot is never returned, so the two cannot be equal before the bank is full: while it is empty, the output
-      itself is the answer (the loss is then SimCLR's), later the nearest of the rows there are.
-    - A batch that does not end at the end of the bank goes on at its beginning. Lightly's drops that rest. The two are
-      equal where every batch has as many rows as divide the size.
-    - Rows are stored as unit vectors. Lightly's returns them in the length they came in, with the same direction:
+    - Lightly's bank starts full of random unit vectors, and returns them until they are overwritten. Here, unfilled
+      rows are never returned, so the results differ until the bank is full. While it is empty, the output itself is
+      returned (the loss is then SimCLR's); after that, the nearest filled row.
+    - A batch that reaches the end of the bank continues at its beginning. Lightly's bank drops the remaining rows. The
+      contents are the same if the batch size divides the size of the bank.
+    - Rows are stored as unit vectors. Lightly's bank returns them with their original length and the same direction;
       NTXentLoss normalizes them anyway.
-    - A row with NaN or Inf is never returned; where no other is there, the output itself is.
-    - It is faster: on a CPU a little on 1,024 rows, several times on large banks.
-    - The rows are in the ``state_dict`` (lightly's are not), so a resumed run goes on with them. ``persistent=False``
-      leaves them out, as for a checkpoint that has none.
+    - A row with NaN or Inf is never returned. If there is no other row, the output itself is returned.
+    - It is faster: on a CPU slightly with 1,024 rows, and several times with large banks.
+    - The rows are in the ``state_dict`` (lightly's are not), so a resumed run keeps them. Use ``persistent=False`` to
+      leave them out, for example to load a checkpoint without them.
 
     Args:
-        size: (number of rows, dimensions). A bare number is an error, as in lightly since 1.6.
-        options: of `MemoryBank`: ``dtype``, ``backend``, ``persistent``, and ``layout`` ("local" is what lightly's does
-            under torch.distributed outside of DDP, which sends the rows of rank 0 to all ranks; by default all ranks
-            share one bank, and update it together).
+        size: (number of rows, dimensions). As in lightly since 1.6, a single number is an error.
+        options: options of `MemoryBank`: ``dtype``, ``backend``, ``persistent`` and ``layout``. By default, all ranks
+            share one bank and update it together. "local" corresponds to lightly's bank under torch.distributed outside
+            of DDP; DDP would broadcast the rows of rank 0.
 
     Raises:
-        ValueError: another size.
+        ValueError: if ``size`` is not a pair.
 
     >>> nn_replacer = MSFMemoryBankModule(size=(2**16, 128))
     >>> z = torch.randn(8, 128)
@@ -69,7 +69,7 @@ class MSFMemoryBankModule(nn.Module):
 
     @torch.no_grad()
     def forward(self, output: Tensor, update: bool = False) -> Tensor:
-        """Return the nearest row of each output, as the bank was before the update.
+        """Return the row nearest to each output, in the bank before the update.
 
         Args:
             output: [B, D] floats of any scale.
@@ -79,7 +79,7 @@ class MSFMemoryBankModule(nn.Module):
             [B, D] float32 unit vectors, without gradient.
 
         Raises:
-            ValueError: a shape or device that does not fit.
+            ValueError: if a shape or device does not match.
         """
         if not len(self.bank):
             nearest = F.normalize(output.float(), dim=1)  # [B, D]
@@ -87,7 +87,7 @@ class MSFMemoryBankModule(nn.Module):
             found = self.bank.search(output, k=1)
             nearest = found.embedding[:, 0]
             missing = found.index < 0  # [B, 1]
-            if nearest.is_cuda or missing.any():  # only a GPU would be held up by a look
+            if nearest.is_cuda or missing.any():  # on a GPU, any() would synchronize
                 nearest = torch.where(missing, F.normalize(output.float(), dim=1), nearest)
         if update:
             self.bank.push(output)
@@ -162,7 +162,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    gentle: dict[str, Any] = {} if args.data else {"hf_prob": 0.0, "min_scale": 0.3}  # digits read one way
+    gentle: dict[str, Any] = {} if args.data else {"hf_prob": 0.0, "min_scale": 0.3}  # flips change digits
     transform = SimCLRTransform(input_size=args.size, gaussian_blur=0.0, **gentle)
     if args.data:
         dataset = LightlyDataset(str(args.data), transform=transform)

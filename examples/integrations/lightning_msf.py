@@ -1,4 +1,4 @@
-"""Mean Shift as a LightningModule: bank, target and loss under Lightning's Trainer, on one process or several.
+"""Mean Shift as a LightningModule, on one process or several.
 
 Needs, in a clone: pip install -e '.[examples]' lightning
 
@@ -7,9 +7,9 @@ Needs, in a clone: pip install -e '.[examples]' lightning
     python examples/integrations/lightning_msf.py --devices 2          two processes, which share one bank
     python examples/integrations/lightning_msf.py --resume runs/lightning/last.ckpt
 
-The bank, the target and the loss are submodules: they move with the module and are in Lightning's checkpoints, from
-which a run goes on exactly, in the middle of an epoch too. Checkpoints are for step boundaries, as ModelCheckpoint
-writes them. They are written by rank 0, which suits the replicated bank (the default), not a local or sharded one.
+The bank, the target and the loss are submodules. They move with the module and are saved in Lightning's checkpoints, so
+a run resumes exactly, even in the middle of an epoch. Write checkpoints between steps, as ModelCheckpoint does. Rank 0
+writes them, which is correct for the replicated bank (the default), but not for a local or sharded bank.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from msf_core import EMATarget, MeanShiftLoss, MemoryBank, embedding_spread, knn
 
 
 class MSF(L.LightningModule):
-    """An encoder, a predictor, and what Mean Shift adds: the target, and the loss with its bank.
+    """An encoder and a predictor, the target, and the loss with its bank.
 
     Args:
-        arch: "digits", or a ResNet of torchvision by its name.
-        dim: of an embedding, D.
+        arch: "digits", or the name of a torchvision ResNet.
+        dim: dimension of the embeddings, D.
         hidden: width of the two MLPs.
-        bank_size: rows of the bank.
-        k: neighbors.
-        momentum: of the target.
-        lr: of SGD, with a cosine to 0.
+        bank_size: number of rows of the bank.
+        k: number of neighbors.
+        momentum: momentum of the target.
+        lr: initial learning rate of SGD, which decays to 0 along a cosine.
 
-    The defaults suit the digits. The paper has dim 512, hidden 4096, 128,000 rows, momentum 0.99 and lr 0.05.
+    The defaults are for the digits. The paper uses dim 512, hidden 4096, 128,000 rows, momentum 0.99 and lr 0.05.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class MSF(L.LightningModule):
         self.criterion = MeanShiftLoss(MemoryBank(bank_size, dim), k)
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of (weak views, strong views, labels); a label that is not known is −1."""
+        """Return the loss of (weak views, strong views, labels); unknown labels are −1."""
         weak, strong, labels = batch
         u, v = self.target(weak), self.predictor(self.encoder(strong))  # [B, D] each
         loss, neighbors = self.criterion(v, u, labels, return_neighbors=True)
@@ -75,9 +75,9 @@ class MSF(L.LightningModule):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Let the target follow each step, which is not each batch where gradients are accumulated."""
+        """Update the target after each step; with accumulated gradients, this is not each batch."""
         super().optimizer_step(*args, **kwargs)
-        # Not in on_train_batch_end: ModelCheckpoint saves before the module's hook of that name runs.
+        # Do not use on_train_batch_end: ModelCheckpoint saves before this hook of the module runs.
         self.target.update(self.encoder)
 
     def on_validation_epoch_start(self) -> None:
@@ -85,12 +85,12 @@ class MSF(L.LightningModule):
         self.seen: list[list[tuple[Tensor, Tensor]]] = [[], []]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
-        """Keep features and labels of the training images (loader 0) and of those to classify (loader 1)."""
+        """Store features and labels of the training images (loader 0) and of the images to classify (loader 1)."""
         images, labels = batch
         self.seen[dataloader_idx].append((self.encoder[0](images), labels))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the share of images whose nearest training image, of all ranks', has their label."""
+        """Log the 1-NN accuracy among the training images of all ranks."""
         parts = [torch.cat(part) for images in self.seen for part in zip(*images, strict=True)]
         gathered: Any = self.all_gather(parts)  # [ranks, n, …] each or, of one process, [n, …]
         shapes = [(-1, *part.shape[1:]) for part in parts]
@@ -99,7 +99,7 @@ class MSF(L.LightningModule):
         self.log("val_1nn", (found == truth).float().mean(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """SGD as in the paper, over what has gradients: encoder and predictor."""
+        """Return SGD as in the paper, for the encoder and the predictor."""
         trained = [*self.encoder.parameters(), *self.predictor.parameters()]
         optimizer = torch.optim.SGD(trained, lr=self.hparams["lr"], momentum=0.9, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
@@ -125,7 +125,7 @@ def build_backbone(arch: str) -> tuple[nn.Module, int]:
 
 
 class Images(L.LightningDataModule):
-    """The digits, or a folder with train/ and val/, a folder a class in each; ``batch_size`` is that of one rank."""
+    """The digits, or a folder with train/ and val/, each with one folder per class; ``batch_size`` is per rank."""
 
     def __init__(self, folder: str | None = None, batch_size: int = 64, workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -162,15 +162,15 @@ class Images(L.LightningDataModule):
         return DataLoader(views, self.batch_size, sampler=keys, drop_last=True, num_workers=self.workers)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """Return batches of (images, labels): those to find neighbors among, and those to classify."""
-        # Lightning divides them over the ranks, and repeats an image where that does not come out even.
+        """Return two loaders of (images, labels): the training images, and the images to classify."""
+        # Lightning divides them among the ranks, and repeats images if they cannot be divided evenly.
         return [
             DataLoader(Views(part, [self.center]), 256, num_workers=self.workers) for part in (self.train, self.val)
         ]
 
 
 class Views(Dataset):
-    """Views of an image and its label; those of a key (epoch, index) are always the same, whoever asks for them."""
+    """Views of an image and its label, which depend only on the seed and the key (epoch, index)."""
 
     def __init__(self, images: Any, kinds: list[Any], seed: int = 0) -> None:
         self.images, self.kinds, self.seed = images, kinds, seed
@@ -189,10 +189,10 @@ class Views(Dataset):
 
 
 class Keys(DistributedSampler):
-    """Keys (epoch, index) of this rank's images, from where the run is on.
+    """The keys (epoch, index) of this rank's remaining images.
 
-    That is told by the count of batches that the loss keeps, which a checkpoint brings back. Lightning's own count of
-    epochs is one too high in some runs resumed from the end of an epoch (2.6, with max_steps).
+    The position is computed from the step count of the loss, which is saved in checkpoints. Lightning's own epoch count
+    is one too high in some runs resumed from the end of an epoch (2.6, with max_steps).
     """
 
     def __init__(self, images: Views, batch_size: int, seed: int, trainer: Any) -> None:
@@ -206,20 +206,20 @@ class Keys(DistributedSampler):
 
 
 def main() -> None:
-    """Train, and tell the accuracy before and after."""
+    """Train, and print the accuracy before and after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with train/ and val/, a folder a class in each; default: the digits")
+    parser.add_argument("--data", help="folder with train/ and val/, each with one folder per class; default: digits")
     parser.add_argument("--arch", default="digits", help='"digits" or a ResNet of torchvision')
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=64, help="images of one process and step")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per process and step")
     parser.add_argument("--bank-size", type=int, default=1024)
-    parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument(
-        "--resume", help="a checkpoint to go on from, with the same --epochs: the rate's cosine is in it"
+        "--resume", help="checkpoint to continue from; --epochs must be the same because of the learning rate schedule"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/lightning"))
     flags = parser.parse_args()
@@ -231,7 +231,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")  # see Keys
     L.seed_everything(flags.seed)
     images = Images(flags.data, flags.batch_size, flags.workers, flags.seed)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # hosts of a shared bank talk by gloo
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # a shared bank exchanges headers over gloo
     trainer = L.Trainer(
         max_epochs=flags.epochs,
         devices=flags.devices,
@@ -245,7 +245,7 @@ def main() -> None:
     model = MSF(flags.arch, bank_size=flags.bank_size)
     before = trainer.validate(model, images, verbose=False)[0]["val_1nn"]
     trainer.fit(model, images, ckpt_path=flags.resume)
-    trainer.save_checkpoint(flags.out / "last.ckpt")  # the end, which is seldom a multiple of --save-every
+    trainer.save_checkpoint(flags.out / "last.ckpt")  # the last step is rarely a multiple of --save-every
     after = trainer.validate(model, images, verbose=False)[0]["val_1nn"]
     if trainer.is_global_zero:
         print(f"1-NN accuracy: {before:.3f} untrained, {after:.3f} after {trainer.global_step} steps")

@@ -1,21 +1,21 @@
-"""From MoCo to MSF in plain PyTorch: two training loops to be read side by side, and the parts for MoCo's repository.
+"""From MoCo to MSF in plain PyTorch: two training loops to compare, and the parts for MoCo's repository.
 
     pip install -e '.[examples]'                       (in a clone)
     python examples/integrations/moco_to_msf.py        (scikit-learn's digits: 15 seconds on two CPU cores)
 
 What changes from `moco` to `msf`, and why:
 
-    queue and pointer, filled with random rows   ->  MemoryBank: starts empty, takes any batch, saved in the state_dict
+    queue and pointer, filled with random rows   ->  MemoryBank: starts empty, any batch size, saved in the state_dict
     a copy, and a loop over its parameters       ->  EMATarget
-    InfoNCE against the queue, temperature       ->  MeanShiftLoss: the nearest rows of the bank are friends, not foes
-    no prediction head                           ->  a prediction head: without negatives it is what prevents collapse
-    heads without BatchNorm                      ->  heads with it, as in the paper
+    InfoNCE against the queue, temperature       ->  MeanShiftLoss: the nearest rows of the bank are positives
+    no prediction head                           ->  a prediction head, which prevents collapse without negatives
+    heads without BatchNorm                      ->  heads with BatchNorm, as in the paper
     two strong views                             ->  a weak view for the target (paper section 3.1)
 
-The settings are small ones for the digits; imagenet_train.py has those of the paper.
+The settings are small, for the digits; imagenet_train.py has the paper's.
 
-For a clone of github.com/facebookresearch/moco, `MSF` takes the place of ``moco.builder.MoCo`` and `WeakAndStrong` that
-of ``moco.loader.TwoCropsTransform``. What to change in its main_moco.py is in docs/integrations/moco.md.
+In a clone of github.com/facebookresearch/moco, `MSF` replaces ``moco.builder.MoCo``, and `WeakAndStrong` replaces
+``moco.loader.TwoCropsTransform``. docs/integrations/moco.md lists the changes in its main_moco.py.
 """
 
 import argparse
@@ -75,18 +75,18 @@ def msf(images: Tensor, epochs: int) -> nn.Module:
 
 
 class MSF(nn.Module):
-    """Update, both encoders and the loss as one module, which DDP wraps as it wraps ``moco.builder.MoCo``.
+    """Both encoders, the update and the loss in one module, which DDP wraps like ``moco.builder.MoCo``.
 
-    The encoders have the names that they have there, so that main_lincls.py and the detection scripts find
+    The encoders have the same names as in MoCo, so that main_lincls.py and the detection scripts find
     ``module.encoder_q`` in a checkpoint. The bank is in the ``state_dict`` too.
 
     Args:
-        base_encoder: makes an encoder with a layer ``fc``, such as ``torchvision.models.resnet50``.
-        dim: of an embedding, D.
-        K: rows of the bank.
+        base_encoder: creates an encoder with a layer ``fc``, such as ``torchvision.models.resnet50``.
+        dim: dimension of the embeddings, D.
+        K: number of rows of the bank.
         m: momentum of the target.
-        k: neighbors.
-        hidden: width of projection and prediction head.
+        k: number of neighbors.
+        hidden: width of the projection and the prediction head.
 
     The defaults are the paper's.
     """
@@ -109,8 +109,8 @@ class MSF(nn.Module):
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
         """Return the loss of strong views im_q and weak views im_k, both [B, 3, H, W]."""
-        if self.training:  # as MoCo does, before the target's forward: the optimizer has stepped since the last one
-            # Where gradients are accumulated it has not. Then leave this out, and call
+        if self.training:  # like MoCo, update before the target's forward, once per optimizer step
+            # With accumulated gradients, this would be more than once per step. Then remove this line, and call
             # model.module.encoder_k.update(model.module.encoder_q) after optimizer.step().
             self.encoder_k.update(self.encoder_q)
         u = self.encoder_k(im_k)  # [B, D]

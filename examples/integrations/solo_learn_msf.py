@@ -1,6 +1,6 @@
 """MSF as a method of solo-learn (github.com/vturrisi/solo-learn), which has BYOL and NNBYOL, but not MSF.
 
-Copy this file to solo/methods/msf.py, and enter it in solo/methods/__init__.py::
+Copy this file to solo/methods/msf.py, and add it to solo/methods/__init__.py::
 
     from solo.methods.msf import MSF
     METHODS = {..., "msf": MSF}
@@ -18,31 +18,31 @@ Start from a config of BYOL (scripts/pretrain/*/byol.yaml) and change::
       exclude_same_id: False
     momentum:
       base_tau: 0.99
-      final_tau: 0.99          # byol.yaml has 1.0, where the target stands still at the end
+      final_tau: 0.99          # byol.yaml has 1.0, with which the target stops moving at the end
     optimizer:                 # byol.yaml has LARS for large batches; the paper trains with plain SGD
       name: "sgd"              # leave out optimizer.kwargs: clip_lr, eta and exclude_bias_n_norm are LARS's
-      lr: 0.05                 # of 256 images: solo-learn scales it by the batch
+      lr: 0.05                 # for 256 images: solo-learn scales it by the batch size
       weight_decay: 1e-4
     scheduler:
       name: "warmup_cosine"
       warmup_epochs: 0
 
-and take the augmentations of ReSSL (ressl.yaml, of cifar and imagenet-100): one strong crop first, which is the online
-encoder's view, and one weak one second, the target's ("w/s" in the paper). More is optional:
+Use the augmentations of ReSSL (ressl.yaml, of cifar and imagenet-100): first a strong crop for the online encoder, then
+a weak crop for the target ("w/s" in the paper). These options exist:
 
-- Small crops (those of another crop_size, after the two large ones) are further views of the online encoder.
-- ``symmetric: True`` takes both large crops as targets, each for all crops but itself, as solo-learn's BYOL does. Then
-  both crops should be strong.
-- ``exclude_same_id: True`` keeps older views of an image from being its neighbors, which matters where the bank holds
-  more than an epoch. Batches have the image's index; with ``data.format: "dali"`` they have it only under
+- Small crops (with another crop_size, after the two large crops) are more views of the online encoder.
+- ``symmetric: True`` makes both large crops targets, each for all crops but itself, as in solo-learn's BYOL. In this
+  case, make both crops strong.
+- ``exclude_same_id: True`` excludes older views of an image from its neighbors. Use it if the bank is larger than the
+  data set. It needs the image index in each batch, which ``data.format: "dali"`` has only under
   ``dali.encode_indexes_into_labels: True``.
 
-The bank is in Lightning's checkpoint, and all ranks share it. The base class sends both large crops through both
-encoders, of which the loss needs half unless it is symmetric.
+The bank is in Lightning's checkpoint, and all ranks share it. The base class runs both large crops through both
+encoders; unless it is symmetric, the loss needs only half of this.
 
 Tested on 2026-11-25 with an unmodified clone (main at commit 9187ea3, version 1.0.6), Python 3.11, PyTorch 2.14 and
-Lightning 2.6 on a CPU: whole trainings, resuming, and two processes with bfloat16 and accumulated gradients. How is in
-tests/integrations/test_solo_learn_msf.py of msf_core.
+Lightning 2.6 on a CPU: complete trainings, resuming, and two processes with bfloat16 and accumulated gradients (see
+tests/integrations/test_solo_learn_msf.py of msf_core).
 """
 
 import copy
@@ -59,9 +59,9 @@ from msf_core import MeanShiftLoss, MemoryBank, embedding_spread, neighbor_purit
 class MSF(BaseMomentumMethod):
     """Mean Shift (Koohpayegani et al., ICCV 2021, arxiv.org/abs/2105.07269).
 
-    Its settings are those of `BaseMomentumMethod`, and in ``cfg.method_kwargs``: proj_hidden_dim, proj_output_dim (D)
-    and pred_hidden_dim, which have no defaults; queue_size (rows of the bank, 128,000), k (5), symmetric (False) and
-    exclude_same_id (False).
+    Besides the settings of `BaseMomentumMethod`, ``cfg.method_kwargs`` has proj_hidden_dim, proj_output_dim (D) and
+    pred_hidden_dim, which have no defaults; queue_size (number of rows of the bank, 128,000), k (5), symmetric (False)
+    and exclude_same_id (False).
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -80,8 +80,8 @@ class MSF(BaseMomentumMethod):
         """Fill in the defaults of MSF, and those of the base class.
 
         Raises:
-            ValueError: a size of the heads is missing, there are more or fewer large crops than two, or there are no
-                ids for ``exclude_same_id``.
+            ValueError: if a size of the heads is missing, the number of large crops is not two, or there are no ids for
+                ``exclude_same_id``.
         """
         base_tau = OmegaConf.select(cfg, "momentum.base_tau", default=0.99)
         final_tau = OmegaConf.select(cfg, "momentum.final_tau", default=base_tau)
@@ -100,16 +100,16 @@ class MSF(BaseMomentumMethod):
         return cfg
 
     def on_train_start(self) -> None:
-        """Count steps from where the run is on.
+        """Start counting steps at the current step of the run.
 
-        From 0, as the base class does, a resumed run with accumulated gradients would move the target once too often.
+        The base class starts at 0, so a resumed run with accumulated gradients would update the target once too often.
         """
         super().on_train_start()
         self.last_step = self.trainer.global_step
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
-        """The base class's, projector and predictor."""
+        """The parameters of the base class, the projector and the predictor."""
         return [
             *super().learnable_params,
             {"name": "projector", "params": self.projector.parameters()},
@@ -118,31 +118,31 @@ class MSF(BaseMomentumMethod):
 
     @property
     def momentum_pairs(self) -> list[tuple[Any, Any]]:
-        """The base class's and the projectors: solo-learn moves the second of each pair toward the first."""
+        """The pairs of the base class, and the projectors; solo-learn averages the first of each into the second."""
         return [*super().momentum_pairs, (self.projector, self.momentum_projector)]
 
     def forward(self, X: Tensor) -> dict[str, Any]:
-        """Add to the base class's outputs z, projected, and p, predicted from it; both [B, D]."""
+        """Add the projection z and the prediction p, [B, D] each, to the outputs of the base class."""
         out = super().forward(X)
         z = self.projector(out["feats"])
         return {**out, "z": z, "p": self.predictor(z)}
 
     def multicrop_forward(self, X: Tensor) -> dict[str, Any]:
-        """Add the same to the base class's outputs for a small crop."""
+        """Add the same to the outputs of the base class for a small crop."""
         out = super().multicrop_forward(X)
         z = self.projector(out["feats"])
         return {**out, "z": z, "p": self.predictor(z)}
 
     @torch.no_grad()
     def momentum_forward(self, X: Tensor) -> dict[str, Any]:
-        """Add z, [B, D], to the base class's outputs, which ``training_step`` then has as "momentum_z"."""
+        """Add the projection z, [B, D], to the outputs of the base class; in ``training_step`` it is "momentum_z"."""
         out = super().momentum_forward(X)
         return {**out, "z": self.momentum_projector(out["feats"])}
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Tensor:
         """Return MSF's loss and the online classifier's for a batch [indexes, crops, labels].
 
-        The labels serve the classifier and the logged purity (NaN with k: 1, or without labels); MSF never sees them.
+        The labels are used only for the classifier and the logged purity (NaN with k: 1, or without labels).
         """
         out = super().training_step(batch, batch_idx)
         indexes, _, labels = batch
@@ -162,5 +162,5 @@ class MSF(BaseMomentumMethod):
 
 
 def mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
-    """Projection and prediction head, as those of solo-learn's BYOL."""
+    """Return a projection or prediction head, like those of solo-learn's BYOL."""
     return nn.Sequential(nn.Linear(width_in, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width_out))

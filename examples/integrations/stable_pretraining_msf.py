@@ -1,21 +1,21 @@
-"""MSF as a method of stable-pretraining (github.com/rbalestr-lab/stable-pretraining), beside its BYOL and NNCLR.
+"""MSF as a method of stable-pretraining (github.com/rbalestr-lab/stable-pretraining).
 
 Needs, in a clone: pip install -e '.[examples]' 'stable-pretraining>=0.1.8'
 
     python examples/integrations/stable_pretraining_msf.py             scikit-learn's digits on the CPU, half a minute
     python examples/integrations/stable_pretraining_msf.py --resume PATH    # the checkpoint that it printed
 
-Copy the class `MSF`, a `stable_pretraining.Module`. What it changes in that library's BYOL, and why:
+Copy the class `MSF`, a `stable_pretraining.Module`. It differs from the library's BYOL in three points:
 
 - `EMATarget` replaces `TeacherStudentWrapper`. `TeacherStudentCallback` updates every module that has ``teacher`` and
-  ``update_teacher``, so these two names are the whole adapter. The momentum stays at 0.99, as in the paper, where the
-  wrapper lets it rise to 1; BatchNorm's statistics are the target's own, where the wrapper averages them.
-- `MeanShiftLoss` replaces `BYOLLoss`: the target's nearest neighbors in a bank join it as further targets.
-- One weak view goes to the target and one strong view to the student, as in the paper: a forward of each in a step,
-  where BYOL's symmetric loss takes two of each.
+  ``update_teacher``, so only these two names are needed. As in the paper, the momentum stays at 0.99 and the target
+  keeps its own BatchNorm statistics; the wrapper's momentum rises to 1, and it averages the statistics.
+- `MeanShiftLoss` replaces `BYOLLoss`: the target's nearest neighbors in a bank become additional targets.
+- As in the paper, a weak view goes to the target and a strong view to the student. A step has one forward of each;
+  BYOL's symmetric loss needs two of each.
 
-The bank, the loss's step count and the target's update count are in the checkpoint, so a resumed run goes on with them.
-`OnlineKNN`, `OnlineProbe` and other callbacks read "embedding" and "label" from what `forward` returns, as always.
+The bank, the step count of the loss and the update count of the target are in the checkpoint. `OnlineKNN`,
+`OnlineProbe` and other callbacks read "embedding" and "label" from the output of `forward`, as usual.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from msf_core import EMATarget, MeanShiftLoss, MemoryBank, embedding_spread, nei
 
 
 class Encoder(nn.Module):
-    """Backbone and projection head, as the one module that the target is a copy of."""
+    """Backbone and projection head in one module, of which the target is a copy."""
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class MSF(spt.Module):
     """Mean Shift (Koohpayegani et al., ICCV 2021).
 
     Args:
-        backbone: gives features [B, features].
-        features: how many.
-        dim: of an embedding, D.
+        backbone: returns features [B, features].
+        features: number of features.
+        dim: dimension of the embeddings, D.
         hidden: width of the projection and the prediction head.
-        bank_size: rows of the bank.
-        k: neighbors.
-        momentum: of the target.
-        lr: of SGD, with a cosine to 0, which is stable-pretraining's default schedule.
+        bank_size: number of rows of the bank.
+        k: number of neighbors.
+        momentum: momentum of the target.
+        lr: initial learning rate of SGD, which decays to 0 along a cosine, stable-pretraining's default schedule.
 
     The defaults are the paper's.
     """
@@ -87,7 +87,7 @@ class MSF(spt.Module):
     def forward(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:
         """Return the loss of a batch of weak and strong views, and the teacher's features for the callbacks.
 
-        Outside of training a batch has one image of each, and there is no loss.
+        Outside of training, a batch has only one view of each image, and there is no loss.
         """
         if stage != "fit":
             return {"embedding": self.teacher(batch["image"])[0], "label": batch["label"]}
@@ -97,14 +97,14 @@ class MSF(spt.Module):
         loss, neighbors = self.criterion(v, u, weak["label"], return_neighbors=True)
         self.log("fit/loss", loss, prog_bar=True)
         self.log("fit/spread", embedding_spread(u))  # near 0 is collapse
-        self.log("fit/purity", neighbor_purity(neighbors.label, weak["label"]))  # the one use of the labels
+        self.log("fit/purity", neighbor_purity(neighbors.label, weak["label"]))  # the only use of the labels
         return {"loss": loss, "embedding": embedding, "label": weak["label"]}
 
     def update_teacher(self) -> None:
-        """Move the teacher one step; `TeacherStudentCallback` calls this.
+        """Update the teacher after an optimizer step; `TeacherStudentCallback` calls this.
 
-        It also calls it after the first batch of each fit, though with accumulated gradients the optimizer has not
-        stepped by then.
+        The callback also calls it after the first batch of each fit, when, with accumulated gradients, the optimizer
+        has not stepped yet.
         """
         if self.trainer.global_step > self.teacher.updates:
             self.teacher.update(self.student)
@@ -124,7 +124,7 @@ def small_convnet() -> nn.Sequential:
 
 
 def digits(batch_size: int) -> DataModule:
-    """Return scikit-learn's digits: 1,350 to learn from in two views, and 447 of other writers."""
+    """Return scikit-learn's digits: 1,350 for training in two views, and 447 of other writers."""
     pixels, labels = load_digits(return_X_y=True)
     images = nn.functional.interpolate(torch.tensor(pixels).float().view(-1, 1, 8, 8) / 16, size=16)
     samples = list(zip(images, map(int, labels), strict=True))
@@ -139,12 +139,12 @@ def digits(batch_size: int) -> DataModule:
 
 
 def of_image(view: Any) -> Any:
-    """Return a transform of a sample that makes a view of its image."""
+    """Return a transform of a sample that replaces its image with a view."""
     return lambda sample: {**sample, "image": view(sample["image"])}
 
 
 def evaluation(module: MSF, features: int, classes: int, queue: int) -> list[L.Callback]:
-    """Return a kNN classifier and a linear one, both of the teacher's features, trained on the way."""
+    """Return callbacks with a kNN and a linear classifier of the teacher's features, fitted during training."""
     metrics = {"accuracy": torchmetrics.classification.MulticlassAccuracy(classes, average="micro")}
     knn = OnlineKNN(
         name="knn",
@@ -173,9 +173,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--accumulate", type=int, default=1, help="batches of an optimizer step")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from, with the same --epochs")
+    parser.add_argument("--resume", type=Path, help="checkpoint to continue from, with the same --epochs")
     parser.add_argument("--out", type=Path, default=Path("runs/stable_pretraining"))
     flags = parser.parse_args()
 
@@ -186,8 +186,8 @@ def main() -> None:
         max_epochs=flags.epochs,
         devices=1,
         accumulate_grad_batches=flags.accumulate,
-        # Manager would append TeacherStudentCallback, but behind a ModelCheckpoint of yours, and one that saves after a
-        # step would then save the teacher from before it.
+        # Without TeacherStudentCallback here, Manager would append it after any ModelCheckpoint, and a checkpoint saved
+        # after a step would contain the teacher from before that step.
         callbacks=[*evaluation(module, 96, 10, 1350), TeacherStudentCallback()],
         num_sanity_val_steps=0,
         logger=False,
