@@ -75,5 +75,5 @@ def check_not_recomputed(what: str) -> None:
         if frame.f_code.co_filename.endswith(_CHECKPOINT):
             raise RuntimeError(
                 f"{what} ran twice for one batch: activation checkpointing computes its forward again. "
-                "Keep it outside of torch.utils.checkpoint, and checkpoint the encoder alone"
+                "Keep it outside of torch.utils.checkpoint, and checkpoint only the encoder"
             )
