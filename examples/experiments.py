@@ -8,8 +8,8 @@ Needs: pip install 'msf_core[examples]'
     python examples/experiments.py bank --data IMAGENET           the paper's Figure 3, on ImageNet
     python examples/experiments.py k --seeds 1 -- --arch resnet18 --epochs 20     what follows -- goes to the trainer
 
-Each experiment is a grid of runs of imagenet_train.py. Runs below --out that are finished are not repeated, and
-those that were stopped go on; experiments share the runs that they have in common.
+Each experiment is a grid of runs of imagenet_train.py. Finished runs below --out are not repeated, and stopped runs are
+resumed. Experiments share the runs that they have in common.
 """
 
 import argparse
@@ -35,9 +35,9 @@ from training.pictures import draw_neighbors
 from training.report import environment, in_words
 from training.settings import DATASETS
 
-Variants = dict[str, tuple[str, ...]]  # a name -> flags of the trainer
+Variants = dict[str, tuple[str, ...]]  # name -> flags of the trainer
 SMALL = tuple(name for name in DATASETS if name not in ("digits", "folder"))
-PLAIN = ("--k", "5")  # the same flags wherever nothing is varied: one run serves all
+PLAIN = ("--k", "5")  # the same flags wherever nothing is varied, so that experiments share this run
 TSNE_CLASSES, TSNE_IMAGES = 10, 1_000
 QUERIES, NEIGHBORS, GALLERY = 8, 4, 5_000  # of Fig. 2
 
@@ -54,7 +54,7 @@ class Experiment:
 
 
 def k_values(dataset: str) -> Variants:
-    """Neighbors, the target itself included."""
+    """Return the numbers of neighbors, including the target itself."""
     ks = (2, 5, 10, 20) if dataset in SMALL else (2, 5, 10, 20, 50)
     return {"1": ("--method", "byol"), **{str(k): ("--k", str(k)) for k in ks}}
 
@@ -76,7 +76,7 @@ def bank_sizes(dataset: str) -> Variants:
 
 
 def augmentations(dataset: str) -> Variants:
-    """Views of target / online encoder, of both methods."""
+    """Return the views of target / online encoder, for both methods."""
     methods: Variants = {"MSF": PLAIN, "BYOL": ("--method", "byol")}
     return {
         f"{name} {views}": flags if views == "w/s" else ("--augmentation", views, *flags)
@@ -86,7 +86,7 @@ def augmentations(dataset: str) -> Variants:
 
 
 def schedules(dataset: str) -> Variants:
-    """Of k, in a straight line over the run."""
+    """Return linear schedules of k over the run."""
     constant: Variants = {"5": PLAIN}
     return constant | {
         "1 to 5": ("--k", "1", "--k-end", "5"),
@@ -97,17 +97,17 @@ def schedules(dataset: str) -> Variants:
 
 
 def same_views(dataset: str) -> Variants:
-    """Two views, or one for both."""
+    """Return two views, or one for both encoders."""
     return {"two views": PLAIN, "the same view": ("--views", "same")}
 
 
 def predictors(dataset: str) -> Variants:
-    """With and without."""
+    """Return training with and without a prediction head."""
     return {"MLP": PLAIN, "none": ("--predictor", "none")}
 
 
 def purity_variants(dataset: str) -> Variants:
-    """Those of the paper's Figure 4: k, and the views."""
+    """Return the variants of the paper's Figure 4: k, and the views."""
     ks: Variants = {f"k = {k}": ("--k", str(k)) for k in (2, 5, 10, 20)}
     return ks | {f"k = 5, {views}": ("--augmentation", views, *PLAIN) for views in ("s/s", "w/w")}
 
@@ -162,14 +162,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def grid(name: str, seeds: int, dataset: str) -> list[Run]:
-    """Return the runs of an experiment, those of a variant one after another."""
+    """Return the runs of an experiment, ordered by variant."""
     if name in PICTURES:
         return [Run(("--keep-every", "10"), 0)]
     return [Run(flags, seed) for flags in EXPERIMENTS[name].variants(dataset).values() for seed in range(seeds)]
 
 
 def report(name: str, runs: Runs, seeds: int, dataset: str) -> None:
-    """Draw the figure, print the table, and write both and the record."""
+    """Draw the figure, print the table, and write both with a record."""
     experiment = EXPERIMENTS[name]
     path = runs.folder / f"{name}.png"
     found_with = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -232,7 +232,7 @@ def draw_purity(path: Path, runs: Runs, variants: Variants, seeds: int, title: s
 
 
 def draw_tsne(folder: Path, path: Path, title: str) -> None:
-    """Draw where the test images of some classes lie after each epoch that was kept."""
+    """Draw t-SNE of the test images of some classes after each kept epoch."""
     source = source_of(folder)
     labels = source.labels("val")
     classes = labels.unique()[:TSNE_CLASSES]
@@ -246,7 +246,7 @@ def draw_tsne(folder: Path, path: Path, title: str) -> None:
 
 
 def draw_fig_2(folder: Path, path: Path, title: str) -> None:
-    """Draw a few test images with their nearest training images after each epoch that was kept."""
+    """Draw a few test images with their nearest training images after each kept epoch."""
     source = source_of(folder)
     order = torch.randperm(source.size("val"), generator=torch.Generator().manual_seed(seed_of(0)))
     queries, gallery = order[:QUERIES].tolist(), list(range(min(GALLERY, source.size("train"))))
@@ -272,7 +272,7 @@ def draw_fig_2(folder: Path, path: Path, title: str) -> None:
 
 
 def source_of(folder: Path) -> DataSource:
-    """Return the images that a run was trained on."""
+    """Return the data source of a run."""
     settings = json.loads((folder / "config.json").read_text())
     source = open_source(
         settings["dataset"],
@@ -286,12 +286,12 @@ def source_of(folder: Path) -> DataSource:
         val_split=settings.get("val_split", 0.0),
     )
     if not source.has_val:
-        raise ValueError("this needs labelled test images")
+        raise ValueError("this needs labeled test images")
     return source
 
 
 def kept_features(folder: Path, source: DataSource, split: str, places: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (epoch, unit features [n, F]) of these images for each backbone that the run has kept."""
+    """Yield (epoch, unit features [n, F]) of these images for each kept backbone of the run."""
     for path in sorted(folder.glob("backbone-epoch-*.safetensors")):
         backbone = load_encoder(str(path), Ranks()).backbone
         features = torch.cat([part for part, _ in features_of(backbone, source.images(split, places))])

@@ -1,15 +1,16 @@
-"""Measure an encoder as the MSF paper does (sections 3.2 and 3.3); on ImageNet, with the paper's rows beside it.
+"""Evaluate an encoder by the protocols of the MSF paper (sections 3.2 and 3.3).
 
 Needs: pip install 'msf_core[examples]'
 
     python examples/imagenet_eval.py knn runs/digits                         a run of imagenet_train.py, on its data
     python examples/imagenet_eval.py linear runs/folder --data IMAGENET      the linear protocol
     python examples/imagenet_eval.py knn resnet50 --weights IMAGENET1K_V2 --data IMAGENET
-    python examples/imagenet_eval.py transfer runs/folder --data SETS        the ten transfer sets that are in SETS
+    python examples/imagenet_eval.py transfer runs/folder --data SETS        those of the ten transfer sets in SETS
     python examples/imagenet_eval.py export runs/folder --to detectron2      the backbone for another library
     torchrun --nproc-per-node=8 examples/imagenet_eval.py linear runs/folder --data IMAGENET     on 8 GPUs
 
-Each writes a JSON record of the whole protocol, beside the encoder or to --out.
+Each command prints a table, on ImageNet with the paper's results, and writes a JSON record with every setting of the
+protocol next to the encoder or to --out.
 """
 
 from training import interrupts
@@ -29,7 +30,7 @@ from training.ranks import joined, shared
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the script; return its exit status: 0, 2 after an error, 1 where a rank was lost, 130 after Ctrl-C.
+    """Run the script; return its exit status: 0, 2 after an error, 1 if a rank was lost, 130 after Ctrl-C.
 
     Args:
         arguments: the flags; None are those of the command line.
@@ -38,11 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(arguments: list[str] | None) -> int:
-    """Do what the flags say, and return 0.
+    """Run the script with the given flags, and return 0.
 
     Raises:
-        SystemExit: after --help, and after an error, which has been told.
-        LostRank: a rank does not answer.
+        SystemExit: after --help, and after an error, which has been printed.
+        LostRank: if a rank does not answer.
     """
     started = time.perf_counter()
     flags = build_parser((__doc__ or "").partition("\n\n")[0]).parse_args(arguments)
@@ -54,7 +55,7 @@ def evaluate(arguments: list[str] | None) -> int:
         prepare, measure = COMMANDS[flags.command]
         with shared(ranks):
             if ranks.rank == 0:
-                record_path(flags)  # before what takes long
+                record_path(flags)  # fail early
             subject = prepare(flags, ranks, device)
             path = record_path(flags, subject) if ranks.rank == 0 else None
         protocol, row = measure(subject)

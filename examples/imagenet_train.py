@@ -1,19 +1,22 @@
-"""Train an encoder by Mean Shift (MSF, ICCV 2021), and show what its neighbors have become.
+"""Train an encoder with Mean Shift (MSF, ICCV 2021), evaluate it, and draw its neighbors.
 
 Needs: pip install 'msf_core[examples]'
 
     python examples/imagenet_train.py                    scikit-learn's digits on the CPU, about a minute
-    python examples/imagenet_train.py --data IMAGENET    ResNet50 with the paper's settings (a GPU is advised)
-    python examples/imagenet_train.py --dataset cifar10  ResNet18 for small images, all of them on the device
-    python examples/imagenet_train.py --resume RUN       go on with a run that was stopped
+    python examples/imagenet_train.py --data IMAGENET    ResNet50 with the paper's settings (use a GPU)
+    python examples/imagenet_train.py --dataset cifar10  ResNet18 for small images, which are kept on the device
+    python examples/imagenet_train.py --resume RUN       continue a run that was stopped
     torchrun --nproc-per-node=8 examples/imagenet_train.py --data IMAGENET --batchnorm shuffle       on 8 GPUs
 
-Where it departs from the paper: the target is updated after the step rather than before the next one (the same
-sequence), one process drives one GPU, and on a GPU the encoders run in bfloat16 autocast. Views are drawn on the
-device of the training, without rounding to 8 bits in between, and their blur is a Gaussian (Pillow's, which the
-authors use, comes near one by box blurs).
---batch-size counts the images of all ranks.
-Labels serve purity and evaluation alone, unless --same-label is given; a folder of images without labels works.
+Differences from the paper:
+
+- The target is updated after the step, not before the next one, which gives the same sequence of updates.
+- There is one process per GPU, and on a GPU the encoders run in bfloat16 autocast.
+- Views are drawn on the training device, without rounding to 8 bits in between. Their blur is Gaussian; the authors use
+  Pillow's, which approximates it by box blurs.
+
+--batch-size is the number of images over all ranks. Labels are used only for purity and evaluation, unless --same-label
+is given. A folder of images without labels works too.
 """
 
 from training import interrupts
@@ -68,15 +71,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(arguments: list[str] | None) -> int:
-    """Do what the flags say; return the exit status.
+    """Run the script with the given flags; return the exit status.
 
     Raises:
-        SystemExit: after --help, and after an error, which has been told.
-        LostRank: a rank does not answer.
+        SystemExit: after --help, and after an error, which has been printed.
+        LostRank: if a rank does not answer.
     """
     title, _, examples, *_ = (__doc__ or "\n\n\n\n").split("\n\n")
     parser = build_parser(title, f"examples:\n{examples}")
-    parser.prog = PROGRAM  # in a notebook the program is another
+    parser.prog = PROGRAM  # in a notebook, argparse would use another name
     given = vars(parser.parse_args(arguments))
     check_alone = given.pop("check_images", False)
     timeout = given.get("timeout", Settings.timeout)
@@ -86,7 +89,7 @@ def train(arguments: list[str] | None) -> int:
         with telling(PROGRAM, ranks, WRONG_INPUT):
             if check_alone:
                 return check_images(source_of(settings_of(given, ranks)[0], ranks, device), ranks)
-            # Where torchrun starts it again on another machine, a file server may not yet know that the first one died.
+            # If torchrun restarts it on another machine, the file server may still hold the lock of the dead process.
             lock = stack.enter_context(FolderLock(patience=timeout / 2 if restarted() else 0))
             trainer, folder = prepare(given, ranks, device, lock)
             stop = stack.enter_context(StopRequest())
@@ -98,16 +101,16 @@ def train(arguments: list[str] | None) -> int:
 def prepare(
     given: dict[str, Any], ranks: Ranks, device: torch.device, lock: FolderLock | None = None
 ) -> tuple[Trainer, Path]:
-    """Return the trainer, at its start or where the run to resume was, and the folder of the run.
+    """Return the trainer, new or with the state of the run to resume, and the folder of the run.
 
     Args:
         given: the flags that were given.
-        ranks: those that take part.
-        device: of this one.
-        lock: keeps other runs out of the folder, for as long as it is held.
+        ranks: all ranks of the run.
+        device: the device of this rank.
+        lock: keeps other runs out of the folder while it is held.
 
     Raises:
-        ValueError, ImportError, RuntimeError, OSError: on all ranks, where it goes wrong on one.
+        ValueError, ImportError, RuntimeError, OSError: on all ranks, if there is an error on one.
     """
     with shared(ranks):
         path = checkpoint_of(given)
@@ -124,7 +127,7 @@ def prepare(
             check_sharded_checkpoints()
         source = source_of(settings, ranks, device)
         check_source(settings, source)
-    if ranks.size > 1:  # one that does not see the checkpoint would begin anew
+    if ranks.size > 1:  # a rank that does not find the checkpoint would start from scratch
         ranks.agree("prepare", same={"step to go on from": -1 if state is None else int(state["step"])})
     trainer = Trainer(settings, source, device, ranks)
     if state is not None and path is not None:
@@ -141,21 +144,19 @@ def prepare(
     if ranks.size > 1:
         dist.broadcast_object_list(chosen)
     if ranks.rank == 0 and state is not None and is_old(state["settings"]) and settings.dataset != "digits":
-        print(
-            "the run was begun by version 0.2.0 or older: from here on, its views are other ones than they were there"
-        )
+        print("the run was started by version 0.2.0 or older: from now on, its views differ from those of that version")
     return trainer, Path(chosen[0])
 
 
 def settings_of(given: dict[str, Any], ranks: Ranks) -> tuple[Settings, Path | None, dict[str, Any] | None]:
-    """Return the settings of the run, and the checkpoint to go on from with its content, if there is one."""
+    """Return the settings of the run, and the path and content of the checkpoint to resume from, if there is one."""
     path = checkpoint_of(given)
     state = None if path is None else load_checkpoint(path, STATE, ranks)
     return complete(given) if state is None else resumed(state["settings"], given), path, state
 
 
 def source_of(settings: Settings, ranks: Ranks, device: torch.device) -> DataSource:
-    """Return the images of the run, this rank's part of each step."""
+    """Return the data source of the run, which gives this rank's part of each step."""
     return open_source(
         settings.dataset,
         settings.data,
@@ -172,10 +173,10 @@ def source_of(settings: Settings, ranks: Ranks, device: torch.device) -> DataSou
 
 
 def begin(trainer: Trainer, folder: Path) -> Logger:
-    """Say what will happen, and return where the first rank logs it; the others' logger writes nothing.
+    """Describe the run, and return the logger of the first rank; the loggers of other ranks write nothing.
 
     Raises:
-        ImportError, RuntimeError, OSError: the logger cannot be had, on all ranks.
+        ImportError, RuntimeError, OSError: on all ranks, if the logger cannot be opened.
     """
     logger = Logger()
     with shared(trainer.ranks):
@@ -187,7 +188,7 @@ def begin(trainer: Trainer, folder: Path) -> Logger:
 
 
 def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> int:
-    """Train, and report; return the exit status. With several ranks, the first of them reports."""
+    """Train and report; return the exit status. With several ranks, only the first reports."""
     source, settings = trainer.source, trainer.settings
     drawn = time.monotonic()
     reported = trainer.step == trainer.total_steps and (folder / "neighbors.png").exists()
@@ -217,9 +218,9 @@ def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> in
         try:
             add_rows_before(trainer)
             trainer.train(stop, after_epoch, lambda: log(logger, trainer))
-        except OSError as error:  # an unreadable image, a reading process that has ended
+        except OSError as error:  # an unreadable image, or a worker that has ended
             problem = error
-        except Diverged as error:  # a checkpoint of this would take the place of a sound one
+        except Diverged as error:  # do not overwrite a good checkpoint with this state
             if trainer.leads:
                 kept = "; the last checkpoint is from before" if has_checkpoint(folder) else ""
                 print(f"\nerror: {error}{kept}", file=sys.stderr)
@@ -229,7 +230,7 @@ def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> in
         rows: dict[str, float] = {}
         try:
             rows = rows_after(trainer)
-        except OSError as error:  # what was trained is not lost by an image that it is tested on
+        except OSError as error:  # an unreadable test image must not lose the trained weights
             problem = error
         evaluated = {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
         if trainer.leads:
@@ -237,7 +238,7 @@ def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> in
         if not save(trainer, folder, logger):
             return 1
         if trainer.leads:
-            with source.bad.tolerated():  # a picture is not worth a run
+            with source.bad.tolerated():  # a picture must not end the run
                 report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
             if logger.new or not reported:
                 last = trainer.history[-1]
@@ -255,7 +256,7 @@ def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> in
 
 
 def stopped(trainer: Trainer, folder: Path, logger: Logger, problem: OSError | None) -> int:
-    """Save a run before its end, stopped by a signal or by a problem; say how it goes on, and return the status."""
+    """Save a run that was stopped by a signal or a problem, print how to resume it, and return the exit status."""
     saved = save(trainer, folder, logger)
     if trainer.leads:
         redraw_curves(trainer, folder)
@@ -268,15 +269,15 @@ def stopped(trainer: Trainer, folder: Path, logger: Logger, problem: OSError | N
 
 
 def name_bad_images(trainer: Trainer, folder: Path) -> None:
-    """Say how many images could not be read, and where they are named."""
+    """Print how many images could not be read, and the file that lists them."""
     if found := trainer.notes.get("bad_images"):
         print(f"{len(found):,} images could not be read: {folder / LIST} names them")
 
 
 def save(trainer: Trainer, folder: Path, logger: Logger | None = None) -> bool:
-    """Write the checkpoint, the metrics, and what is logged; return whether that worked. All ranks call it.
+    """Write the checkpoint, the metrics and the log; return whether that worked. All ranks must call it.
 
-    A run does not end because a disk is full: the last whole checkpoint is there, and the next one may work.
+    A full disk does not end a run: the last complete checkpoint is kept, and the next one may work.
     """
     before = trainer.notes.get("bad_images", {})
     found = before | trainer.source.bad.of_all(trainer.ranks)
@@ -292,7 +293,7 @@ def save(trainer: Trainer, folder: Path, logger: Logger | None = None) -> bool:
                     others = f" and {len(new) - 1:,} others" if len(new) > 1 else ""
                     said = f"cannot read {printable(new[0])}{others}, did without: see {folder / LIST}"
                     tqdm.write(f"warning: {said}", file=sys.stderr)
-                # losses first: what a checkpoint does not know of, a resumed run drops
+                # write the losses first: a resumed run drops those that are newer than its checkpoint
                 if logger is not None:
                     log_losses(logger, trainer, losses, trainer.step)
                     logger.flush()
@@ -309,7 +310,7 @@ def save(trainer: Trainer, folder: Path, logger: Logger | None = None) -> bool:
 
 
 def announce(trainer: Trainer, folder: Path) -> None:
-    """Say what will happen."""
+    """Print the settings of the run."""
     s, source = trainer.settings, trainer.source
     where = f"{trainer.device}" if trainer.ranks.size == 1 else f"{trainer.ranks.size} ranks of {trainer.device.type}"
     what = "BYOL (k = 1, no bank)" if s.method == "byol" else f"MSF: k = {s.k}, a bank of {s.bank_size:,} rows"

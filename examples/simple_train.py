@@ -1,11 +1,11 @@
-"""Train an encoder by Mean Shift in plain PyTorch: one file to copy from.
+"""Train an encoder with Mean Shift in plain PyTorch, in one file that you can copy from.
 
 Needs: pip install 'msf_core[examples]'
 
     python examples/simple_train.py                  scikit-learn's digits, half a minute on two CPU cores
     python examples/simple_train.py --data DIR       a folder of images with a folder for each class (ImageFolder)
 
-For checkpoints, the paper's evaluation, and several GPUs see examples/imagenet_train.py.
+examples/imagenet_train.py also has checkpoints, the paper's evaluation, and several GPUs.
 """
 
 import argparse
@@ -56,14 +56,14 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 def main(arguments: list[str] | None = None) -> None:
     """Train, and print how good the neighbors are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", help="folder of images; without it the digits")
+    parser.add_argument("--data", help="folder of images (default: the digits)")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
     torch.manual_seed(flags.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    # The data: two views of each image to train on, and the plain images to measure with.
+    # The data: two views of each image for training, and the plain images for evaluation.
     if flags.data:
         size, hidden, dim, bank_size, lr = 224, 4096, 512, 128_000, 0.05  # the paper's
         weak = T.Compose([T.RandomResizedCrop(size, (0.2, 1.0)), T.RandomHorizontalFlip(), T.ToTensor()])
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     workers = 8 if flags.data else 0
     loader = DataLoader(views, batch_size=256 if flags.data else 64, shuffle=True, drop_last=True, num_workers=workers)
 
-    # The method: an online encoder with a predictor, a target that follows it, a bank and the loss.
+    # The method: an online encoder with a predictor, a target that averages its weights, a bank and the loss.
     encoder = nn.Sequential(backbone, mlp(features, hidden, dim)).to(device)
     predictor = mlp(dim, hidden, dim).to(device)
     target = EMATarget(encoder, momentum=0.99 if flags.data else 0.97)
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         for (weak_view, strong_view), labels in loader:
             u = target(weak_view.to(device))
             v = predictor(encoder(strong_view.to(device)))
-            loss, neighbors = criterion(v, u, labels.to(device), return_neighbors=True)  # labels only measure
+            loss, neighbors = criterion(v, u, labels.to(device), return_neighbors=True)  # labels are for the purity
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         purity = neighbor_purity(neighbors.label, labels.to(device))
         print(f"epoch {epoch + 1}: loss {loss:.3f}, purity {purity:.2f}, spread {embedding_spread(u):.2f}", flush=True)
 
-    # Each image's nearest other image, by the features of the backbone.
+    # Classify half of the images by their nearest neighbor in the other half, with the features of the backbone.
     loader = DataLoader(images, 256, num_workers=workers)
     with torch.no_grad():
         found = [(backbone.eval()(batch.to(device)), labels) for batch, labels in loader]

@@ -1,4 +1,4 @@
-"""Mean Shift (MSF, ICCV 2021) for self-supervised learning, as parts that plug into any training loop."""
+"""Mean Shift for self-supervised learning (MSF, ICCV 2021), as parts that plug into any PyTorch training loop."""
 
 from msf_core import schedules
 from msf_core.ema import EMATarget

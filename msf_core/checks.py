@@ -1,4 +1,4 @@
-"""Checks of what users pass in, each naming the argument, what came and what was expected."""
+"""Argument checks, whose errors name the argument, its value and what was expected."""
 
 import operator
 import os
@@ -16,12 +16,12 @@ _BACKWARD = os.path.join("torch", "autograd", "graph.py")
 
 
 def gives_memory_alone(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Tell whether a function that `torch.nn.Module._apply` gets is that of ``to_empty``, which loses the values."""
+    """Return whether ``fn``, the argument of `torch.nn.Module._apply`, is that of ``to_empty``, which drops values."""
     return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
 
 
 def whole_number(name: str, value: Any, what: str = "an int") -> int:
-    """Return an int for anything that is one, such as NumPy's, or raise TypeError; a bool is none."""
+    """Return an integer such as NumPy's as an int, or raise TypeError; a bool is not an integer."""
     if type(value) is int:
         return value
     if not isinstance(value, (bool, np.bool_)) and hasattr(value, "__index__"):
@@ -37,7 +37,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_labels(labels: Tensor | None, embeddings: Tensor, name: str = "labels") -> None:
-    """Raise ValueError or TypeError unless labels, or ids, are None or one integer for each embedding, beside them."""
+    """Raise ValueError or TypeError unless labels (or ids) are None, or one integer per embedding on its device."""
     if labels is None:
         return
     check_tensor(name, labels)
@@ -50,26 +50,26 @@ def check_labels(labels: Tensor | None, embeddings: Tensor, name: str = "labels"
 
 
 def check_not_replica(*modules: nn.Module) -> None:
-    """Raise RuntimeError in the copies of a module that nn.DataParallel runs: what they change is lost or raced for."""
+    """Raise RuntimeError in a replica of nn.DataParallel, whose changes are lost or cause races."""
     for module in modules:
         if "_is_replica" in module.__dict__:
             raise RuntimeError(
-                f"this {type(module).__name__} is a copy that nn.DataParallel makes for one forward and throws away: "
-                "call it outside of that forward, on what DataParallel gathers, or use DistributedDataParallel"
+                f"this {type(module).__name__} is a copy that nn.DataParallel makes for one forward and discards: "
+                "call it outside of that forward, on the gathered outputs, or use DistributedDataParallel"
             )
 
 
 def check_not_recomputed(what: str) -> None:
-    """Raise RuntimeError where activation checkpointing runs a forward once more, in backward, to recompute it.
+    """Raise RuntimeError if activation checkpointing recomputes a forward in the backward pass.
 
-    What changes state in a forward would change it twice.
+    A forward that changes state would change it twice.
     """
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # no backward is running
         return
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        # Checkpointing may itself run a backward: what that calls, a hook, say, is no recomputed forward.
+        # Checkpointing may itself run a backward. Calls from it, for example by a hook, are not a recomputed forward.
         if frame.f_code.co_filename.endswith(_BACKWARD):
             return
         if frame.f_code.co_filename.endswith(_CHECKPOINT):

@@ -1,9 +1,9 @@
-"""The collectives of a bank that several ranks share: the hosts agree, and tensors of known sizes travel.
+"""The collectives of a bank that several ranks share.
 
-In every shared call the hosts exchange a header of 88 bytes. It says how many rows each rank brings, so that none has
-to be asked of a GPU, and whether a rank has failed: then all of them raise, and nobody waits. Between CPUs the rows
-travel with the header, so that a call takes one exchange. Room for them is made by what the last calls brought; a call
-that brings more takes a second exchange.
+In every shared call, the ranks first exchange a header of 88 bytes between their CPUs. It contains the number of rows
+from each rank, so that no GPU has to be synchronized, and whether a rank has failed: then all ranks raise an error
+instead of waiting. Rows on CPUs are sent with the header, so that a call takes one exchange. The space for them is
+chosen from the sizes in the last calls; a call with more rows takes a second exchange.
 """
 
 from collections import deque
@@ -20,28 +20,28 @@ ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, OSErr
 _AVAILABLE = dist.is_available()
 _NUMBERS = 11
 _HEADER_BYTES = 8 * _NUMBERS
-MOST_FRAME_BYTES = 4 << 20  # that travel with a header; above, the bandwidth counts and not the latency
-# The group in which the hosts of a group that has GPUs alone (NCCL) talk.
+MOST_FRAME_BYTES = 4 << 20  # sent with a header at most; above this, bandwidth matters more than latency
+# The gloo group for the headers of a group that has only NCCL.
 _host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
-# Bytes that a rank brought at most in each of the last calls of a group of hosts; behind a header there is room for the
-# largest of them. All ranks learn the same numbers from the same calls, so that one that fails, or makes another call,
-# sends as many bytes as the others.
+# The largest number of bytes from one rank in each of the last calls of a group. A message has space for the maximum of
+# them. These numbers are the same on all ranks, so a rank that fails, or makes another call, sends as many bytes as the
+# others.
 _last_sizes: "WeakKeyDictionary[dist.ProcessGroup, deque[int]]" = WeakKeyDictionary()
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def untraced(function: Function) -> Function:
-    """Keep `torch.compile` out of a function, as torch.compiler.disable does after importing the compiler."""
+    """Disable `torch.compile` for a function, like torch.compiler.disable but without importing the compiler."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
 
 
 class Ranks:
-    """The ranks of a process group; None is the default group, looked up at each call.
+    """The ranks of a process group; None is the default group, which is looked up at each call.
 
     Raises:
-        TypeError: no process group.
-        ValueError: a group that this process is not in.
+        TypeError: if ``group`` is not a process group.
+        ValueError: if this process is not in the group.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -53,7 +53,7 @@ class Ranks:
         self.group = group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
-        return self  # of a group there is one
+        return self  # a group cannot be copied
 
     def __reduce__(self) -> Any:
         if self.group is not None:
@@ -62,43 +62,43 @@ class Ranks:
 
     @property
     def size(self) -> int:
-        """How many there are; 1 while torch.distributed is not initialized."""
+        """Number of ranks; 1 while torch.distributed is not initialized."""
         return dist.get_world_size(self.group) if _AVAILABLE and dist.is_initialized() else 1
 
     @property
     def rank(self) -> int:
-        """Which of them this process is."""
+        """Rank of this process."""
         return dist.get_rank(self.group) if self.size > 1 else 0
 
     @untraced
     def agree(
         self, call: str, *, same: dict[str, int | str], count: int = 0, problem: Exception | None = None
     ) -> list[int]:
-        """Return every rank's ``count``, once all are in the same call, without a problem.
+        """Return every rank's ``count``, after checking that all ranks are in the same call without a problem.
 
         Args:
-            call: what this rank is doing.
-            same: numbers, or words of 8 ASCII letters at most, that must not differ between ranks; at most eight.
-            count: a number that may.
-            problem: why this rank cannot go on.
+            call: the name of this rank's call.
+            same: at most eight numbers, or words of at most 8 ASCII letters, that must be the same on all ranks.
+            count: a number that may differ between ranks.
+            problem: the error of this rank, if there is one.
 
         Raises:
-            Exception: ``problem``, on this rank; on the others an error of its kind (`ERRORS`) that names the rank.
-                ValueError where ``same`` differs, RuntimeError where the calls do.
+            Exception: ``problem`` on this rank, and an error of the same type (one of `ERRORS`) that names the rank on
+                the others. ValueError if ``same`` differs, RuntimeError if the calls differ.
         """
         return self._agree(call, same, count, problem)[0]
 
     @untraced
     def bring(self, call: str, rows: Tensor, *, same: dict[str, int | str]) -> tuple[Tensor, list[int]]:
-        """Agree as `agree` does, and gather all ranks' rows: in one exchange where they are on the CPU.
+        """Check the call like `agree`, and gather the rows of all ranks; on CPUs, this takes one exchange.
 
         Args:
-            call: as there.
-            rows: [B, …], B may differ.
-            same: as there; what follows of ``rows.shape`` and ``rows.dtype`` must be the same on all ranks.
+            call: as in `agree`.
+            rows: [B, …]. B may differ between ranks; the other dimensions and the dtype must be the same.
+            same: as in `agree`.
 
         Returns:
-            [Σ B, …] in rank order, bit by bit, and each rank's B.
+            The unchanged rows [Σ B, …] in rank order, and each rank's B.
         """
         if rows.device.type != "cpu":
             counts = self.agree(call, same=same, count=len(rows))
@@ -115,7 +115,7 @@ class Ranks:
 
     @contextmanager
     def sharing_errors(self, call: str) -> Iterator[None]:
-        """Tell ranks that are about to `agree` of an error in the block, and raise it."""
+        """Raise an error in the block also on the other ranks, which are about to `agree`."""
         try:
             yield
         except ERRORS as error:
@@ -124,7 +124,7 @@ class Ranks:
 
     @untraced
     def gather(self, tensor: Tensor, counts: list[int]) -> Tensor:
-        """Return all ranks' rows in rank order: [counts[r], …] here to [Σ counts, …] everywhere, bit by bit."""
+        """Gather rows from all ranks in rank order, unchanged: [counts[rank], …] here, [Σ counts, …] in the result."""
         most = max(counts)
         if most == 0:
             return tensor
@@ -132,7 +132,7 @@ class Ranks:
         padded[: len(tensor)] = tensor
         rows = padded.flatten(1) if tensor.ndim > 1 else padded[:, None]
         everything = rows.new_empty(self.size * most, rows.shape[1])
-        # Its name from PyTorch 2.14 on, and before.
+        # The name in PyTorch 2.14 and newer, and the older name.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(everything.view(torch.uint8), rows.view(torch.uint8), group=self.group)
         parts = [everything[rank * most : rank * most + count] for rank, count in enumerate(counts)]
@@ -142,19 +142,20 @@ class Ranks:
     def exchange(
         self, call: str, parts: Sequence[Tensor], counts: list[int], problem: Exception | None = None
     ) -> list[Tensor]:
-        """Send every rank the answers to its rows, and return the answers to one's own; all raise where one failed.
+        """Send every rank the answers to its rows, and return the answers to this rank's rows.
 
         Args:
-            call: as for `agree`.
-            parts: each [Σ counts, …], in rank order; of the right shape, with anything in it, from one that failed.
-            counts: rows of every rank.
-            problem: why this rank has no answers.
+            call: as in `agree`.
+            parts: the answers, [Σ counts, …] each, in rank order. A rank with a problem passes tensors of the same
+                shape with arbitrary values.
+            counts: number of rows of every rank.
+            problem: the error of this rank, if there is one.
 
         Returns:
-            Each part as [W, counts[own rank], …]: what each of the W ranks has to say.
+            For each part, the answers of all W ranks, [W, counts[own rank], …].
 
         Raises:
-            Exception: as `agree`.
+            Exception: as in `agree`.
         """
         own = counts[self.rank]
         packed = joined_bytes(parts)  # [Σ counts, bytes]
@@ -185,7 +186,7 @@ class Ranks:
         problem: Exception | None,
         payload: Tensor | None = None,
     ) -> tuple[list[int], Tensor]:
-        """Agree, and return the counts and what travelled behind the headers, [W, room] bytes."""
+        """Do what `agree` does, and return the counts and the bytes sent after the headers, [W, room]."""
         sizes = _sizes_of(self._host_group())
         message = torch.zeros(_HEADER_BYTES + max(sizes), dtype=torch.uint8, device="cpu")
         message[:_HEADER_BYTES] = _header(call, same, count, problem)
@@ -200,7 +201,7 @@ class Ranks:
     def _check_headers(
         self, headers: Tensor, call: str, same: dict[str, int | str], problem: Exception | None
     ) -> list[int]:
-        """Return every rank's count from the headers [W, bytes], or raise what `agree` raises."""
+        """Return every rank's count from the headers [W, bytes], or raise the errors of `agree`."""
         table = headers.contiguous().view(torch.int64).tolist()
         failed = {rank: (ERRORS[row[1] - 1], row[2]) for rank, row in enumerate(table) if row[1]}
         if failed:
@@ -213,7 +214,7 @@ class Ranks:
         return [row[2] for row in table]
 
     def _gather_from_hosts(self, own: Tensor) -> Tensor:
-        """Return [W, n] of the hosts' [n]: in one round trip, where gloo's all_gather takes W − 1."""
+        """Gather [n] from all ranks to [W, n], in one round trip; gloo's all_gather would take W − 1."""
         everything = own.new_empty(self.size, len(own))
         dist.all_to_all_single(everything.view(-1), own.repeat(self.size), group=self._host_group())
         return everything
@@ -230,7 +231,7 @@ class Ranks:
         return _host_groups[group]
 
     def _raise_everywhere(self, problem: Exception | None, failed: dict[int, tuple[type[Exception], int]]) -> NoReturn:
-        """Raise on all ranks what befell some; ``failed`` maps each of those to its kind and its message's length."""
+        """Raise an error on all ranks. ``failed`` maps each failed rank to the type and message length of its error."""
         text = _text_of(problem)
         padded = bytearray(text.ljust(max(length for _, length in failed.values())))
         texts = self._gather_from_hosts(torch.frombuffer(padded, dtype=torch.uint8)) if padded else None
@@ -243,14 +244,14 @@ class Ranks:
 
 @contextmanager
 def _naming_who_is_missing(call: str) -> Iterator[None]:
-    """Say what an error of the backend means where hosts meet: it knows of sockets and time alone."""
+    """Explain a communication error of the backend, whose message is only about sockets or timeouts."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
             f"not all ranks came to this {call} of a shared bank: {error}\n"
             "A rank has ended, or makes fewer calls than the others. For uneven inputs use drop_last=True, "
-            "layout='local' or DDP.join(throw_on_early_termination=True): DDP.join() alone knows nothing of the bank."
+            "layout='local' or DDP.join(throw_on_early_termination=True); DDP.join() alone does not cover the bank."
         ) from error
 
 
@@ -259,13 +260,13 @@ def _sizes_of(group: Any) -> "deque[int]":
 
 
 def joined_bytes(parts: Sequence[Tensor]) -> Tensor:
-    """Return the bytes of some tensors [B, …] beside one another, [B, bytes] uint8."""
+    """Concatenate the bytes of tensors [B, …] row by row to [B, bytes] uint8."""
     lines = (part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts)
     return torch.cat([_packed(line).view(torch.uint8) for line in lines], dim=1)
 
 
 def split_bytes(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Take apart what `joined_bytes` joined, [B', bytes], into [B', …] each, of the dtypes and shapes of ``like``."""
+    """Undo `joined_bytes`: split [B', bytes] into tensors [B', …] with the dtypes and shapes of ``like``."""
     widths = [part.element_size() * part.shape[1:].numel() for part in like]
     return [
         _packed(piece).view(part.dtype).view(len(together), *part.shape[1:])
@@ -274,14 +275,14 @@ def split_bytes(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def shard_bounds(size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Return the slots [begin, end) of a rank's shard: ⌈size / ranks⌉ each, as DTensor divides; the last have less."""
+    """Return the slots [begin, end) of a rank's shard: ⌈size / ranks⌉, as in DTensor; the last shards have fewer."""
     share = -(-size // ranks)
     return min(rank * share, size), min((rank + 1) * share, size)
 
 
 def as_shard(local: Tensor, size: int, group: Any) -> Tensor:
-    """Return the DTensor of ``size`` rows whose part here is ``local``: what torch.distributed.checkpoint takes."""
-    from torch.distributed.tensor import DeviceMesh, DTensor, Shard  # slow to import, and most do without
+    """Return the DTensor of ``size`` rows whose local part is ``local``, for torch.distributed.checkpoint."""
+    from torch.distributed.tensor import DeviceMesh, DTensor, Shard  # slow to import, and rarely needed
 
     default: Any = dist.group.WORLD
     mesh = DeviceMesh.from_group(default if group is None else group, local.device.type)
@@ -290,9 +291,9 @@ def as_shard(local: Tensor, size: int, group: Any) -> Tensor:
 
 
 def blocks_of(rows: Tensor, device: torch.device, most: int = 1 << 26) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, block) of a plain tensor as a whole, of a DTensor in blocks of ``most`` bytes, on each rank.
+    """Yield (first row, block): a plain tensor as one block, a DTensor in blocks of ``most`` bytes, on each rank.
 
-    A DTensor's blocks travel, and come, on ``device``.
+    Blocks of a DTensor are broadcast on ``device``.
     """
     if not is_shard(rows):
         yield 0, rows
@@ -311,22 +312,22 @@ def blocks_of(rows: Tensor, device: torch.device, most: int = 1 << 26) -> Iterat
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Tell whether this is a DTensor, without importing what that is."""
+    """Return whether a tensor is a DTensor, without importing DTensor."""
     return hasattr(tensor, "placements")
 
 
 def placement(tensor: Tensor) -> tuple[Any, Any]:
-    """Return the mesh and the placements of a DTensor; of a plain tensor None."""
+    """Return the mesh and the placements of a DTensor; both are None for a plain tensor."""
     return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """Return a copy with the strides and the alignment that a view of another dtype needs."""
+    """Return a contiguous copy, whose strides and alignment allow a view of another dtype."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _header(call: str, same: dict[str, int | str], count: int, problem: Exception | None) -> Tensor:
-    """Return what a rank tells the others, [bytes]. With a problem the count is that of its message's bytes."""
+    """Return the header of a rank, [bytes]. With a problem, its count is the length of the message in bytes."""
     kind = 0
     if problem is not None:
         kind = 1 + next(i for i, kind in enumerate(ERRORS) if isinstance(problem, kind))
@@ -337,7 +338,7 @@ def _header(call: str, same: dict[str, int | str], count: int, problem: Exceptio
 
 
 def _text_of(problem: Exception | None) -> bytes:
-    """Return a message as bytes; surrogates, which stand for the bytes of a name that is not UTF-8, are kept."""
+    """Return a message as bytes; keep surrogates, which represent the bytes of names that are not UTF-8."""
     return str(problem or "").encode(errors="surrogatepass")
 
 
@@ -346,7 +347,7 @@ def _coded(value: int | str) -> int:
 
 
 def _listed(table: list[list[int]], column: int, like: int | str) -> str:
-    """Describe a column of what `Ranks.agree` gathered, its values being of the type of ``like``."""
+    """Describe a column of the headers, whose values have the type of ``like``."""
     values = [row[column] if isinstance(like, int) else row[column].to_bytes(8, "big").decode() for row in table]
     shown = [f"{str(value).strip()} on rank {rank}" for rank, value in enumerate(values)]
     return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "")

@@ -22,35 +22,36 @@ from msf_core.wrapped import (
 
 
 class EMATarget(nn.Module):
-    """A frozen copy of ``online`` that follows it: f ← m·f + (1 − m)·g at every `update`.
+    """A frozen copy of ``online`` that averages its weights: each `update` computes f ← m·f + (1 − m)·g.
 
-    The copy shares no storage with ``online``. Wrappers of ``online`` or of its parts (DDP, DataParallel,
-    ``torch.compile``, activation checkpointing) are looked through: the copy is of what they wrap, and tensors pair by
-    the names they have there. Hooks on ``online`` are not copied, except those by which ``torch.nn.utils`` computes a
-    weight (``weight_norm``, ``spectral_norm``, pruning); register others on ``target.module`` where it needs them.
+    Here f are the weights of the target, g those of ``online``, and m is the momentum. The copy never shares memory
+    with ``online``.
 
-    A step of 1 − m is smaller than what bfloat16 and float16 resolve. The average of such tensors is kept in float32,
-    in ``masters``, and ``module`` holds it rounded. That takes 4 bytes for each of their values, from the first
-    `update` or ``state_dict`` on; models of float32 pay nothing. Values that somebody changes in ``module`` win over
-    the masters. The ``state_dict`` has them under ``masters.``; one without them loads too. A cast of the target to
-    another dtype, or a state loaded into one, starts again from the rounded values.
-
-    With FSDP2 make the target first, and then call ``fully_shard`` on ``online`` and on ``target.module`` (or the
-    target) alike, or on a module that holds both. Each rank averages its shards, and nothing travels, except where
-    `update` is called inside the forward of a sharded module: it has to gather that module once more.
+    - **Wrappers.** ``online`` and its parts may be wrapped (DDP, DataParallel, ``torch.compile``, activation
+      checkpointing). The wrapped modules are copied without the wrappers.
+    - **Hooks** are not copied, except those by which ``torch.nn.utils`` computes a weight (``weight_norm``,
+      ``spectral_norm``, pruning). If the target needs other hooks, register them on ``target.module``.
+    - **Half precision.** bfloat16 and float16 cannot represent small updates. The average of such tensors is kept in
+      float32, in ``masters``, and ``module`` has the rounded values. This takes 4 bytes per value from the first
+      `update` or ``state_dict`` on; float32 models cost nothing extra. If you change values in ``module``, they replace
+      the masters. The ``state_dict`` has the masters under ``masters.``; one without them loads too. If you cast the
+      target, or load a state of another dtype, the average continues from the rounded values.
+    - **FSDP2.** Create the target first. Then call ``fully_shard`` on both ``online`` and ``target.module`` (or the
+      target), or on a module that contains both. Each rank averages its own shards without communication. Only an
+      `update` inside the forward of a sharded module gathers that module a second time.
 
     Args:
         online: the encoder, with its projection head.
-        momentum: m, a float in [0, 1] or a schedule of the number of updates so far (which the ``state_dict``
-            keeps, so a resumed schedule goes on). The paper holds 0.99 (section 3.1).
-        buffers: what `update` does with buffers such as BatchNorm's statistics: "keep" leaves the target its own,
-            which it gathers in train mode as the paper's does; "copy" takes ``online``'s; "ema" averages the
-            floating ones and copies the others.
+        momentum: m, a float in [0, 1], or a schedule of the number of updates so far. The ``state_dict`` has this
+            number, so a resumed schedule continues. The paper uses 0.99 (section 3.1).
+        buffers: what `update` does with buffers such as BatchNorm's statistics. "keep" keeps the target's own, which it
+            collects in train mode, as in the paper; "copy" copies those of ``online``; "ema" averages floating-point
+            buffers and copies the others.
 
     Raises:
-        ValueError: a momentum outside [0, 1], another policy, an ``online`` that is sharded already or has
-            uninitialized parameters (lazy modules).
-        TypeError: an ``online`` that is no module or that ``copy.deepcopy`` cannot copy, a momentum that is neither a
+        ValueError: if the momentum is outside [0, 1], the buffer policy is unknown, or ``online`` is already sharded or
+            has uninitialized parameters (lazy modules).
+        TypeError: if ``online`` is not a module or ``copy.deepcopy`` cannot copy it, or if the momentum is neither a
             number nor callable.
 
     >>> online = nn.Linear(2, 2)
@@ -68,18 +69,18 @@ class EMATarget(nn.Module):
         if buffers not in BUFFER_POLICIES:
             raise ValueError(f"buffers must be one of {', '.join(BUFFER_POLICIES)}, got {buffers!r}")
         self.module = bare_copy(online)
-        """The target encoder f itself."""
+        """The target encoder f."""
         self.masters = Masters()
-        """Float32 values of its tensors of half precision."""
+        """Float32 values of the tensors in half precision."""
         self.momentum = momentum
         self.buffers_policy = buffers
         with torch.inference_mode(False):
-            self._updates = torch.zeros((), dtype=torch.int64, device="cpu")  # an int would be compiled in
+            self._updates = torch.zeros((), dtype=torch.int64, device="cpu")  # torch.compile would fix an int
         self._unset = {name: 0 for name, f in self._tensors().items() if f.is_meta}
 
     @property
     def updates(self) -> int:
-        """How many updates there were so far."""
+        """Number of updates so far."""
         return int(self._updates)
 
     @updates.setter
@@ -88,32 +89,35 @@ class EMATarget(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the target on the arguments of ``online``, without gradient.
+        """Run the target with the given arguments, without gradient.
 
         Raises:
-            RuntimeError: ``to_empty`` has made memory for the target, and nothing has given it values: call `reset`,
-                or load a state.
+            RuntimeError: if the target got its memory from ``to_empty`` and has no values yet. Call `reset`, or load a
+                state.
         """
         self._check_set()
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def update(self, online: nn.Module) -> None:
-        """Move one step towards ``online``, with a number of kernel launches that hardly grows with its tensors.
+        """Average the weights with those of ``online``: f ← m·f + (1 − m)·g.
 
-        ``online`` may have another dtype than the target: the average is computed in the target's, or in float32
-        where that is less precise. Inside ``torch.compile`` a constant momentum is traced whole; a schedule breaks the
-        graph here, so compile without ``fullgraph``.
+        Tensors are averaged together, so the number of kernel launches hardly depends on the number of tensors.
+        ``online`` may have another dtype: the average is computed in the dtype of the target, but at least in float32.
+        Under ``torch.compile``, a constant momentum is traced; a schedule breaks the graph, so compile without
+        ``fullgraph``.
+
+        If an error is raised, nothing has changed.
 
         Raises:
-            ValueError: tensors are missing on one side, or differ in shape, device or sharding; the message names
-                them, and nothing has moved.
-            TypeError: an ``online`` that is no module, or a schedule that gives no number.
-            RuntimeError: activation checkpointing runs this a second time, or it runs in a replica of DataParallel,
-                or the target has no values, as in `forward`; nothing has moved.
+            ValueError: if tensors are missing on one side, or differ in shape, device or sharding. The message names
+                them.
+            TypeError: if ``online`` is not a module, or a schedule does not return a number.
+            RuntimeError: if activation checkpointing runs this a second time, if it runs in a replica of DataParallel,
+                or if the target has no values (see `forward`).
         """
         if callable(self.momentum) and torch.compiler.is_compiling():
-            torch.compiler.disable(self._update)(online)  # traced, a schedule's momentum would be compiled in
+            torch.compiler.disable(self._update)(online)  # tracing would fix the momentum of the schedule
         else:
             self._update(online)
 
@@ -134,15 +138,14 @@ class EMATarget(nn.Module):
 
     @torch.no_grad()
     def reset(self, online: nn.Module) -> None:
-        """Start again as a copy of ``online``: its parameters and all its buffers, after no update.
+        """Start again as a copy of ``online``: copy its parameters and all buffers, and set the update count to 0.
 
-        This also gives values to a target that came from the meta device by ``to_empty``. It leaves each of its
-        tensors the dtype it has.
+        This also initializes a target from the meta device after ``to_empty``. The dtypes of the target do not change.
 
         Raises:
-            ValueError: as `update`; nothing has changed.
-            TypeError: an ``online`` that is no module.
-            RuntimeError: this runs in a replica of DataParallel.
+            ValueError: as in `update`; nothing has changed.
+            TypeError: if ``online`` is not a module.
+            RuntimeError: if this runs in a replica of DataParallel.
         """
         _check_module(online)
         check_not_replica(self, online)
@@ -156,7 +159,7 @@ class EMATarget(nn.Module):
         self.updates = 0
 
     def _move(self, pairs: list[Pair], momentum: float) -> None:
-        """Move paired tensors by one step."""
+        """Average or copy paired tensors."""
         averaged = [pair for pair in pairs if pair.averages]
         copied = [pair for pair in pairs if not pair.averages]
         dtypes = {pair.f.dtype for pair in averaged}
@@ -164,7 +167,7 @@ class EMATarget(nn.Module):
         halves = [pair for pair in averaged if pair.f.dtype in rounded] if rounded else []
         if self.masters:
             self.masters.keep([pair.name for pair in halves])
-        if momentum == 1:  # exactly f: an Inf on the other side must not make a NaN
+        if momentum == 1:  # exactly f; with an Inf in g, the formula would give NaN
             return _copy(copied)
         masters = [local(self.masters.of(pair.name, pair.whole)) for pair in halves]
         if momentum == 0:  # exactly g
@@ -182,19 +185,19 @@ class EMATarget(nn.Module):
         _copy(copied)
 
     def _check_set(self) -> None:
-        """Raise RuntimeError where memory of ``to_empty`` would be taken for values."""
+        """Raise RuntimeError if a tensor has memory from ``to_empty`` but no values."""
         if not self._unset:
             return
         self._unset = self._still_unset()
         tensors = self._tensors()
         if empty := [name for name in self._unset if not tensors[name].is_meta]:
             raise RuntimeError(
-                f"the target has no values in {len(empty)} tensors that to_empty has made: {listed(empty)}; "
-                "call target.reset(online), and load a state dict after that, if there is one"
+                f"the target has no values in {len(empty)} tensors after to_empty: {listed(empty)}; "
+                "call target.reset(online), then load the state dict, if you have one"
             )
 
     def _still_unset(self) -> dict[str, int]:
-        """Return those tensors without values into which nothing was written since."""
+        """Return the tensors without values that have not been written to since."""
         tensors = self._tensors()
         return {
             name: version
@@ -218,7 +221,8 @@ class EMATarget(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # Here, and not in the first update alone, so that a new target has a place for what a checkpoint holds.
+        # Also create the masters here, not only in the first update, so that a new target can load them from a
+        # checkpoint.
         to_shards(self.module)
         for name, f, _ in untied(named_tensors(self.module, self.buffers_policy == "ema")):
             if needs_master(f.dtype):
@@ -230,7 +234,7 @@ class EMATarget(nn.Module):
         return self._updates.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the saved number of updates over."""
+        """Restore the saved number of updates."""
         self.updates = int(state)
 
     def extra_repr(self) -> str:
@@ -244,7 +248,7 @@ def _copy(pairs: list[Pair]) -> None:
 
 
 def _version(tensor: Tensor) -> int:
-    """Return how often something was written into a tensor, nought while it is on the meta device."""
+    """Return how often a tensor was written to, 0 on the meta device."""
     return 0 if tensor.is_meta or tensor.is_inference() else tensor._version
 
 

@@ -1,6 +1,6 @@
-"""Who keeps what where several processes train together: the layouts of a `MemoryBank`. Only they know of ranks.
+"""The layouts of a `MemoryBank`: which rows each rank stores when several processes train together.
 
-All layouts have the same methods. What they are handed has been checked, within `Local.checking`, and normalized.
+All layouts have the same methods. Their arguments have been normalized, and checked within `Local.checking`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -18,16 +18,16 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Step(NamedTuple):
-    """What a step of training looks for beside the rows that it pushes."""
+    """What a training step searches for."""
 
     k: int
-    """Neighbors of each row, itself included."""
+    """Number of neighbors of each pushed row, including itself."""
     views: int = 1
-    """How often each image is among the rows, V: they are V batches, one after another."""
+    """Number of views of each image, V. The pushed rows are V batches, one after another."""
     same_label: bool = False
     """Whether only rows with the same label are neighbors."""
     exclude_same_id: bool = False
-    """Whether rows with the same id are none."""
+    """Whether rows with the same id are excluded."""
 
     def limits(self, labels: Tensor | None, ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the labels and ids that limit the search."""
@@ -35,20 +35,20 @@ class Step(NamedTuple):
 
 
 class Local:
-    """Each process keeps the rows that it pushes itself, and searches them."""
+    """Each process stores and searches only its own rows."""
 
     def __init__(self, size: int, dim: int, dtype: torch.dtype, device: Device, ranks: Ranks) -> None:
         self.ranks = ranks
         self.ring = Ring(size, dim, dtype, device, *self._share(size))
 
     def _share(self, size: int) -> tuple[int, int]:
-        """Return the slots [begin, end) that this process keeps."""
+        """Return the slots [begin, end) that this process stores."""
         return 0, size
 
     def checking(self, call: str) -> AbstractContextManager[None]:
         """Return the context in which the arguments of a call are checked: "push", "search", or "step" for both.
 
-        All ranks that this one has to meet in that call raise what is raised in the context.
+        An error in this context is raised on all ranks that take part in the call.
         """
         return _NOTHING
 
@@ -56,12 +56,15 @@ class Local:
         """Store unit rows [B, D] float32, labels and ids [B] int64.
 
         Returns:
-            Their slots [B] int64, −1 for those that are out again, and how many rows were pushed on all ranks.
+            Their slots [B] int64, −1 for rows overwritten at once, and the number of rows pushed by all ranks.
         """
         return self.ring.push(unit, labels, ids), unit.shape[0]
 
     def search(self, queries: Queries, k: int, backend: str | SearchBackend, *, own_elsewhere: bool = False) -> Found:
-        """Find the k nearest rows of unit queries in `Ring.query_dtype`; some of their ``own`` may be no slots."""
+        """Return the k nearest rows of unit queries in `Ring.query_dtype`.
+
+        With ``own_elsewhere``, indices in ``queries.own`` may be outside of the rows here.
+        """
         similarity, index = self.ring.find(queries, k, backend, own_elsewhere)
         return Found(similarity, index, self.ring.embeddings(index))
 
@@ -73,10 +76,10 @@ class Local:
         step: Step,
         backend: str | SearchBackend,
     ) -> tuple[Tensor, Found | None]:
-        """Push a batch, and find the k − 1 nearest rows of each of its rows, fewer while the bank holds fewer.
+        """Push a batch, and return its slots and the k − 1 nearest rows of each of its rows.
 
-        Views of the same image are not found. Args and the slots that are returned are those of `push`; where a row
-        has no others, None comes with them.
+        Views of the same image are not found. If the bank has fewer rows, fewer are returned, and None if there are
+        none. The other arguments and the slots are those of `push`.
         """
         slots, pushed = self.push(unit, labels, ids)
         others = self._others(unit, step)
@@ -86,19 +89,19 @@ class Local:
         return slots, self.search(asked, others, backend, own_elsewhere=pushed > self.ring.size)
 
     def _others(self, pushed: Tensor, step: Step) -> int:
-        """Return how many rows that are no views of the same image each row finds."""
-        # A batch of that many fills as many rows; only a smaller one has to ask.
+        """Return how many rows each row finds, without views of the same image."""
+        # A batch of this size fills enough rows; only a smaller one needs the number of filled rows.
         enough = pushed.shape[0] >= step.k - 1 + step.views
         filled = self.ring.size if enough else len(self.ring)
         return max(0, min(step.k - 1, filled - step.views))
 
     def saved(self, name: str, tensor: Tensor) -> Tensor:
-        """Return an entry of `Ring.state` as a ``state_dict`` has it."""
+        """Return an entry of `Ring.state` in the form in which the ``state_dict`` stores it."""
         return tensor
 
 
 class Replicated(Local):
-    """Every rank keeps the rows of all ranks, and searches them by itself."""
+    """Every rank stores the rows of all ranks, and searches them by itself."""
 
     def checking(self, call: str) -> AbstractContextManager[None]:
         """See `Local.checking`."""
@@ -118,7 +121,7 @@ class Replicated(Local):
     def _gather(
         self, call: str, unit: Tensor, labels: Tensor | None, ids: Tensor | None, **same: int | str
     ) -> tuple[tuple[Tensor, Tensor, Tensor | None], list[int]]:
-        """Return the rows, labels and ids of all ranks, in rank order, and how many come from each."""
+        """Return the rows, labels and ids of all ranks, in rank order, and the number of rows of each rank."""
         rows = unit.to(self.ring.query_dtype)
         if labels is None:
             labels = torch.full_like(rows[:, 0], UNKNOWN, dtype=torch.int64)
@@ -129,7 +132,7 @@ class Replicated(Local):
         return (rows, labels, more[0] if more else None), counts
 
     def _same(self, **more: int | str) -> dict[str, int | str]:
-        """Return what must not differ between the banks of all ranks."""
+        """Return the properties that must be the same for the banks of all ranks."""
         return {
             "size": self.ring.size,
             "dim": self.ring.dim,
@@ -139,13 +142,13 @@ class Replicated(Local):
         }
 
     def _own(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Return this rank's part of everyone's rows."""
+        """Return this rank's part of the rows of all ranks."""
         first = sum(counts[: self.ranks.rank])
         return rows[first : first + counts[self.ranks.rank]]
 
 
 class Sharded(Replicated):
-    """Each rank keeps one of W parts of the rows, and answers for it."""
+    """Each rank stores and searches one of W parts of the rows."""
 
     def __init__(self, size: int, dim: int, dtype: torch.dtype, device: Device, ranks: Ranks) -> None:
         self.shards = ranks.size
@@ -158,19 +161,19 @@ class Sharded(Replicated):
         """See `Local.checking`.
 
         Raises:
-            RuntimeError: the bank was made for another number of ranks.
+            RuntimeError: if the bank was created for another number of ranks.
         """
         ranks = self.ranks.size
         if ranks != self.shards:
             raise RuntimeError(
-                f"the bank was sharded for {self.shards} ranks, now there are {ranks}: "
-                "make it after torch.distributed.init_process_group"
+                f"the bank was sharded for {self.shards} ranks, but now there are {ranks}: "
+                "create it after torch.distributed.init_process_group"
             )
-        # In an empty bank there is nothing to search: no rank comes to that.
+        # In an empty bank, no rank gets as far as the search.
         return _NOTHING if ranks == 1 or (call == "search" and not len(self.ring)) else self.ranks.sharing_errors(call)
 
     def search(self, queries: Queries, k: int, backend: str | SearchBackend, *, own_elsewhere: bool = False) -> Found:
-        """See `Local.search`; all ranks search together, each for queries of its own."""
+        """See `Local.search`; all ranks search together, each with its own queries."""
         if self.shards == 1:
             return super().search(queries, k, backend, own_elsewhere=own_elsewhere)
         return self._search_together(queries, k, backend)
@@ -194,7 +197,7 @@ class Sharded(Replicated):
         step: Step,
         backend: str | SearchBackend,
     ) -> tuple[Tensor, Found | None]:
-        """See `Local.step`. What all ranks push is what they search for: it travels once."""
+        """See `Local.step`. The pushed rows are also the queries, so they are sent only once."""
         together = super().step if self.shards == 1 else self._step_together
         return together(unit, labels, ids, step, backend)
 
@@ -219,7 +222,7 @@ class Sharded(Replicated):
         return mine, self._ask_all(asked, others, backend, counts)
 
     def _ask_all(self, queries: Queries, k: int, backend: str | SearchBackend, counts: list[int]) -> Found:
-        """Ask every shard for the neighbors of all ranks' queries, and keep the best of the answers to one's own."""
+        """Search all ranks' queries in this shard, exchange the results, and return the best for this rank."""
         problem: Exception | None = None
         try:
             answers = self._answer(queries, k, backend)
@@ -234,7 +237,7 @@ class Sharded(Replicated):
         return Found(similarity, index, unpacked(rows, scale[0] if scale else None), label)
 
     def _answer(self, queries: Queries, k: int, backend: str | SearchBackend) -> tuple[Tensor, ...]:
-        """Return similarity, slot, label, stored row and its scale of the k nearest in this shard, [Q, k, …] each."""
+        """Return similarity, slot, label, row and scale of the k nearest rows in this shard, [Q, k, …] each."""
         ring, count = self.ring, len(queries.values)
         similarity, slot, label, rows, *scale = self._no_answer(count, k)
         there = min(k, max(0, min(len(ring), ring.end) - ring.begin))
@@ -250,7 +253,7 @@ class Sharded(Replicated):
         return (similarity, slot, label, rows, *scale)
 
     def _no_answer(self, count: int, k: int) -> tuple[Tensor, ...]:
-        """Return an answer to ``count`` queries without a neighbor."""
+        """Return an answer to ``count`` queries in which no neighbor was found."""
         kept = self.ring.rows
         answer = (
             kept.new_full((count, k), -torch.inf, dtype=torch.float32),
@@ -261,7 +264,7 @@ class Sharded(Replicated):
         return answer if self.ring.scale is None else (*answer, self.ring.scale.new_zeros((count, k)))
 
     def saved(self, name: str, tensor: Tensor) -> Tensor:
-        """See `Local.saved`: what is kept by slot is this rank's part of a DTensor."""
+        """See `Local.saved`: tensors with one entry per slot are saved as this rank's part of a DTensor."""
         if self.shards == 1 or name not in BESIDE:
             return tensor
         return as_shard(tensor, self.ring.size, self.ranks.group)
@@ -271,7 +274,7 @@ LAYOUTS: dict[str, type[Local]] = {"replicated": Replicated, "sharded": Sharded,
 
 
 def _own_slots(slots: Tensor, views: int) -> Tensor:
-    """Return for each of V·B rows the slots of all V views of its image, [V·B, V], from the slot of each row."""
+    """Return the slots of all V views of each row's image, [V·B, V], from the slots of the V·B rows."""
     return slots[:, None] if views == 1 else slots.view(views, -1).T.repeat(views, 1)
 
 

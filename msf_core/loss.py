@@ -1,4 +1,4 @@
-"""The loss of MSF (paper section 2): pull v towards the k nearest neighbours of u."""
+"""The loss of MSF (paper section 2), which pulls v toward the k nearest neighbors of u."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,23 +26,22 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
-    """Mean over the batch of (1/k) Σⱼ ‖v − zⱼ‖², for v the unit vector along each prediction.
+    """Return (1/k) Σⱼ ‖v − zⱼ‖², averaged over the batch, where v is the normalized prediction and zⱼ its neighbors.
 
-    With k = 1 this is BYOL's ‖v̂ − û‖², to the last bit. For the gradient only the mean neighbor counts, as the
-    paper remarks (section 2): Σⱼ ‖v − zⱼ‖² / k = ‖v − z̄‖² + Σⱼ ‖zⱼ − z̄‖² / k, where v is in the first term alone.
+    With k = 1 this is bit-identical to BYOL's ‖v − u‖². The gradient depends only on the mean neighbor z̄ (paper
+    section 2): Σⱼ ‖v − zⱼ‖² / k = ‖v − z̄‖² + Σⱼ ‖zⱼ − z̄‖² / k, and the second term does not contain v.
 
     Args:
-        prediction: [B, D], any float dtype and scale; computed in float32, under autocast too.
-        neighbors: [B, k, D], unit vectors, taken as they are: with longer ones the loss is no longer that of the
-            paper, nor in [0, 4]. `MemoryBank.search` gives unit vectors; normalize your own. No gradient flows into
-            them.
+        prediction: [B, D], any float dtype and scale. Computed in float32, even under autocast.
+        neighbors: [B, k, D] unit vectors, such as those of `MemoryBank.search`. They are not normalized here; for other
+            vectors, the loss is not the paper's and may leave [0, 4]. They receive no gradient.
 
     Returns:
         A float32 scalar in [0, 4].
 
     Raises:
-        ValueError: shapes or devices that do not fit, or an empty batch.
-        TypeError: tensors that are not floating.
+        ValueError: if shapes or devices do not match, or the batch is empty.
+        TypeError: if a tensor is not floating point.
 
     >>> v, z = torch.tensor([[0.0, 2.0]]), torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
     >>> mean_shift_loss(v, z)
@@ -52,7 +51,7 @@ def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
     check_tensor("neighbors", neighbors)
     if neighbors.ndim != 3 or neighbors.shape[1] < 1 or neighbors.shape[::2] != prediction.shape:
         raise ValueError(
-            f"neighbors must be [B, k, D] beside a prediction {list(prediction.shape)}, got {list(neighbors.shape)}"
+            f"neighbors must be [B, k, D] for a prediction {list(prediction.shape)}, got {list(neighbors.shape)}"
         )
     if not neighbors.is_floating_point():
         raise TypeError(f"neighbors must be floating, got {neighbors.dtype}")
@@ -64,7 +63,7 @@ def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
 
 def _mean_shift(prediction: Tensor, z: Tensor) -> Tensor:
     prediction = prediction.float()
-    # torch.func differentiates and maps what autograd can follow.
+    # torch.func cannot transform the custom autograd function.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _formula(prediction, z)
     loss: Tensor = _MeanShift.apply(prediction, z)
@@ -78,11 +77,12 @@ def _formula(prediction: Tensor, z: Tensor) -> Tensor:
 class _MeanShift(torch.autograd.Function):
     """`_formula` with its gradient in closed form.
 
-    For v = p / ‖p‖ and d = Σⱼ (v − zⱼ) the gradient with respect to v is 2 d / (B k), and with respect to p
+    For a prediction p, v = p / ‖p‖ and d = Σⱼ (v − zⱼ), the gradient with respect to v is 2 d / (B k), and with
+    respect to p it is
 
         2/(B k) · (d − v (v·d)) / ‖p‖
 
-    computed in the order in which autograd does it, so that with k = 1 it is that of BYOL to the last bit.
+    The operations are in the same order as in autograd, so with k = 1 the gradient is bit-identical to BYOL's.
     """
 
     @staticmethod
@@ -99,37 +99,40 @@ class _MeanShift(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         prediction, v, difference, norm, length = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this gradient is to be differentiated
+        if torch.is_grad_enabled():  # for a second derivative
             loss = _formula(prediction, (v - difference / ctx.k)[:, None])
             return torch.autograd.grad(loss, prediction, gradient, create_graph=True)[0], None
         by_v = difference * (gradient / (v.shape[0] * ctx.k / 2))  # [B, D]
-        # A vector shorter than that was not divided by its norm, and the loss depends on how long it is.
+        # A vector shorter than SHORTEST was not divided by its norm, so the loss depends on its length.
         radial = (by_v * (v / torch.threshold(norm, SHORTEST, torch.inf))).sum(dim=1, keepdim=True)  # [B, 1]
         return by_v.div_(length).sub_(v * radial), None
 
 
 class MeanShiftLoss(nn.Module):
-    """Push u into the bank, find its k nearest neighbours there, and return their `mean_shift_loss` with v.
+    """Push u into the bank, search its k nearest neighbors, and return their `mean_shift_loss` with v.
 
-    u is its own first neighbour by construction: the set is the exact u and the k − 1 nearest other rows.
-    So k = 1 is BYOL's loss to the last bit, with no search. While the bank holds fewer than k rows, those
-    there are serve; where fewer than k of them are finite, or may serve, u stands in. In ``eval()`` mode nothing
-    is pushed, so a validation loss leaves the bank as it was.
+    Here u is the target's embedding of one view of an image, and v the prediction from another view. In ``eval()``
+    mode nothing is pushed, so a validation loss does not change the bank.
 
-    Two options, beyond the paper, restrict which rows may serve. Both are exact; u serves always.
+    The neighbors are u itself and the k − 1 nearest other rows. With k = 1 there is no search, and the loss is
+    bit-identical to BYOL's. If the bank has fewer than k rows, all of them are used. If fewer than k of them are finite
+    and allowed, u takes the place of the missing ones.
+
+    Two options that are not in the paper limit which rows can be neighbors. Both are exact; u itself is always used.
 
     Args:
-        bank: the `MemoryBank`; None is allowed with ``k=1``.
-        k: neighbours that serve, u included: an int, or a schedule of the number of training forwards so far
-            (rounded; the count is saved in the ``state_dict``). The paper uses 5 (section 3.1).
-        exclude_same_id: rows with the ``ids`` of u, older augmentations of the same image, do not serve; id −1
-            excludes none. The bank keeps ids from now on.
-        same_label: only rows with the label of u serve: supervised mean shift, and semi-supervised with label −1
-            for those u that any row may serve (CMSF, ECCV 2022).
+        bank: the `MemoryBank`. It can be None if ``k=1``.
+        k: number of neighbors, including u: an int, or a schedule, which is called with the number of training forwards
+            so far and rounded. The count is saved in the ``state_dict``. The paper uses 5 (section 3.1).
+        exclude_same_id: exclude rows with the id of u (pass ``ids``), which are older views of the same image; id −1
+            excludes none. From now on the bank stores ids.
+        same_label: use only rows with the label of u. This is supervised mean shift. For semi-supervised training, use
+            the label −1 where any row is allowed (CMSF, ECCV 2022).
 
     Raises:
-        ValueError: k below 1 or above the bank's size, or no bank with another k than 1, or with those options.
-        TypeError: another bank, or a k that is neither an int nor callable.
+        ValueError: if k is below 1 or above the bank's size; or if there is no bank, and k is not 1 or an option is
+            set.
+        TypeError: if ``bank`` is not a `MemoryBank` or None, or k is neither an int nor callable.
 
     >>> bank = MemoryBank(size=128, dim=16)
     >>> criterion = MeanShiftLoss(bank, k=5)
@@ -164,12 +167,12 @@ class MeanShiftLoss(nn.Module):
         self.k = k
         self.exclude_same_id = exclude_same_id
         self.same_label = same_label
-        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+        with torch.inference_mode(False):  # tensors created in inference mode cannot be written to outside of it
             self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # no int, as `Ring.pushed_on_host`
 
     @property
     def steps(self) -> int:
-        """Training forwards so far."""
+        """Number of training forwards so far."""
         return int(self._steps)
 
     @overload
@@ -214,38 +217,38 @@ class MeanShiftLoss(nn.Module):
         ids: Tensor | None = None,
         return_neighbors: bool = False,
     ) -> Tensor | tuple[Tensor, Neighbors] | tuple[Tensor, list[Neighbors]]:
-        """Return the loss of a batch, and push its targets.
+        """Push the targets of a batch and return the loss.
 
-        Several views of the images come as a list. Then the loss is the mean over pairs of a prediction and a target:
+        Pass several views of the images as lists. The loss is then the mean over pairs of a prediction and a target:
 
-        - ``criterion([p1, p2, p3], u)``: the target goes with every prediction; likewise one prediction with every
-          target.
-        - ``criterion([p1, p2], [z1, z2])``: prediction i goes with every target j ≠ i. This is BYOL's symmetric loss.
-          ``criterion([p1, p2, p3, p4], [z1, z2])`` is multi-crop as in DINO: the first two crops are the global ones,
-          the others go with both targets.
+        - ``criterion([p1, p2, p3], u)`` pairs the target with every prediction. Likewise, a single prediction is paired
+          with every target.
+        - ``criterion([p1, p2], [z1, z2])`` pairs prediction i with every target j ≠ i. This is BYOL's symmetric loss.
+        - ``criterion([p1, p2, p3, p4], [z1, z2])`` is multi-crop as in DINO: the first two crops are the global ones,
+          and the others are paired with both targets.
 
-        All targets are pushed, the first view's first. Those of the same image are never each other's neighbors, so
-        with V targets a bank of n rows has n − V others for each. The call is one step of a schedule.
+        All targets are pushed, those of the first view first. Targets of the same image are never each other's
+        neighbors, so with V targets and n rows in the bank, n − V rows are left for each. A call with lists is one step
+        of a k schedule.
 
         Args:
-            prediction: v [B, D], the online side: predictor(encoder(view)); or a list of those. Any float dtype and
-                scale.
-            target: u [B, D], the target side; or a list of those. Detached; normalized in float32.
-            labels: [B] integers that are kept beside the rows, −1 where unknown; for purity only, unless
-                ``same_label``.
-            ids: [B] integers that are kept beside the rows: which image each u is of, −1 where unknown.
-            return_neighbors: also return the `Neighbors` that served, u first.
+            prediction: v [B, D], the output of predictor(encoder(view)), or a list of these. Any float dtype and scale.
+            target: u [B, D], the output of the target encoder, or a list of these. It is detached, and normalized in
+                float32.
+            labels: [B] integers stored with the rows, −1 if unknown. Used only for the purity, unless ``same_label``.
+            ids: [B] integers stored with the rows that identify the image of each u, −1 if unknown.
+            return_neighbors: also return the `Neighbors` that were used, u first.
 
         Returns:
-            The loss, a float32 scalar in [0, 4]; with ``return_neighbors`` a pair (loss, `Neighbors`), or (loss, list)
-            with the neighbors of each target where targets are a list.
+            The loss, a float32 scalar in [0, 4]. With ``return_neighbors``, a pair (loss, `Neighbors`); if ``target``
+            is a list, the second item is a list with the neighbors of each target.
 
         Raises:
-            ValueError: shapes or devices that do not fit, an empty batch, lists that leave nothing to pair, a
-                schedule's k out of range, no ``ids`` with ``exclude_same_id`` or no labels with ``same_label``.
-            TypeError: tensors that are not floating, labels or ids that are not integers.
-            ImportError: the bank's backend does not work on its device.
-            RuntimeError: activation checkpointing recomputes a forward that pushed.
+            ValueError: if shapes or devices do not match, the batch is empty, the lists leave no pair, k of a schedule
+                is out of range, or ``ids`` for ``exclude_same_id`` or labels for ``same_label`` are missing.
+            TypeError: if a tensor is not floating point, or labels or ids are not integers.
+            ImportError: if the bank's backend does not work on its device.
+            RuntimeError: if activation checkpointing runs the forward a second time.
         """
         bank, pushing = self.bank, self.training
         with self._checking(bank):
@@ -267,7 +270,7 @@ class MeanShiftLoss(nn.Module):
             self._steps.add_(1)
         z = u[:, None]
         if found is not None:
-            others = torch.where((found.index < 0)[..., None], z, found.embedding)  # u stands in
+            others = torch.where((found.index < 0)[..., None], z, found.embedding)  # u replaces missing neighbors
             z = torch.cat([z, others], dim=1)  # [V·B, k, D]
         if len(pairs) == 1:
             loss = _mean_shift(predictions[pairs[0][0]], z if views == 1 else z.chunk(views)[pairs[0][1]])
@@ -282,7 +285,7 @@ class MeanShiftLoss(nn.Module):
         return loss, [Neighbors(*parts) for parts in zip(*(part.chunk(views) for part in neighbors), strict=True)]
 
     def _checking(self, bank: MemoryBank | None) -> AbstractContextManager[None]:
-        """Return the context for `_check`: where other processes share the bank, they are told of an error."""
+        """Return the context for `_check`, in which an error is raised on all ranks that share the bank."""
         if bank is None or not (self.training or self._k_of_step() > 1):
             return _NOTHING
         return bank.checking(pushing=self.training)
@@ -291,7 +294,7 @@ class MeanShiftLoss(nn.Module):
         return _rounded(self.k(self.steps)) if callable(self.k) else whole_number("k", self.k)
 
     def _neighbors(self, z: Tensor, slots: Tensor | None, labels: Tensor | None, found: Found | None) -> Neighbors:
-        """Return the neighbors that served, z [B, k, D], u first."""
+        """Return the neighbors that were used, z [B, k, D], u first."""
         unknown = torch.full(z.shape[:1], UNKNOWN, device=z.device)
         own = Neighbors(
             similarity=z.new_ones(z.shape[0], 1),
@@ -343,20 +346,20 @@ class MeanShiftLoss(nn.Module):
         return k
 
     def reset(self) -> None:
-        """Begin anew, with an empty bank and no steps: after a forward on made-up data, say.
+        """Empty the bank and set the step count to 0, for example after a forward on dummy data.
 
-        Ranks that share the bank all do so.
+        If ranks share the bank, call this on all of them.
         """
         if self.bank is not None:
             self.bank.clear()
         self._steps.zero_()
 
     def reset_parameters(self) -> None:
-        """Begin anew: PyTorch's name for `reset`, called where ``to_empty`` has given a module its memory."""
+        """Do the same as `reset`. This is PyTorch's name for initializing a module after ``to_empty``."""
         self.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MeanShiftLoss":
-        """Follow the module to another device; ``to_empty`` begins anew."""
+        """Apply ``fn`` as `torch.nn.Module` does; ``to_empty`` also sets the step count to 0."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if gives_memory_alone(fn):
             self._steps.zero_()
@@ -367,11 +370,11 @@ class MeanShiftLoss(nn.Module):
         return torch.tensor(self.steps)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the saved number of training forwards over."""
+        """Restore the saved number of training forwards."""
         self._steps.fill_(int(state))
 
     def extra_repr(self) -> str:
-        """Describe k, and what restricts the neighbors."""
+        """Describe k and the options."""
         options = (name for name in ("exclude_same_id", "same_label") if getattr(self, name))
         return ", ".join([f"k={self.k}", *(f"{name}=True" for name in options)])
 
@@ -384,7 +387,7 @@ def _rounded(k: float) -> int:
 
 
 def _views(name: str, given: object) -> tuple[Tensor, ...]:
-    """Return the views of a batch, of which there may be one."""
+    """Return the views of a batch as a tuple, also for a single tensor."""
     if isinstance(given, Tensor):
         return (given,)
     if not isinstance(given, (list, tuple)):
@@ -395,12 +398,12 @@ def _views(name: str, given: object) -> tuple[Tensor, ...]:
 
 
 def _pairs(predictions: int, targets: int, numbered: bool) -> list[tuple[int, int]]:
-    """Return which prediction goes with which target; where both are numbered views none with that of its own view."""
+    """Return the pairs (prediction, target). If both are lists of views, no prediction is paired with its own view."""
     pairs = [(i, j) for i in range(predictions) for j in range(targets) if not numbered or i != j]
     if not pairs:
         raise ValueError(
-            "prediction i goes with every target j ≠ i, so lists of one prediction and one target leave nothing to "
-            "pair: give one of them as a tensor"
+            "prediction i is paired with every target j ≠ i, so lists of one prediction and one target leave no pair: "
+            "pass one of them as a tensor"
         )
     return pairs
 
@@ -418,7 +421,7 @@ def _check_prediction(prediction: Tensor, name: str = "prediction") -> None:
 
 
 def _check_like(prediction: Tensor, view: Tensor, name: str) -> None:
-    """Raise unless a view fits beside the first prediction."""
+    """Raise unless a view has the shape and device of the first prediction."""
     check_tensor(name, view)
     if view.shape != prediction.shape:
         raise ValueError(f"{name} must be {list(prediction.shape)} as the first prediction, got {list(view.shape)}")

@@ -1,4 +1,4 @@
-"""Float32 values behind tensors of half precision, in which small steps would be rounded away."""
+"""Float32 values of half-precision tensors, whose rounding would lose small updates."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,27 +8,27 @@ from torch import Tensor, nn
 
 from msf_core.distributed import is_shard, placement
 
-# How many values are averaged together, which bounds what this needs on top: 19 bytes for each. On CPUs they stay in
-# the cache; elsewhere fewer, longer kernels are faster.
+# How many values are averaged together. This bounds the extra memory, which is 19 bytes per value. On CPUs the values
+# stay in the cache; on other devices, fewer and longer kernels are faster.
 CHUNK = {"cpu": 1 << 20, "else": 1 << 23}
 
 
 def needs_master(dtype: torch.dtype) -> bool:
-    """Tell whether a dtype is floating, or complex, with less than float32's precision."""
+    """Return whether a dtype is floating point or complex, with less precision than float32."""
     return dtype in _WIDE
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard, or the tensor if it is none."""
+    """Return this rank's shard of a DTensor, or the tensor itself if it is not a DTensor."""
     return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 class Masters(nn.Module):
-    """The float32 values of each tensor, made when they are first asked for.
+    """The float32 values of each tensor, created when they are first needed.
 
-    They move to other devices with the module, but keep their dtype when it is cast. In the ``state_dict`` they have
-    the tensor's name with "/" for "."; whatever a ``state_dict`` holds of them is taken. They are no buffers: DDP would
-    send those of rank 0 to all ranks at every forward.
+    They move to other devices with the module, but keep their dtype if the module is cast. Their key in the
+    ``state_dict`` is the tensor's name with "/" instead of "."; loading takes those that the ``state_dict`` has. They
+    are not buffers, because DDP would broadcast buffers from rank 0 at every forward.
     """
 
     def __init__(self) -> None:
@@ -44,10 +44,10 @@ class Masters(nn.Module):
         return values[name] if name in values else super().__getattr__(name)
 
     def of(self, name: str, f: Tensor) -> Tensor:
-        """Return the master of ``f``: the one there is, if it fits, else a new one."""
+        """Return the master of ``f``; create a new one if there is none with its shape and dtype."""
         key, wide = name.replace(".", "/"), _WIDE[f.dtype]
         master = self.values.get(key)
-        with torch.inference_mode(False):  # tensors made in that mode could never be updated outside of it
+        with torch.inference_mode(False):  # tensors created in inference mode cannot be updated outside of it
             if master is not None and (master.dtype, master.shape) == (wide, f.shape):
                 if placement(master) != placement(f):
                     master = _placed(master, f)
@@ -61,7 +61,7 @@ class Masters(nn.Module):
         return master
 
     def keep(self, names: Iterable[str]) -> None:
-        """Forget all others."""
+        """Remove all masters except those with the given names."""
         kept = {name.replace(".", "/") for name in names}
         for key in list(self.values):
             if key not in kept:
@@ -101,7 +101,7 @@ _WIDE = {
 
 
 def _placed(master: Tensor, f: Tensor) -> Tensor | None:
-    """Return the shard of a master that was loaded before the target was sharded."""
+    """Shard a master that was loaded before the target was sharded."""
     if is_shard(master):
         return None
     from torch.distributed.tensor import DTensor, Replicate
@@ -112,9 +112,9 @@ def _placed(master: Tensor, f: Tensor) -> Tensor | None:
 
 
 def average_in_float32(halves: list[Tensor], masters: list[Tensor], online: list[Tensor], weight: float) -> None:
-    """Move masters m ← m + weight·(g − m), and round them to the halves f, in place.
+    """Update the masters m ← m + weight·(g − m), and round them to the half-precision tensors f, in place.
 
-    Where m does not round to f, somebody has changed f since, and m starts there again.
+    Where m does not round to f, f was changed by other code, and m starts from f.
     """
     groups: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for f, m, g in zip(halves, masters, online, strict=True):
@@ -135,8 +135,8 @@ def average_in_float32(halves: list[Tensor], masters: list[Tensor], online: list
 
 
 def _average_chunk(chunk: list[tuple[Tensor, Tensor, Tensor]], weight: float) -> None:
-    """Average tensors as one long row of values [n], since a kernel for each of many small ones takes longer."""
-    # In the order of f's memory: then this permutes without copying, and channels_last costs nothing.
+    """Average tensors as one long row of values [n], which is faster than one kernel for each small tensor."""
+    # Use the order of f's memory, so that the permutation needs no copy, even for channels_last.
     orders = [sorted(range(f.ndim), key=f.stride, reverse=True) for f, _, _ in chunk]
     fs, ms, gs = ([t.permute(o) for t, o in zip(side, orders, strict=True)] for side in zip(*chunk, strict=True))
     f, m, g = (torch.cat([tensor.reshape(-1) for tensor in side]) for side in (fs, ms, gs))

@@ -16,36 +16,40 @@ from msf_core.search import Queries, SearchBackend, check_backend
 from msf_core.search.base import ROW_DTYPES, may_look
 from msf_core.search.registry import check_anywhere
 
-# In a state int8 rows have a name of their own: torch.distributed.checkpoint fills the tensors of a state by name and
-# casts, which would make floats of them without their scale.
+# The name of int8 rows in a state dict differs from "rows", because torch.distributed.checkpoint copies tensors by name
+# and casts them: int8 rows would become floats without their scale.
 INT8_ROWS = "int8_rows"
 
 
 class MemoryBank(nn.Module):
-    """The newest ``size`` embeddings as unit rows, each with a label and an id, and exact search among them.
+    """Store the newest ``size`` embeddings as unit vectors, with a label and an id each, and search them exactly.
 
-    Contents always equal a ``collections.deque(maxlen=size)`` of everything pushed. All of it is in the
-    ``state_dict``: save, load and go on is bit-equal. A saved bank of another size gives the newest rows that
-    fit, in order; one of another ``dim`` is an error that leaves the bank as it was.
+    The bank always holds the same rows as a ``collections.deque(maxlen=size)``. They are saved in the ``state_dict``,
+    so a resumed run is bit-identical. A saved bank of another size can be loaded: the newest rows that fit are kept, in
+    order. A saved bank with another ``dim`` raises an error, and the bank does not change.
 
     Args:
-        size: rows that it holds, N. The paper uses 1,024,000 and finds 128,000 as good (section 3.4).
-        dim: dimensions of an embedding, D.
-        dtype: of the stored rows: float32, float16, bfloat16, or int8 with a float32 scale for each row. Queries are
-            rounded to a floating one, and stay float32 for int8; similarities are accumulated in float32.
-        device: where the rows lie; by default PyTorch's default device. The bank also moves with its module.
+        size: number of rows, N. The paper uses 1,024,000 and finds 128,000 as good (section 3.4).
+        dim: dimension of the embeddings, D.
+        dtype: dtype of the stored rows: float32, float16, bfloat16, or int8 with a float32 scale for each row. Queries
+            are rounded to the same dtype, except for int8 rows, where they stay float32. Similarities are accumulated
+            in float32.
+        device: device of the rows, by default PyTorch's default device. The bank also moves with its parent module.
         backend: "auto", "torch", "faiss", "triton", or any object with a `SearchBackend.topk`.
-        layout: who keeps what where torch.distributed runs. "replicated": every rank keeps all rows of all ranks.
-            "sharded": each rank keeps 1/W of them and answers for it, with the same results; the ``state_dict`` then
-            holds DTensors, for torch.distributed.checkpoint. "local": each rank keeps its own. With one process all
-            three are the same.
+        layout: which rows each of W ranks stores under torch.distributed. With one process, all three are the same.
+
+            - "replicated": all rows of all ranks.
+            - "sharded": 1/W of the rows. Each rank searches its part, and the results are the same. The ``state_dict``
+              has DTensors, for torch.distributed.checkpoint.
+            - "local": only its own rows.
         group: process group of the ranks that share the bank; None is the default group.
-        persistent: False leaves the bank out of the ``state_dict``.
+        persistent: whether the bank is part of the ``state_dict``.
 
     Raises:
-        ValueError: ``size`` or ``dim`` below 1, an unknown backend or layout, a group without this process.
-        TypeError: another ``dtype``, a backend without ``topk``, a group that is none.
-        ImportError: the backend asked for by name does not work here.
+        ValueError: if ``size`` or ``dim`` is below 1, the backend or layout is unknown, or this process is not in the
+            group.
+        TypeError: if the ``dtype`` is another one, the backend has no ``topk``, or ``group`` is not a process group.
+        ImportError: if a backend requested by name does not work here.
 
     >>> bank = MemoryBank(size=4, dim=2)
     >>> slots = bank.push(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), labels=torch.tensor([7, 8]))
@@ -74,7 +78,7 @@ class MemoryBank(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if dtype not in (*ROW_DTYPES, torch.int8):
             raise TypeError(f"dtype must be torch.float32, torch.float16, torch.bfloat16 or torch.int8, got {dtype!r}")
-        check_anywhere(backend, device)  # says now if it does not work here
+        check_anywhere(backend, device)  # raise now, not at the first search
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         super().__init__()
@@ -84,37 +88,37 @@ class MemoryBank(nn.Module):
         self._ring = self._layout.ring
 
     def __len__(self) -> int:
-        """Rows filled so far, n, on all ranks that share the bank; at most ``size``."""
+        """Number of filled rows, n, over all ranks that share the bank; at most ``size``."""
         return len(self._ring)
 
     @property
     def rows(self) -> Tensor:
-        """[N, D], of a shard [⌈N/W⌉, D] or less; unit vectors in the bank's dtype."""
+        """[N, D] unit vectors in the bank's dtype. In a sharded bank at most [⌈N/W⌉, D]."""
         return self._ring.rows
 
     @property
     def scale(self) -> Tensor | None:
-        """[N] float32 for int8 rows: row i is ``rows[i] * scale[i]``. Of other dtypes None."""
+        """[N] float32 for int8 rows, where row i is ``rows[i] * scale[i]``. None for other dtypes."""
         return self._ring.scale
 
     @property
     def labels(self) -> Tensor:
-        """[N] int64 beside the rows, −1 where unknown."""
+        """[N] int64 labels of the rows, −1 if unknown."""
         return self._ring.labels
 
     @property
     def ids(self) -> Tensor | None:
-        """[N] int64 likewise; None while no id was pushed."""
+        """[N] int64 ids of the rows, −1 if unknown. None until ids are pushed."""
         return self._ring.ids
 
     @property
     def pushed(self) -> Tensor:
-        """Rows pushed so far, an int64 scalar; the next goes to slot pushed % size. Slots 0 … len − 1 are filled."""
+        """Number of rows pushed so far, an int64 scalar. The next row goes to slot pushed % size."""
         return self._ring.pushed
 
     @property
     def nonfinite(self) -> Tensor:
-        """How many of them had no finite norm, an int64 scalar."""
+        """Number of pushed rows whose norm was not finite, an int64 scalar."""
         return self._ring.nonfinite
 
     @property
@@ -124,12 +128,12 @@ class MemoryBank(nn.Module):
 
     @property
     def group(self) -> Any:
-        """Process group of the ranks that share the bank; None is the default one."""
+        """Process group of the ranks that share the bank; None is the default group."""
         return self._layout.ranks.group
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept in this process, a row each."""
+        """Bytes of the rows, scales, labels and ids in this process."""
         return sum(tensor.nbytes for tensor in self._ring.kept() if tensor is not None)
 
     @property
@@ -139,26 +143,26 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def push(self, embeddings: Tensor, labels: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
-        """Store a batch, over the oldest rows once the bank is full. Never waits for the device.
+        """Store a batch. Once the bank is full, it overwrites the oldest rows. Never synchronizes with the device.
 
-        Under torch.distributed all ranks push together, each a batch of its own, which may differ in B: the rows of
-        rank 0 come first. A rank whose batch does not fit makes it an error on all of them.
+        If ranks share the bank, all of them must push together. Their batches may have different sizes; the rows of
+        rank 0 come first. An invalid batch on one rank raises an error on all ranks.
 
         Args:
-            embeddings: [B, D], any float dtype and scale; normalized in float32 on the way in (a row shorter than
-                1e-12 stays short). B may be 0 or above ``size``. A row whose norm is not finite takes its slot,
-                but is never found by a search, and ``nonfinite`` counts it.
-            labels: [B], integers; a negative one, or no labels at all, is unknown.
-            ids: [B], integers: which image, say, each is an embedding of; negative: unknown. From the first ones on the
-                bank keeps an id beside each row. All ranks give them, or none.
+            embeddings: [B, D], any float dtype and scale; normalized in float32 (a row shorter than 1e-12 stays
+                shorter than 1). B may be 0 or larger than ``size``. A row whose norm is not finite takes a slot, but no
+                search finds it, and ``nonfinite`` counts it.
+            labels: [B] integers, negative if unknown. Without labels, all are unknown.
+            ids: [B] integers, negative if unknown, which identify for example the image of each embedding. Once ids are
+                pushed, the bank stores an id with each row. Either all ranks pass ids or none does.
 
         Returns:
-            The slots of these rows, [B] int64; −1 for those that later rows pushed out at once.
+            The slots of these rows, [B] int64; −1 for rows that later rows of the same batch overwrote.
 
         Raises:
-            ValueError: a shape or device that does not fit.
-            TypeError: embeddings that are not floating, labels or ids that are not integers.
-            RuntimeError: other ranks are not in a push.
+            ValueError: if a shape or device does not match.
+            TypeError: if embeddings are not floating point, or labels or ids are not integers.
+            RuntimeError: if other ranks are not in a push.
         """
         with self._layout.checking("push"):
             self._check_batch(embeddings, labels, ids)
@@ -168,23 +172,24 @@ class MemoryBank(nn.Module):
     def search(
         self, queries: Tensor, k: int, *, labels: Tensor | None = None, exclude_ids: Tensor | None = None
     ) -> Neighbors:
-        """Find the k most similar rows of every query, exactly, or of those rows that it may find.
+        """Return the k most similar rows of every query, found by exact search.
 
-        In a sharded bank all ranks search together, each with queries of its own, which may differ in number.
+        If the bank is sharded, all ranks must search together. Each has its own queries, and their numbers may differ.
 
         Args:
             queries: [Q, D], any float dtype and scale.
             k: between 1 and ``len(bank)``.
-            labels: [Q], integers: only rows with a query's label are its neighbors; negative: any label.
-            exclude_ids: [Q], integers: rows with that id are none of a query's neighbors; negative: none are excluded.
+            labels: [Q] integers. Only rows with the label of the query are found; a negative label allows all rows.
+            exclude_ids: [Q] integers. Rows with the id of the query are not found; a negative id excludes none.
 
         Returns:
-            `Neighbors`. Unfilled slots are never among them.
+            `Neighbors`, never with unfilled slots.
 
         Raises:
-            ValueError: k out of range, a shape or device that does not fit, or ``exclude_ids`` where no ids are kept.
-            TypeError: queries that are not floating, labels or ids that are not integers, or a k that is no int.
-            RuntimeError: other ranks of a sharded bank are not in a search.
+            ValueError: if k is out of range, a shape or device does not match, or the bank has no ids for
+                ``exclude_ids``.
+            TypeError: if queries are not floating point, labels or ids are not integers, or k is not an int.
+            RuntimeError: if the bank is sharded and other ranks are not in a search.
         """
         with self._layout.checking("search"):
             k = whole_number("k", k)
@@ -193,23 +198,23 @@ class MemoryBank(nn.Module):
         return self.neighbors(self._layout.search(asked, k, self.backend))
 
     def checking(self, *, pushing: bool) -> AbstractContextManager[None]:
-        """Return the context in which `MeanShiftLoss` checks its arguments before `step`, or else before `others`.
+        """Return the context in which `MeanShiftLoss` checks its arguments before `step`, or before `others`.
 
-        What is raised in it is raised by all processes that share the bank, so that none waits for another in vain.
+        An error in this context is raised on all ranks that share the bank, so that none waits forever.
         """
         return self._layout.checking("step" if pushing else "search")
 
     def step(self, u: Tensor, labels: Tensor | None, ids: Tensor | None, step: Step) -> tuple[Tensor, Found | None]:
-        """Push unit rows u [V·B, D] as `push` does, and find what ``step`` asks for; the loss has checked them.
+        """Push unit rows u [V·B, D] like `push`, and search as described by ``step``. The arguments are not checked.
 
         Returns:
-            The slots of u [V·B], and k − 1 nearest others of each: fewer where the bank holds fewer, None where there
-            is nothing.
+            The slots of u [V·B], and the k − 1 nearest other rows of each: fewer if the bank has fewer, None if it has
+            none.
         """
         return self._layout.step(u, _whole(labels), _whole(ids), step, self.backend)
 
     def others(self, u: Tensor, k: int, *, labels: Tensor | None, exclude_ids: Tensor | None) -> Found | None:
-        """Find k − 1 nearest rows of unit rows u [B, D] that were not pushed, as `step` does."""
+        """Return the k − 1 nearest rows of unit rows u [B, D] that were not pushed, like `step`."""
         k = min(k - 1, len(self._ring))
         if k < 1:
             return None
@@ -217,7 +222,7 @@ class MemoryBank(nn.Module):
         return self._layout.search(asked, k, self.backend)
 
     def neighbors(self, found: Found) -> Neighbors:
-        """Make of what was found what `search` returns."""
+        """Convert the result of a layout's search to that of `search`."""
         similarity, index, embedding, label = found
         if label is None:
             label = self._ring.labels[index]
@@ -228,33 +233,36 @@ class MemoryBank(nn.Module):
         return Neighbors(similarity.clamp(max=1.0), index, embedding, label)
 
     def age(self, slots: Tensor) -> Tensor:
-        """Return how many rows were pushed after those in these slots, [...] int64; −1 for −1. Does not wait."""
+        """Return the number of rows pushed after those in the given slots, [...] int64; −1 for slot −1.
+
+        Does not synchronize with the device.
+        """
         return ((self.pushed - 1 - slots) % self.size).masked_fill(slots < 0, -1)
 
     @torch.no_grad()
     def clear(self) -> None:
-        """Forget every row, as if newly made; ids that are kept are kept on."""
+        """Remove all rows. If the bank stores ids, it continues to do so."""
         self._ring.clear()
 
     def reset_parameters(self) -> None:
-        """Forget every row: PyTorch's name for `clear`, called where ``to_empty`` has given a module its memory."""
+        """Do the same as `clear`. This is PyTorch's name for initializing a module after ``to_empty``."""
         self.clear()
 
     def keep_ids(self) -> None:
-        """Keep an id beside each row from now on, 8 bytes; those of rows that are there already are unknown."""
+        """Store an id (8 bytes) with each row from now on. The ids of rows already in the bank are unknown."""
         self._ring.keep_ids()
 
     def check_backend(self, k: int = 1) -> None:
-        """Raise unless the search backend finds k neighbors on the bank's present device.
+        """Raise unless the search backend can find k neighbors on the current device of the bank.
 
         Raises:
-            ImportError: one asked for by name does not work on that device.
-            ValueError: it does not find that many.
+            ImportError: if a backend requested by name does not work on this device.
+            ValueError: if k is larger than the backend supports.
         """
         check_backend(self.backend, self._ring.rows.device, k)
 
     def check(self, name: str, embeddings: Tensor) -> None:
-        """Raise ValueError or TypeError, naming ``name``, unless these are [any, D] floats on the bank's device."""
+        """Raise ValueError or TypeError, naming ``name``, unless embeddings are [B, D] floats on the bank's device."""
         check_tensor(name, embeddings)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dim:
             raise ValueError(
@@ -284,11 +292,11 @@ class MemoryBank(nn.Module):
         check_labels(labels, queries)
         check_labels(exclude_ids, queries, "exclude_ids")
         if exclude_ids is not None and self._ring.ids is None:
-            raise ValueError("exclude_ids needs rows that have ids, and no ids were pushed")
+            raise ValueError("exclude_ids needs rows with ids, but no ids were pushed")
         self.check_backend(k)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MemoryBank":
-        """Follow the module to another device; the dtype stays what was asked for."""
+        """Move to the device of ``fn`` as `torch.nn.Module` does, but keep the dtype of the rows."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._ring.apply(fn)
         return self
@@ -327,12 +335,12 @@ class MemoryBank(nn.Module):
         assign = local_metadata.get("assign_to_params_buffers", False)
         problem = self._ring.why_not_loadable(saved, assign)
         if problem:
-            error_msgs.append(f"{prefix}rows and its companions were not loaded: {problem}")
+            error_msgs.append(f"{prefix}rows and the other tensors of the bank were not loaded: {problem}")
         else:
             self._ring.load(saved, assign)
 
     def extra_repr(self) -> str:
-        """Describe size, fill and cost; bytes are those of this process."""
+        """Describe size, number of filled rows and memory in this process."""
         backend = self.backend if isinstance(self.backend, str) else type(self.backend).__name__
         layout = "" if self.layout == "replicated" else f" layout={self.layout!r},"
         return (
@@ -342,7 +350,7 @@ class MemoryBank(nn.Module):
 
 
 def _whole(numbers: Tensor | None) -> Tensor | None:
-    """Return labels or ids as they are kept, int64."""
+    """Return labels or ids as int64."""
     return None if numbers is None else numbers.to(torch.int64)
 
 

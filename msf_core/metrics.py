@@ -1,4 +1,4 @@
-"""How well neighbours and embeddings do: purity, spread, and nearest-neighbour classification."""
+"""Metrics of neighbors and embeddings: purity, spread, effective rank, and nearest-neighbor classification."""
 
 import torch
 import torch.nn.functional as F
@@ -11,22 +11,22 @@ from msf_core.search.base import exact_float32, without_autocast
 
 
 def neighbor_purity(neighbor_labels: Tensor, labels: Tensor) -> Tensor:
-    """Share of the neighbours 2 to k that have the query's label, averaged over the queries (paper section 3.4).
+    """Return the share of neighbors 2 to k that have the query's label, averaged over the queries (paper section 3.4).
 
-    The first column, u itself, is left out. So are unknown labels (−1): such neighbours do not count for their
-    query, and a query with an unknown label, or without a known neighbour, does not count at all.
+    The first neighbor, u itself, does not count. Neighbors with an unknown label (−1) do not count either, and neither
+    do queries whose own label is unknown or that have no neighbor with a known label. Does not synchronize with the
+    device.
 
     Args:
-        neighbor_labels: [B, k] integers, nearest first: `Neighbors.label`.
+        neighbor_labels: [B, k] integers, nearest first, such as `Neighbors.label`.
         labels: [B] integers.
 
     Returns:
-        A float32 scalar in [0, 1] on the device of the labels; NaN where no query counts, as for k = 1.
-        Does not wait for the device.
+        A float32 scalar in [0, 1] on the device of the labels; NaN if no query counts, for example with k = 1.
 
     Raises:
-        ValueError: shapes that do not fit.
-        TypeError: arguments that are no tensors.
+        ValueError: if the shapes do not match.
+        TypeError: if an argument is not a tensor.
 
     >>> neighbor_purity(torch.tensor([[3, 3, 4], [5, -1, 5]]), torch.tensor([3, 5]))
     tensor(0.7500)
@@ -46,19 +46,19 @@ def neighbor_purity(neighbor_labels: Tensor, labels: Tensor) -> Tensor:
 
 
 def embedding_spread(embeddings: Tensor) -> Tensor:
-    """Deviation over the batch of the normalized embeddings, mean over the dimensions, times √D.
+    """Return √D times the standard deviation over the batch of the normalized embeddings, averaged over dimensions.
 
-    Near 1 where the embeddings fill the sphere, 0 where all are the same: the number that tells collapse
-    (the training curve of SimSiam, Chen & He 2021, figure 2).
+    It is near 1 if the embeddings spread over the sphere, and 0 if all are the same, so it detects collapse (SimSiam,
+    Chen & He 2021, figure 2). Does not synchronize with the device.
 
     Args:
         embeddings: [B, D], any float dtype and scale, at least two rows.
 
     Returns:
-        A float32 scalar on their device. Does not wait for the device.
+        A float32 scalar on the same device.
 
     Raises:
-        ValueError: another shape.
+        ValueError: if the shape is another one.
 
     >>> embedding_spread(torch.eye(4))
     tensor(1.)
@@ -74,20 +74,20 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
 
 
 def effective_rank(embeddings: Tensor) -> Tensor:
-    """How many directions the normalized embeddings of a batch use: (Σλ)² / Σλ² of their covariance's eigenvalues λ.
+    """Return how many directions the normalized embeddings use: (Σλ)² / Σλ², for eigenvalues λ of their covariance.
 
-    This participation ratio is n where n directions have equal variance, 0 where all embeddings are the same, and NaN
-    where one of them is not finite. It needs products alone, no decomposition. Between 0 and the smaller of B − 1
-    and D.
+    This participation ratio is n if n directions have equal variance, and 0 if all embeddings are the same. It is at
+    most B − 1 and at most D, and NaN if an embedding is not finite. It is computed from matrix products, without a
+    decomposition. Does not synchronize with the device.
 
     Args:
         embeddings: [B, D], any float dtype and scale, at least two rows.
 
     Returns:
-        A float32 scalar on their device. Does not wait for the device.
+        A float32 scalar on the same device.
 
     Raises:
-        ValueError: another shape.
+        ValueError: if the shape is another one.
 
     >>> effective_rank(torch.eye(4))
     tensor(3.)
@@ -98,7 +98,7 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     if embeddings.ndim != 2 or embeddings.shape[0] < 2:
         raise ValueError(f"embeddings must be [B, D] with at least two rows, got {list(embeddings.shape)}")
     unit = F.normalize(embeddings.detach().float(), dim=1)  # [B, D]
-    # In float32: beside the first, embeddings that are nearly alike differ exactly, and their scale does not matter.
+    # Differences from the first embedding are exact in float32 for embeddings that are nearly alike; then rescale them.
     beside = unit - unit[0]
     beside = beside / beside.abs().amax().clamp_min(SHORTEST)
     centered = beside - beside.mean(dim=0)
@@ -119,23 +119,23 @@ def knn_classify(
     backend: str | SearchBackend = "auto",
     chunk: int = 1024,
 ) -> Tensor:
-    """Label queries by the vote of their k most similar features (paper section 3.2: k = 1 and k = 20).
+    """Classify queries by a vote of their k most similar features (paper section 3.2, with k = 1 and k = 20).
 
     Args:
-        queries: [Q, D] floats of any scale.
-        features: [n, D] floats of any scale; both are normalized in float32.
-        labels: [n] integers, 0 or above.
-        k: votes, between 1 and n. A tie goes to the label with the larger sum of similarities.
-        backend: as of `MemoryBank`.
-        chunk: queries at a time; extra memory is about chunk × (k + number of classes) × 8 bytes, beside a
+        queries: [Q, D] floats of any scale, normalized in float32.
+        features: [n, D] floats of any scale, normalized in float32.
+        labels: [n] integers, at least 0.
+        k: number of votes, between 1 and n. A tie goes to the label with the larger sum of similarities.
+        backend: as for `MemoryBank`.
+        chunk: number of queries at a time. The extra memory is about chunk × (k + number of classes) × 8 bytes, plus a
             normalized copy of the features.
 
     Returns:
-        [Q] int64; −1 for a query that is not finite.
+        [Q] int64 labels; −1 for queries that are not finite.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown label, k or chunk out of range.
-        TypeError: labels that are not integers, or a backend without ``topk``.
+        ValueError: if shapes do not match, a label is unknown, or k or chunk is out of range.
+        TypeError: if labels are not integers, or the backend has no ``topk``.
 
     >>> knn_classify(torch.tensor([[2.0, 0.1]]), torch.eye(2), torch.tensor([5, 9]), k=1)
     tensor([5])
@@ -150,28 +150,30 @@ def knn_classify(
     if not 1 <= k <= features.shape[0] or chunk < 1:
         raise ValueError(f"k must be between 1 and {features.shape[0]} and chunk at least 1, got k={k}, chunk={chunk}")
     if labels.min() < 0:
-        raise ValueError(f"labels must be 0 or above: unknown ones cannot vote, got {int(labels.min())}")
+        raise ValueError(f"labels must be 0 or above, because unknown labels cannot vote, got {int(labels.min())}")
     search = find_backend(backend, features.device)
     unit, labels = unit_rows(features), labels.long()
     classes = int(labels.max()) + 1
     predicted = []
     for part in queries.split(chunk):
         similarity, index = search.topk(unit_rows(part), unit, k)
-        found = labels[index.clamp(min=0)].masked_fill_(index < 0, UNKNOWN)  # −1: a feature that is not finite
+        found = labels[index.clamp(min=0)].masked_fill_(index < 0, UNKNOWN)  # −1 if features are not finite
         predicted.append(vote(similarity, found, classes))
     return torch.cat(predicted)
 
 
 def vote(similarity: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Return the label that most neighbours of each query have; a tie goes to the larger sum of similarities.
+    """Return the most frequent label among the neighbors of each query.
+
+    A tie goes to the label with the larger sum of similarities.
 
     Args:
-        similarity: [Q, k] floats, and
-        labels: [Q, k] int64 below ``classes``, of each query's neighbours, as in `Neighbors`; −1 has no vote.
-        classes: how many there are.
+        similarity: [Q, k] floats, the similarities of the neighbors, as in `Neighbors`.
+        labels: [Q, k] int64, the labels of the neighbors, below ``classes``; −1 does not vote.
+        classes: number of classes.
 
     Returns:
-        [Q] int64; −1 where nobody voted.
+        [Q] int64 labels; −1 if a query has no votes.
     """
     known, place = labels >= 0, labels.clamp(min=0)
     votes = similarity.new_zeros((len(labels), classes), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The tensors of target and online encoder, paired by name, after a look whether they go together."""
+"""Pairs of the target's and the online encoder's tensors with the same name, after checks that they match."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -14,21 +14,21 @@ BUFFER_POLICIES = ("keep", "copy", "ema")
 
 
 class Pair(NamedTuple):
-    """Tensors of one name."""
+    """The two tensors with the same name."""
 
     name: str
     whole: Tensor
-    """The target's, a DTensor where it is sharded."""
+    """The target's tensor; a DTensor if it is sharded."""
     f: Tensor
-    """What this rank has of it."""
+    """This rank's part of the target's tensor."""
     g: Tensor
-    """What this rank has of online's."""
+    """This rank's part of the online encoder's tensor."""
     averages: bool
-    """Whether it is averaged, and not copied."""
+    """Whether the pair is averaged; otherwise it is copied."""
 
 
 def pair_up(target: nn.Module, online: nn.Module, buffers: str) -> list[Pair]:
-    """Return the tensors that move under a policy for buffers, or raise ValueError where any has no counterpart."""
+    """Return the pairs that an update changes under a buffer policy, or raise ValueError if a tensor has no partner."""
     with_buffers = buffers != "keep"
     theirs = {name: tensor for name, tensor, _ in named_tensors(online, with_buffers)}
     ours = list(named_tensors(target, with_buffers))
@@ -42,9 +42,9 @@ def pair_up(target: nn.Module, online: nn.Module, buffers: str) -> list[Pair]:
 
 
 def untied(tensors: Iterable[tuple[str, Tensor, bool]]) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield each tensor under the first of its names, since one that is tied moves once.
+    """Yield each tensor only under its first name, so that a tied tensor is updated once.
 
-    ``load_state_dict(assign=True)`` makes several tensors of it, over the same memory.
+    After ``load_state_dict(assign=True)``, a tied tensor is several tensors with the same memory.
     """
     seen: set[int] = set()
     has_addresses = not torch.compiler.is_compiling()
@@ -58,7 +58,7 @@ def untied(tensors: Iterable[tuple[str, Tensor, bool]]) -> Iterator[tuple[str, T
 
 
 def _checked(name: str, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what this rank has of both, or raise ValueError unless they go together."""
+    """Return this rank's parts of both tensors, or raise ValueError if they do not match."""
     if f.shape != g.shape:
         raise ValueError(f"{name!r} is {list(f.shape)} in the target and {list(g.shape)} in online")
     if is_shard(f) or is_shard(g):
@@ -67,7 +67,7 @@ def _checked(name: str, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         f, g = local(f), local(g)
     if f.device != g.device:
         raise ValueError(f"{name!r} is on {f.device} in the target and on {g.device} in online")
-    # Neither meta tensors nor those that are traced have an address.
+    # Meta tensors and traced tensors have no address.
     if not torch.compiler.is_compiling() and f.data_ptr() == g.data_ptr() and f.numel() and not f.is_meta:
         raise ValueError(f"{name!r} is the same memory in the target and in online")
     return f, g

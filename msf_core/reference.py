@@ -1,7 +1,7 @@
-"""The paper in slow, obvious float64 lines. Tests and benchmarks compare with it; nothing else uses it.
+"""The paper as simple, slow float64 code. Only tests and benchmarks use it.
 
-Mean Shift for Self-Supervised Learning, ICCV 2021, section 2. Letters as there: u the target embedding, v the
-prediction, z the neighbours; B batch, N rows of the bank, D dimensions.
+The symbols are those of "Mean Shift for Self-Supervised Learning" (ICCV 2021, section 2): u is the target embedding, v
+the prediction, z the neighbors; B is the batch size, N the number of rows of the bank, D the dimension.
 """
 
 import torch
@@ -15,13 +15,13 @@ def unit(x: Tensor) -> Tensor:
 
 
 def mean_shift_loss(v: Tensor, u: Tensor, bank: Tensor, k: int) -> Tensor:
-    """L = (1/k) Σⱼ ‖v − zⱼ‖²₂, mean over the batch, z₁ … z_k the rows of the bank nearest to u.
+    """Return L = (1/k) Σⱼ ‖v − zⱼ‖²₂, averaged over the batch, where z₁ … z_k are the rows of the bank nearest to u.
 
     Args:
         v: predictions [B, D], any scale.
-        u: targets [B, D], any scale; they must be among the rows of the bank already.
+        u: targets [B, D], any scale, which must already be rows of the bank.
         bank: [N, D], any scale.
-        k: neighbours, u included.
+        k: number of neighbors, including u.
     """
     v, u, bank = unit(v.double()), unit(u.double()), unit(bank.double())
     losses = []
@@ -35,19 +35,19 @@ def mean_shift_loss(v: Tensor, u: Tensor, bank: Tensor, k: int) -> Tensor:
 def mean_shift_loss_two_matrices(
     v: Tensor, u: Tensor, bank: Tensor, k: int, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Compute the same loss as the authors' published code forms it: two full distance matrices, one differentiated.
+    """Return the same loss, computed like the authors' code: with two full distance matrices, one with a gradient.
 
-    The bank is cloned as there, and its rows must be unit vectors already. ``dtype`` is for benchmarks, which run
-    this form at the precision the authors train in.
+    Like their code, this clones the bank, whose rows must be unit vectors. ``dtype`` lets benchmarks use the precision
+    in which the authors train.
     """
     v, u, bank = unit(v.to(dtype)), unit(u.to(dtype)), bank.clone().to(dtype)
-    distance_u = 2 - 2 * (u @ bank.T)  # [B, N]; the product first, as there
+    distance_u = 2 - 2 * (u @ bank.T)  # [B, N]; the product first, as in the authors' code
     distance_v = 2 - 2 * (v @ bank.T)  # [B, N]
     nearest = distance_u.topk(k, dim=1, largest=False).indices  # [B, k]
     return distance_v.gather(1, nearest).mean(dim=1).mean()
 
 
 def byol_loss(v: Tensor, u: Tensor) -> Tensor:
-    """‖v̂ − û‖²₂, mean over the batch (Grill et al. 2020, eq. 2), in the dtype of its arguments."""
+    """Return ‖v̂ − û‖²₂, averaged over the batch (Grill et al. 2020, eq. 2), in the dtype of the arguments."""
     difference = torch.nn.functional.normalize(v, dim=1) - torch.nn.functional.normalize(u, dim=1)
     return difference.pow(2).sum(dim=1).mean()

@@ -1,7 +1,7 @@
-"""The rows of a memory bank that this process holds: a first-in-first-out ring, searched where it lies.
+"""The rows of a memory bank in this process: a first-in-first-out ring buffer, which is searched in place.
 
-A ring trusts its callers: `MemoryBank` has checked and normalized what comes in. It knows nothing of other processes
-but which slots of the whole bank are its own.
+A ring does not check its arguments: `MemoryBank` has checked and normalized them. It does not communicate with other
+processes; it stores a range of slots of the whole bank.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from msf_core.search import Queries, Rows, SearchBackend, search_bank, search_by
 from msf_core.search.base import without_autocast
 from msf_core.search.general import leaving_out_own
 
-BESIDE = ("rows", "scale", "labels", "ids")  # one entry a slot, where they are kept at all
+BESIDE = ("rows", "scale", "labels", "ids")  # one entry per slot; scale and ids may be missing
 COUNTS = ("pushed", "nonfinite")
 ALWAYS = ("rows", "labels", *COUNTS)
 
@@ -28,45 +28,45 @@ Device = torch.device | str | int | None
 
 
 class Found(NamedTuple):
-    """What a search found, before it is made fit for users as `Neighbors`.
+    """The result of a search, from which `Neighbors` are made for users.
 
-    A place without a neighbor has index −1; its other entries mean nothing.
+    If a query has fewer than k neighbors, the last indices are −1, and their other entries are undefined.
     """
 
     similarity: Tensor
-    """[Q, k] float32, descending; rounding may leave one a little above 1."""
+    """[Q, k] float32, descending; by rounding, it can be slightly above 1."""
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
     """[Q, k] int64, slots of the bank."""
     embedding: Tensor
     """[Q, k, D] float32 unit vectors."""
     label: Tensor | None = None
-    """[Q, k] int64; None where the ring that was searched still has them."""
+    """[Q, k] int64; None if they can be read from the ring that was searched."""
 
 
 class Ring:
-    """Slots ``begin`` to ``end`` of a bank of ``size`` rows, with a label and, once there is one, an id each.
+    """Slots ``begin`` to ``end`` of a bank of ``size`` rows, with a label each and, once ids are used, an id each.
 
-    Its tensors are no buffers of a module: DDP would send those of rank 0 to all ranks at every forward.
+    Its tensors are not buffers of a module, because DDP would broadcast buffers from rank 0 at every forward.
     """
 
     rows: Tensor
-    """[n, D] for the n slots held; unit vectors in the bank's dtype."""
+    """[n, D] unit vectors in the bank's dtype, for the n slots in this process."""
     scale: Tensor | None
-    """[n] float32 for int8 rows: row i is ``rows[i] * scale[i]``. Of other dtypes None."""
+    """[n] float32 for int8 rows, where row i is ``rows[i] * scale[i]``. None for other dtypes."""
     labels: Tensor
-    """[n] int64 beside the rows, −1 where unknown."""
+    """[n] int64 labels of the rows, −1 if unknown."""
     ids: Tensor | None
-    """[n] int64 likewise; None while no id was pushed."""
+    """[n] int64 ids of the rows, −1 if unknown. None until ids are pushed."""
     pushed: Tensor
-    """Rows pushed so far, an int64 scalar; the next goes to slot pushed % size. Slots 0 … len − 1 are filled."""
+    """Number of rows pushed so far, an int64 scalar. The next row goes to slot pushed % size."""
     nonfinite: Tensor
-    """How many of them had no finite norm, an int64 scalar."""
+    """Number of pushed rows whose norm was not finite, an int64 scalar."""
     query_dtype: torch.dtype
-    """Dtype that queries are rounded to: that of the rows, for int8 ones float32."""
+    """Dtype to which queries are rounded: that of the rows, or float32 for int8 rows."""
 
     pushed_on_host: Tensor
-    """The same as ``pushed``, on the CPU: the host knows it without asking the device. A tensor and not an int, since
-    torch.compile would take an int for a constant and compile again when it moves."""
+    """A copy of ``pushed`` on the CPU, which can be read without synchronizing with the device. It is a tensor because
+    torch.compile would treat an int as a constant and recompile when it changes."""
 
     def __init__(self, size: int, dim: int, dtype: torch.dtype, device: Device, begin: int, end: int) -> None:
         self.size, self.dim, self.begin, self.end = size, dim, begin, end
@@ -74,9 +74,9 @@ class Ring:
         self._allocate(dtype, device, with_ids=False)
 
     def _allocate(self, dtype: torch.dtype, device: Device, with_ids: bool) -> None:
-        """Make an empty ring on a device."""
+        """Create an empty ring on a device."""
         slots = self.end - self.begin
-        with torch.inference_mode(False):  # tensors made in that mode could not be written to outside of it
+        with torch.inference_mode(False):  # tensors created in inference mode cannot be written to outside of it
             self.rows = torch.zeros(slots, self.dim, dtype=dtype, device=device)
             self.scale = torch.zeros(slots, dtype=torch.float32, device=device) if dtype == torch.int8 else None
             self.labels = torch.full((slots,), UNKNOWN, device=device)
@@ -87,24 +87,24 @@ class Ring:
             self.pushed_on_host = self.pushed if on_host else torch.zeros((), dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
-        """Rows of the whole bank that are filled, at most ``size``."""
+        """Number of filled rows of the whole bank, at most ``size``."""
         return min(int(self.pushed_on_host), self.size)
 
     def kept(self) -> Rows:
-        """Return all that is kept beside one another."""
+        """Return the rows with their scales, labels and ids."""
         return Rows(self.rows, self.scale, self.labels, self.ids)
 
     def keep_ids(self) -> None:
-        """Keep an id beside each row from now on, 8 bytes; those of rows that are there already are unknown."""
+        """Store an id (8 bytes) with each row from now on. The ids of rows already in the ring are unknown."""
         if self.ids is None:
             with torch.inference_mode(False):  # as in `_allocate`
                 self.ids = torch.full_like(self.labels, UNKNOWN)
 
     def push(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
-        """Take unit rows [B, D] of the whole bank in, and keep those that belong here.
+        """Push unit rows [B, D] into the whole bank, and store those that belong to the slots here.
 
         Returns:
-            Their slots [B] int64; −1 for those that later rows of the same batch push out.
+            Their slots [B] int64; −1 for rows that later rows of the same batch overwrote.
         """
         count = unit.shape[0]
         if ids is not None:
@@ -137,14 +137,14 @@ class Ring:
         """Return the slots [B] of the next rows."""
         device = self.rows.device
         if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            # What the host knows would become a constant of the graph.
+            # A number on the host would become a constant of the graph.
             return torch.arange(count, device=device).add_(self.pushed).remainder_(self.size)
         first = int(self.pushed_on_host) % self.size
         slots = torch.arange(first, first + count, device=device)
         return slots if first + count <= self.size else slots.remainder_(self.size)
 
     def _own_part(self, count: int, gone: int) -> Iterator[tuple[slice, slice]]:
-        """Yield which places of a shard take which of ``count`` new rows, known from the shapes alone."""
+        """Yield (places in this shard, rows among ``count`` new ones), without synchronizing with the device."""
         first = (int(self.pushed_on_host) + gone) % self.size  # slot of row number ``gone``
         for wrap in (0, self.size):
             begin = max(first, self.begin + wrap)
@@ -156,10 +156,10 @@ class Ring:
     def find(
         self, queries: Queries, k: int, backend: str | SearchBackend, own_elsewhere: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return similarity [Q, k] float32 and place [Q, k] int64 among the rows held here, −1 where there is none.
+        """Return similarity [Q, k] float32 and place [Q, k] int64 among the rows here, −1 for missing neighbors.
 
-        Queries are unit vectors in `query_dtype`; with ``own_elsewhere`` their ``own`` may be no place here. k rows are
-        filled.
+        Queries are unit vectors in `query_dtype`. With ``own_elsewhere``, indices in ``queries.own`` may be outside of
+        the rows here. At least k rows must be filled.
         """
         if isinstance(backend, str):
             return search_bank(queries, self.kept(), self._filled(), k, backend, own_elsewhere)
@@ -168,19 +168,19 @@ class Ring:
             return leaving_out_own(partial(search_by, backend), queries, rows, k)
 
     def _filled(self) -> Tensor:
-        """Return how many rows have come to the slots held here, on the CPU; more than there are slots, once full."""
+        """Return the number of filled slots here, on the CPU; once the bank is full, it exceeds the number of slots."""
         return self.pushed_on_host - self.begin if self.begin else self.pushed_on_host
 
     def embeddings(self, places: Tensor) -> Tensor:
-        """Return the rows at some places [Q, k], as [Q, k, D] float32 unit vectors; of −1 any row."""
+        """Return the rows at places [Q, k] as [Q, k, D] float32 unit vectors; for place −1, an arbitrary row."""
         scale = None if self.scale is None else self.scale[places]
         if places.device.type != "cpu":
             return unpacked(self.rows[places], scale)
-        # On a CPU this copies whole rows, where indexing copies value by value.
+        # On a CPU this copies whole rows; indexing would copy value by value.
         return unpacked(F.embedding(places.clamp(min=0), self.rows), scale)
 
     def _take_over(self, name: str, part: Tensor | None) -> None:
-        """Hold a saved tensor itself instead of a copy, if it is what the ring would hold."""
+        """Use a saved tensor itself instead of a copy, if shape, dtype and device are those of the ring's tensor."""
         ours = getattr(self, name)
         if ours is None or part is None:
             return
@@ -190,7 +190,7 @@ class Ring:
             setattr(self, name, local.detach())
 
     def clear(self) -> None:
-        """Make it as it was at first; ids that are kept are kept on."""
+        """Remove all rows. If ids are stored, they continue to be."""
         self._forget(0)
         for count in (self.pushed, self.nonfinite, self.pushed_on_host):
             count.zero_()
@@ -201,7 +201,7 @@ class Ring:
                 tensor[first:] = empty
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a module that `fn` moves; the dtype stays what was asked for. Without its contents it is empty."""
+        """Apply ``fn`` of `torch.nn.Module._apply`, but keep the dtypes. If the values are lost, the ring is empty."""
         was_meta = self.rows.is_meta
         with torch.inference_mode(False):
             for name in (*BESIDE, *COUNTS):
@@ -215,23 +215,23 @@ class Ring:
             self.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that makes the ring what it is, by name; ``rows``, ``scale``, ``labels`` and ``ids`` by slot."""
+        """Return all tensors of the ring by name; those in `BESIDE` have one entry per slot."""
         named = {name: getattr(self, name) for name in (*BESIDE, *COUNTS)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def why_not_loadable(self, saved: dict[str, Tensor], assign: bool) -> str | None:
-        """Return what is wrong with a saved `state`, of a bank of any size, dtype and layout; None if nothing is."""
+        """Return why a saved `state`, of a bank of any size, dtype and layout, cannot be loaded; None if it can."""
         if not all(isinstance(part, Tensor) for part in saved.values()):
             return "the saved buffers must be tensors"
         if any(part.is_meta for part in saved.values()):
-            return "the saved buffers are on the meta device and hold nothing"
+            return "the saved buffers are on the meta device and have no values"
         if self.rows.is_meta and not assign:
             return "the bank is on the meta device: call to_empty first, or load with assign=True"
         rows = saved["rows"]
         if not rows.is_floating_point() and rows.dtype != torch.int8:
             return f"saved rows must be floating or int8, got {rows.dtype}"
         if (rows.dtype == torch.int8) != ("scale" in saved):
-            return f"saved rows have a scale where they are int8 and else none, got {rows.dtype}"
+            return f"saved rows must have a scale if they are int8, and none otherwise, got {rows.dtype}"
         if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != self.dim:
             return f"the bank has dim={self.dim}, the saved rows are {list(rows.shape)}"
         for name in ("scale", "labels", "ids"):
@@ -252,9 +252,9 @@ class Ring:
 
     @torch.no_grad()
     def load(self, saved: dict[str, Tensor], assign: bool) -> None:
-        """Put the newest saved rows that fit where they belong; of a bank of the same size every row into its slot.
+        """Load the newest saved rows that fit. From a bank of the same size, every row keeps its slot.
 
-        With ``assign`` go where the saved tensors are, and take them over instead of copying, where they are the same.
+        With ``assign``, move to the device of the saved tensors, and use them without a copy where possible.
         """
         if assign and self.rows.device != saved["rows"].device:
             self._allocate(self.rows.dtype, saved["rows"].device, with_ids=self.ids is not None)
@@ -275,12 +275,12 @@ class Ring:
             self.ids.fill_(UNKNOWN)
 
         def place(ours: Tensor, begin: int, block: Tensor) -> tuple[Tensor, Tensor]:
-            """Return where rows of a block from ``begin`` on go, and which they are."""
+            """Return the places of the rows in a block that starts at ``begin``, and a mask of the rows to load."""
             slots = torch.arange(begin - first, begin - first + len(block)) % saved_size
             wanted = (slots < kept) & (slots >= self.begin) & (slots < self.end)
             return (slots[wanted] - self.begin).to(ours.device), wanted.to(block.device)
 
-        # The saved tensors may be the ring's own: nothing is cleared before it is read.
+        # The saved tensors may be the ring's own, so read them before clearing anything.
         device, scale = self.rows.device, None
         if "scale" in saved:
             scale = torch.cat([part for _, part in blocks_of(saved["scale"], device)])

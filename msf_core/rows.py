@@ -1,4 +1,4 @@
-"""Rows as a bank keeps them, and what a search for neighbors among them gives."""
+"""How a bank stores rows, and the result of a search among them."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 UNKNOWN = -1
-"""The label, or id, of a row of which it is not known."""
+"""The label or id of a row whose label or id is unknown."""
 SHORTEST = 1e-12
-"""A row shorter than this is divided by it instead of by its norm, as torch.nn.functional.normalize does."""
+"""Rows shorter than this are divided by it instead of by their norm, as in torch.nn.functional.normalize."""
 
 
 class Neighbors(NamedTuple):
     """The k nearest rows of Q queries, nearest first.
 
-    A place for which the bank held no finite row that may be found has similarity −inf, index −1, a zero embedding
-    and label −1.
+    If a query has fewer than k neighbors, because rows are not finite or are excluded, the last entries have similarity
+    −inf, index −1, a zero embedding and label −1.
     """
 
     similarity: Tensor
@@ -23,23 +23,23 @@ class Neighbors(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
     """[Q, k] int64, slots of the bank."""
     embedding: Tensor
-    """[Q, k, D] float32 unit vectors. Rows of another dtype are brought back to unit length."""
+    """[Q, k, D] float32 unit vectors. Rows of other dtypes are normalized again."""
     label: Tensor
-    """[Q, k] int64, −1 where unknown."""
+    """[Q, k] int64, −1 if unknown."""
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Return the rows of x [B, D] as float32 unit vectors; all NaN where the norm of a row is not finite."""
+    """Return the rows of x [B, D] as float32 unit vectors. If the norm of a row is not finite, the row is all NaN."""
     x = x.detach().float()
     norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # [B, 1]
     return x / norm.nan_to_num_(nan=torch.nan, posinf=torch.nan).clamp_min_(SHORTEST)
 
 
 def packed(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return float32 rows [B, D] in the dtype of a bank, and for int8 the scale [B] float32 of each.
+    """Convert float32 rows [B, D] to the dtype of a bank; for int8 also return a float32 scale for each row, [B].
 
-    An int8 row is rounded to whole parts of its largest value, which becomes 127. The scale brings it back to its
-    length, so that rounding turns a unit vector, but does not shorten it; it is NaN for a row with NaN.
+    For int8, the largest absolute value of a row becomes 127. The scale restores the exact length of the row, so
+    rounding changes only its direction. The scale of a row with NaN is NaN.
     """
     if dtype != torch.int8:
         return rows.to(dtype), None
@@ -50,7 +50,7 @@ def packed(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def unpacked(values: Tensor, scale: Tensor | None) -> Tensor:
-    """Return rows [..., D] of a bank as float32 unit vectors; scale [...] goes with int8 ones."""
+    """Return rows [..., D] of a bank as float32 unit vectors; int8 rows need their scale [...]."""
     if scale is not None:
         return values * scale[..., None]
     if values.dtype == torch.float32:

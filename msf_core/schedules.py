@@ -1,7 +1,7 @@
-"""Values that change over training: functions of a step, for the target's momentum and for k.
+"""Schedules for the target's momentum and for k, which change over training.
 
-A schedule is any callable ``step -> float`` with ``step = 0, 1, 2, …``. The ones here are frozen dataclasses,
-so they print, compare, pickle, and hold no state of their own: whoever asks saves the step.
+A schedule is any callable ``step -> float`` with ``step = 0, 1, 2, …``. The schedules here are frozen dataclasses,
+which can be printed, compared and pickled. They have no state: `EMATarget` and `MeanShiftLoss` save the step.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Schedule = Callable[[int], float]
-"""Any function of a step, 0, 1, 2, …, that gives a number."""
+"""Any function of a step (0, 1, 2, …) that returns a number."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,13 @@ class _Ramp:
 
 
 class linear(_Ramp):
-    """A straight line from ``start`` at step 0 to ``end`` at step ``steps``, and ``end`` from there on.
+    """A straight line from ``start`` at step 0 to ``end`` at step ``steps``, then ``end``.
 
-    The paper names raising k during training as future work (section 3.4): ``k=linear(1, 10, steps=50_000)``.
+    For example, ``k=linear(1, 10, steps=50_000)`` raises k during training, which the paper mentions as future work
+    (section 3.4).
 
     Raises:
-        ValueError: ``steps`` is below 1.
+        ValueError: if ``steps`` is below 1.
 
     >>> rising = linear(1, 5, steps=100)
     >>> [rising(step) for step in (0, 50, 100, 200)]
@@ -61,12 +62,12 @@ class linear(_Ramp):
 
 
 class cosine(_Ramp):
-    """Half a cosine from ``start`` at step 0 to ``end`` at step ``steps``, and ``end`` from there on.
+    """Half a cosine from ``start`` at step 0 to ``end`` at step ``steps``, then ``end``.
 
     BYOL's momentum is ``cosine(0.996, 1.0, steps=total_steps)``.
 
     Raises:
-        ValueError: ``steps`` is below 1.
+        ValueError: if ``steps`` is below 1.
 
     >>> rising = cosine(0.0, 1.0, steps=100)
     >>> [round(rising(step), 3) for step in (0, 25, 50, 100, 200)]

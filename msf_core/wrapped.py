@@ -1,4 +1,4 @@
-"""Encoders as `EMATarget` sees them: through wrappers, without the hooks of others, and as shards under FSDP2."""
+"""Encoders without their wrappers and hooks, and with shards instead of gathered parameters under FSDP2."""
 
 import copy
 import sys
@@ -13,8 +13,8 @@ from torch.nn.parameter import is_lazy
 from msf_core.distributed import is_shard
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-# The attributes by which torch.compile, and activation checkpointing and offloading, hold what they wrap. Their classes
-# live in modules that are slow to import.
+# The attributes in which torch.compile, and activation checkpointing and offloading, store the wrapped module. Their
+# classes are in modules that are slow to import.
 _COMPILED, _CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
 _HOOKS = (
     "_forward_hooks",
@@ -44,7 +44,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def named_tensors(module: nn.Module, with_buffers: bool, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield (name without wrappers, tensor, is it a buffer), tied tensors under each of their names."""
+    """Yield (name without wrappers, tensor, whether it is a buffer); a tied tensor once for each of its names."""
     module = unwrap(module)
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -58,41 +58,41 @@ def named_tensors(module: nn.Module, with_buffers: bool, prefix: str = "") -> It
 
 
 def without_wrappers(key: str) -> str:
-    """Return a key of a ``state_dict`` as a name of `named_tensors`, wrappers of DDP and DataParallel excepted."""
+    """Convert a key of a ``state_dict`` to a name of `named_tensors`, except for wrappers of DDP and DataParallel."""
     return ".".join(part for part in key.split(".") if part not in (_COMPILED, _CHECKPOINTED))
 
 
 def listed(names: Any) -> str:
-    """Return the first five names in order, for an error."""
+    """Return the first five names in alphabetical order, for an error message."""
     shown = ", ".join(repr(name) for name in sorted(names)[:5])
     return f"{shown}{', …' if len(names) > 5 else ''}"
 
 
 def bare_copy(online: nn.Module) -> nn.Module:
-    """Return a copy of what is inside the wrappers of ``online`` and of its parts, without gradient and hooks.
+    """Return a copy of ``online`` without wrappers, gradients and hooks.
 
-    Hooks belong to those who registered them on ``online``. Those by which ``torch.nn.utils`` computes a weight from
-    its parts before a forward (``weight_norm``, ``spectral_norm``, pruning) belong to the encoder, and are kept.
+    Only those hooks are kept by which ``torch.nn.utils`` computes a weight before a forward (``weight_norm``,
+    ``spectral_norm``, pruning), because they are part of the encoder.
 
     Raises:
-        ValueError: sharded or uninitialized parameters, or a module of FSDP1.
-        TypeError: a module that cannot be copied.
+        ValueError: if parameters are sharded or uninitialized, or a module is wrapped by FSDP1.
+        TypeError: if a module cannot be copied.
     """
     bare = unwrap(online)
     tensors = {name: tensor for name, tensor, _ in named_tensors(bare, True)}
     if any(is_shard(tensor) for tensor in tensors.values()):
-        raise ValueError("online is sharded already: make the EMATarget first, then fully_shard online and .module")
+        raise ValueError("online is already sharded: create the EMATarget first, then fully_shard online and .module")
     if lazy := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
         raise ValueError(
             f"online has {len(lazy)} uninitialized tensors: {listed(lazy)}; "
-            "run a batch through its lazy modules first, then make the EMATarget"
+            "run a batch through its lazy modules first, then create the EMATarget"
         )
     memo: dict[int, Any] = {}
     for module in bare.modules():
         _check_not_fsdp1(module)
         memo.update(_instead(module))
     try:
-        with torch.inference_mode(False):  # tensors made in that mode could never be updated outside of it
+        with torch.inference_mode(False):  # tensors created in inference mode cannot be updated outside of it
             target: nn.Module = copy.deepcopy(bare, memo)
     except Exception as error:
         raise TypeError(
@@ -107,7 +107,7 @@ def bare_copy(online: nn.Module) -> nn.Module:
 
 
 def _instead(module: nn.Module) -> dict[int, Any]:
-    """Return what copy.deepcopy shall take in place of some attributes of a module, by their ids."""
+    """Return the memo for copy.deepcopy that replaces some attributes of a module, by their ids."""
     attributes = vars(module)
     hooks = attributes.get("_forward_pre_hooks", {})
     needed = {key for key, hook in hooks.items() if _computes_a_weight(hook)}
@@ -116,7 +116,7 @@ def _instead(module: nn.Module) -> dict[int, Any]:
         if name in attributes:
             memo[id(attributes[name])] = OrderedDict((k, v) for k, v in attributes[name].items() if k in needed)
     for value in attributes.values():
-        # A weight that such a hook has computed; copy.deepcopy refuses tensors with a history.
+        # A weight computed by such a hook; copy.deepcopy rejects tensors with a grad_fn.
         if isinstance(value, Tensor) and value.grad_fn is not None:
             memo[id(value)] = value.detach().clone()
     return memo
@@ -127,15 +127,16 @@ def _computes_a_weight(hook: Any) -> bool:
 
 
 def to_shards(*modules: nn.Module) -> list[Any]:
-    """Put FSDP2's shards in the place of gathered parameters; return the groups to `gather_again` in the end.
+    """Replace gathered parameters with FSDP2's shards, and return the groups for `gather_again`.
 
-    Gathered parameters are copies, which FSDP2 throws away without a look at what has become of them. They are there
-    inside the forward of whatever module FSDP2 was applied to, however far above the encoder, and after it if that
-    module was the root. Who gathers them is told by the hook that FSDP2 leaves on the modules that own the parameters.
+    Gathered parameters are copies that FSDP2 later discards, with all changes. Parameters are gathered inside the
+    forward of the module that FSDP2 was applied to, which may contain the encoder at any depth, and after this forward
+    if that module is the root. FSDP2's group of parameters is found by the hook that it registers on the modules that
+    own the parameters.
 
     Raises:
-        RuntimeError: a gathered parameter, and a version of PyTorch in which who gathered it cannot be told.
-        ValueError: a module of FSDP1, which keeps no shards of single parameters.
+        RuntimeError: if a parameter is gathered, and its group cannot be found in this version of PyTorch.
+        ValueError: if a module is wrapped by FSDP1, which has no shards of single parameters.
     """
     if "torch.distributed.fsdp" not in sys.modules:
         return []
@@ -150,14 +151,14 @@ def to_shards(*modules: nn.Module) -> list[Any]:
 
 
 def _shard(part: nn.Module, hook: Any) -> list[Any]:
-    """Let the group of parameters that has left this hook be shards; return it where it is needed gathered."""
+    """Reshard the group of parameters that registered this hook; return it if it must be gathered again."""
     _check_not_fsdp1(part)
     try:
         group = hook.__closure__[hook.__code__.co_freevars.index("self")].cell_contents
         state, idle = group._training_state, type(group._training_state).IDLE
-        # In the idle state nothing is kept gathered for a forward, and the copies run on the current stream.
+        # In the idle state, no parameter stays gathered for a forward, and copies run on the current stream.
         with group.use_training_state(idle):
-            group.wait_for_unshard()  # one that runs ahead would bring the values of before
+            group.wait_for_unshard()  # a prefetched unshard would restore the old values
             gathered = group.is_unsharded
             group.reshard()
     except (AttributeError, TypeError, ValueError) as error:
@@ -171,12 +172,12 @@ def _shard(part: nn.Module, hook: Any) -> list[Any]:
 
 
 def _check_not_fsdp1(module: nn.Module) -> None:
-    if type(module).__name__ == "FullyShardedDataParallel":  # it keeps no shards of single parameters
+    if type(module).__name__ == "FullyShardedDataParallel":  # it has no shards of single parameters
         raise ValueError("EMATarget works with FSDP2, fully_shard, and not with FullyShardedDataParallel")
 
 
 def gather_again(groups: list[Any]) -> None:
-    """Gather, in the midst of a forward or backward, what `to_shards` has put shards in place of."""
+    """Gather again, within a forward or backward, the parameters that `to_shards` replaced with shards."""
     for group in groups:
         with group.use_training_state(type(group._training_state).IDLE):
             group.unshard()

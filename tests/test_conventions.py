@@ -119,7 +119,7 @@ def test_without_assign_a_bank_on_meta_says_what_to_do_and_so_does_a_state_of_no
         nothing(batch(0), batch(1))
     criterion = trained()
     before = next_losses(trained())
-    with pytest.raises(RuntimeError, match="saved buffers are on the meta device and hold nothing"):
+    with pytest.raises(RuntimeError, match="saved buffers are on the meta device and have no values"):
         criterion.load_state_dict(nothing.state_dict(), assign=True)
     assert next_losses(criterion) == before
 

@@ -582,7 +582,7 @@ def test_what_an_older_version_saved_means_what_it_did_there() -> None:
     assert (now.stem, now.blur, now.recipe, now.symmetric, now.workers) == ("imagenet", 0.5, "own", False, 3)
     for changed, given, message in (
         ({}, {"stem": "small"}, "the run to resume has other settings: --stem is 'imagenet' there, 'small' here"),
-        ({"dataset": "cifar10"}, {}, "saved by version 0.2.0 or older, which normalized cifar10 otherwise"),
+        ({"dataset": "cifar10"}, {}, "saved by version 0.2.0 or older, which normalized cifar10 differently"),
         ({"warp_factor": 9}, {}, "saved by a newer version, which has --warp-factor"),
     ):
         with pytest.raises(ValueError, match=message):

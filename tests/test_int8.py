@@ -159,12 +159,12 @@ def test_a_row_of_hardly_any_length_stays_short_when_it_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scale": None}, "have a scale where they are int8"),
+        ({"scale": None}, "must have a scale if they are int8"),
         ({"scale": torch.zeros(3)}, "have scale of shape"),
         ({"scale": torch.zeros(6, dtype=torch.int64)}, "scale must be floating"),
         ({"ids": torch.zeros(6)}, "whole numbers, got ids"),
         ({"int8_rows": torch.zeros(6, 5, dtype=torch.int16)}, "floating or int8, got torch.int16"),
-        ({"int8_rows": torch.zeros(6, 5)}, "have a scale where they are int8"),
+        ({"int8_rows": torch.zeros(6, 5)}, "must have a scale if they are int8"),
         ({"int8_rows": None}, r"Missing key\(s\).*\"rows\""),
     ],
 )

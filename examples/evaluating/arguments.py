@@ -23,7 +23,7 @@ EXAMPLES = {
   python examples/imagenet_eval.py few-labels runs/folder --list 1percent.txt
   python examples/imagenet_eval.py few-labels runs/digits --classifier nn --per-class 1 10""",
     "transfer": """
-  python examples/imagenet_eval.py transfer runs/folder --data SETS                 what is in SETS
+  python examples/imagenet_eval.py transfer runs/folder --data SETS                 the data sets that are in SETS
   python examples/imagenet_eval.py transfer runs/folder --data SETS --sets DTD CIFAR10 --download""",
     "export": """
   python examples/imagenet_eval.py export runs/folder --to transformers detectron2 --folder weights""",
@@ -33,11 +33,11 @@ _MOST_SEED = 2**63 - 1
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Help that tells a default where it says something."""
+    """Help that shows defaults which are numbers or strings that are not empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        tells = isinstance(action.default, int | float) and not isinstance(action.default, bool)
-        if tells or (isinstance(action.default, str) and action.default):
+        is_number = isinstance(action.default, int | float) and not isinstance(action.default, bool)
+        if is_number or (isinstance(action.default, str) and action.default):
             return super()._get_help_string(action)
         return action.help
 
@@ -46,7 +46,7 @@ def build_parser(description: str) -> Parser:
     """Return the parser of the flags."""
     parser = Parser(PROGRAM, description=description, formatter_class=Help, epilog=_examples(EXAMPLES.values()))
     commands = parser.add_subparsers(
-        title="commands", dest="command", required=True, metavar="COMMAND", description="COMMAND --help tells its flags"
+        title="commands", dest="command", required=True, metavar="COMMAND", description="COMMAND --help lists its flags"
     )
     for name, (_, function) in COMMANDS.items():
         summary = function.__doc__ or ""
@@ -62,7 +62,7 @@ def build_parser(description: str) -> Parser:
 
 
 def check_flags(flags: argparse.Namespace) -> None:
-    """Raise ValueError for flags that do not go together."""
+    """Raise ValueError if flags do not fit together."""
     given = [f"--{name}" for name, default in SGD.items() if getattr(flags, name, default) != default]
     if flags.command == "linear" and flags.solver == "logistic" and given:
         raise ValueError(f"--solver logistic has no use for {', '.join(given)}: they belong to --solver sgd")
@@ -81,10 +81,10 @@ def _examples(texts: object) -> str:
 
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("encoder").add_argument
-    add("encoder", help="a run's folder, checkpoint.pt, backbone.safetensors, or a model of torchvision or timm")
-    add("--arch", default="", help="of a safetensors file that does not say")
-    add("--weights", default="", help='of a model by name, as IMAGENET1K_V2 (timm: "pretrained"); without: random')
-    add("--image-size", type=whole(8, 4096), metavar="PIXELS", help="default: the run's, or 224")
+    add("encoder", help="a run's folder, checkpoint.pt or backbone.safetensors, or a torchvision or timm model name")
+    add("--arch", default="", help="architecture of a safetensors file that does not contain it")
+    add("--weights", default="", help='weights of a named model, as IMAGENET1K_V2 (timm: "pretrained"); else random')
+    add("--image-size", type=whole(8, 4096), metavar="PIXELS", help="default: that of the run, or 224")
 
 
 def _add_images(parser: argparse.ArgumentParser, command: str) -> None:
@@ -92,41 +92,41 @@ def _add_images(parser: argparse.ArgumentParser, command: str) -> None:
     if command == "transfer":
         add("--data", default="", metavar="DIR", help="folder of the data sets")
     else:
-        add("--dataset", choices=DATASETS, default="", help="default: the run's, or folder")
-        add("--data", default="", metavar="DIR", help="folder with train/ and val/, a folder a class in each")
+        add("--dataset", choices=DATASETS, default="", help="default: that of the run, or folder")
+        add("--data", default="", metavar="DIR", help="folder with train/ and val/, each with one folder per class")
         add(
             "--val-split",
             type=finite(above=0, below=1),
             metavar="FRACTION",
-            help="of --data to test on, if it has no val/; default: the run's, or none",
+            help="fraction of --data to hold out for testing, if it has no val/; default: that of the run, or none",
         )
     add("--on-bad-image", choices=ACTIONS, default="error", help="skip: evaluate without images that cannot be read")
-    add("--batch-size", type=whole(), default=256, metavar="N", help="images at a time over all ranks, in training too")
-    add("--seed", type=whole(0, _MOST_SEED), default=0, metavar="N", help="of order, views and draws")
+    add("--batch-size", type=whole(), default=256, metavar="N", help="images per step over all ranks, also in training")
+    add("--seed", type=whole(0, _MOST_SEED), default=0, metavar="N", help="seed of order, views and draws")
 
 
 def _add_machine(parser: argparse.ArgumentParser, command: str) -> None:
     add = parser.add_argument_group("machine and record").add_argument
     if command != "export":
-        help_ = "processes that read images, a rank; -1: the cores divided by ranks"
+        help_ = "worker processes per rank that read images; -1: the machine's cores divided by its ranks"
         add("--workers", type=whole(-1, 4096), default=-1, metavar="N", help=help_)
     add("--device", default="auto", help="auto: the GPU if there is one")
-    add("--timeout", type=whole(), default=1800, metavar="SECONDS", help="that ranks wait for one another")
-    out = f"file of the record; default: eval_{command}.json beside the encoder, or eval_{command}_MODEL.json here"
+    add("--timeout", type=whole(), default=1800, metavar="SECONDS", help="how long ranks wait for each other")
+    out = f"file of the record; default: eval_{command}.json next to the encoder, or eval_{command}_MODEL.json here"
     add("--out", default="", metavar="FILE", help=out)
 
 
 def _add_knn(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--dtype", choices=("float32", "float16"), default="float32", help="of the features that are kept"
+        "--dtype", choices=("float32", "float16"), default="float32", help="dtype of the stored features"
     )
 
 
 def _add_sgd(group: argparse._ArgumentGroup) -> None:
     rate = finite(above=0)
     group.add_argument("--lr", type=rate, default=SGD["lr"], metavar="RATE", help="learning rate")
-    group.add_argument("--sweep", type=rate, nargs="+", default=SGD["sweep"], metavar="RATE", help="rates to try too")
-    group.add_argument("--epochs", type=whole(), default=SGD["epochs"], metavar="N", help="to train for")
+    group.add_argument("--sweep", type=rate, nargs="+", default=SGD["sweep"], metavar="RATE", help="more rates to try")
+    group.add_argument("--epochs", type=whole(), default=SGD["epochs"], metavar="N", help="epochs of training")
     group.add_argument("--cache", action="store_true", help="extract features once, without augmentation")
 
 
@@ -145,17 +145,17 @@ def _add_few_labels(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[1.0, 10.0],
         metavar="P",
-        help="of each class's labels; default: 1 and 10",
+        help="percent of each class's labels; default: 1 and 10",
     )
     which.add_argument(
-        "--per-class", type=whole(), nargs="+", default=[], metavar="N", help="labels of each class instead"
+        "--per-class", type=whole(), nargs="+", default=[], metavar="N", help="number of labels per class instead"
     )
     which.add_argument(
         "--list",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="files that list images instead, a line each: class/image.jpg, or the name alone as in SimCLR's files",
+        help="files that list images instead, one per line: class/image.jpg, or only the name as in SimCLR's files",
     )
     group.add_argument(
         "--classifier", choices=("linear", "nn"), default="linear", help="nn: 1-NN, mean of 10 draws, with --per-class"
@@ -175,9 +175,9 @@ def _add_transfer(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=list(STRENGTHS),
         metavar="C",
-        help=f"to choose from, of the logistic regression; default: {strengths}",
+        help=f"values of C of the logistic regression to choose from; default: {strengths}",
     )
-    group.add_argument("--download", action="store_true", help="let torchvision download what is not there")
+    group.add_argument("--download", action="store_true", help="let torchvision download missing data sets")
 
 
 def _add_export(group: argparse._ArgumentGroup) -> None:
@@ -188,9 +188,9 @@ def _add_export(group: argparse._ArgumentGroup) -> None:
         choices=names,
         default=[],
         metavar="LIBRARY",
-        help=f"{', '.join(names)}; default: all that have such a model",
+        help=f"{', '.join(names)}; default: all that have this model",
     )
-    group.add_argument("--folder", default="", metavar="DIR", help="where to; default: beside the encoder, or here")
+    group.add_argument("--folder", default="", metavar="DIR", help="output folder; default: the encoder's, or here")
 
 
 _ADD: dict[str, Callable[[argparse._ArgumentGroup], None]] = {

@@ -195,7 +195,7 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
     )
     own = places[len(places) * ranks.rank // ranks.size : len(places) * (ranks.rank + 1) // ranks.size]
     if len(places) < ranks.size:
-        raise ValueError(f"{len(places)} labelled images cannot be divided over {ranks.size} ranks")
+        raise ValueError(f"{len(places)} labeled images cannot be divided over {ranks.size} ranks")
     views: Callable[[int], Iterator[Batch]]
     if flags.cache:
         features, labels = extract(evaluation.backbone, source, "train", ranks, places)
@@ -217,7 +217,7 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
     described: dict[str, Any] = {
         **asdict(protocol),
         "optimizer": "SGD, learning rate to a tenth at the milestones",
-        "features": "normalized to unit length, then standardized over the labelled training images",
+        "features": "normalized to unit length, then standardized over the labeled training images",
         "training view": view(evaluation) if flags.cache else supervised_view(evaluation),
         "features cached, no augmentation": flags.cache,
         "test view": view(evaluation),

@@ -71,8 +71,8 @@ class Digits(torch.utils.data.Dataset):
 
     def __init__(self) -> None:
         pixels, self.labels = load_digits(return_X_y=True)
-        greys = (pixels.reshape(-1, 8, 8) * 255 / 16).astype("uint8")
-        self.images = [Image.fromarray(grey).resize((32, 32)).convert("RGB") for grey in greys]
+        grays = (pixels.reshape(-1, 8, 8) * 255 / 16).astype("uint8")
+        self.images = [Image.fromarray(gray).resize((32, 32)).convert("RGB") for gray in grays]
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -116,8 +116,8 @@ class Digits(Dataset):
 
     def __init__(self) -> None:
         pixels, self.labels = load_digits(return_X_y=True)
-        greys = (pixels.reshape(-1, 8, 8) * 255 / 16).astype("uint8")
-        self.images = [Image.fromarray(grey).convert("RGB") for grey in greys]
+        grays = (pixels.reshape(-1, 8, 8) * 255 / 16).astype("uint8")
+        self.images = [Image.fromarray(gray).convert("RGB") for gray in grays]
 
     def __len__(self) -> int:
         """Return the number of images."""

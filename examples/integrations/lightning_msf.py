@@ -139,7 +139,7 @@ class Images(L.LightningDataModule):
             pixels, labels = load_digits(return_X_y=True)
             images = nn.functional.interpolate(torch.tensor(pixels).float().view(-1, 1, 8, 8) / 16, size=16)
             digits = list(zip(images, map(int, labels), strict=True))
-            self.train, self.val, self.centre = digits[:1350], digits[1350:], v2.Identity()  # other writers
+            self.train, self.val, self.center = digits[:1350], digits[1350:], v2.Identity()  # other writers
             self.weak: Any = v2.RandomAffine(5, (0.06, 0.06), (0.9, 1.1))
             self.strong: Any = v2.Compose([v2.RandomAffine(15, (0.1, 0.1), (0.8, 1.3), 10), v2.ColorJitter(0.4, 0.4)])
         else:
@@ -147,10 +147,10 @@ class Images(L.LightningDataModule):
             normalize = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
             end = [v2.ToImage(), v2.ToDtype(torch.float32, True), normalize]
             crop = [v2.RGB(), v2.RandomResizedCrop(224, (0.2, 1)), v2.RandomHorizontalFlip()]
-            colours = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
+            colors = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
             blur = v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], 0.5)
-            self.weak, self.strong = v2.Compose([*crop, *end]), v2.Compose([*crop, *colours, blur, *end])
-            self.centre = v2.Compose([v2.RGB(), v2.Resize(256), v2.CenterCrop(224), *end])
+            self.weak, self.strong = v2.Compose([*crop, *end]), v2.Compose([*crop, *colors, blur, *end])
+            self.center = v2.Compose([v2.RGB(), v2.Resize(256), v2.CenterCrop(224), *end])
 
     def train_dataloader(self) -> DataLoader:
         """Return batches of (weak views, strong views, labels)."""
@@ -165,7 +165,7 @@ class Images(L.LightningDataModule):
         """Return batches of (images, labels): those to find neighbors among, and those to classify."""
         # Lightning divides them over the ranks, and repeats an image where that does not come out even.
         return [
-            DataLoader(Views(part, [self.centre]), 256, num_workers=self.workers) for part in (self.train, self.val)
+            DataLoader(Views(part, [self.center]), 256, num_workers=self.workers) for part in (self.train, self.val)
         ]
 
 

@@ -118,7 +118,7 @@ class MSF(BaseMomentumMethod):
 
     @property
     def momentum_pairs(self) -> list[tuple[Any, Any]]:
-        """The base class's and the projectors: solo-learn moves the second of each pair towards the first."""
+        """The base class's and the projectors: solo-learn moves the second of each pair toward the first."""
         return [*super().momentum_pairs, (self.projector, self.momentum_projector)]
 
     def forward(self, X: Tensor) -> dict[str, Any]:

@@ -15,7 +15,7 @@ AUGMENTATIONS = ("s/s", "w/s", "w/w")
 
 @dataclass(frozen=True)
 class DigitsView:
-    """Random views of a batch of grey images in [0, 1], drawn on their device. No flips: they are digits."""
+    """Random views of a batch of grayscale images in [0, 1], drawn on their device. No flips: they are digits."""
 
     area: tuple[float, float]  # of the crop
     aspect: float  # of the crop, up to this or its inverse

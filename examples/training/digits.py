@@ -84,8 +84,8 @@ class Digits:
 
     def displayable(self, images: Tensor) -> np.ndarray:
         """See `DataSource`."""
-        grey = (images.cpu() * self._std + self._mean).clamp(0, 1)
-        return grey.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        gray = (images.cpu() * self._std + self._mean).clamp(0, 1)
+        return gray.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
 
     def _normalized(self, images: Tensor) -> Tensor:
         return (images - self._mean) / self._std

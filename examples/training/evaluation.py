@@ -1,4 +1,4 @@
-"""What a representation is worth: nearest neighbours, a linear probe, few labels, and purity."""
+"""What a representation is worth: nearest neighbors, a linear probe, few labels, and purity."""
 
 import copy
 
@@ -61,7 +61,7 @@ def evaluate(backbone: nn.Module, source: DataSource, k: int, ranks: Ranks) -> d
 
     purity: of each training image's k nearest in the training set, itself the first and left out.
     linear: logistic regression on normalized, then standardized features (the paper's, section 3.2).
-    one_label, ten_labels: 1-NN from that many labelled images a class, mean of 10 draws.
+    one_label, ten_labels: 1-NN from that many labeled images a class, mean of 10 draws.
     """
     if source.size("train") > PROBE_LIMIT:
         return nearest_neighbours(backbone, source, ranks)
@@ -95,7 +95,7 @@ def linear_probe(features: Features) -> float:
 
 
 def few_labels(features: Features, per_class: int) -> float:
-    """Return the 1-NN accuracy from ``per_class`` labelled training images a class, mean of 10 seeded draws."""
+    """Return the 1-NN accuracy from ``per_class`` labeled training images a class, mean of 10 seeded draws."""
     train, train_labels = features["train"]
     val, val_labels = features["val"]
     accuracies = []

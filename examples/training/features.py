@@ -1,4 +1,4 @@
-"""The features of images, each rank seeing its part of them, and nearest-neighbour classification by them."""
+"""The features of images, each rank seeing its part of them, and nearest-neighbor classification by them."""
 
 from collections.abc import Iterable, Iterator
 

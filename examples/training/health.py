@@ -8,8 +8,8 @@ from torch import Tensor
 
 from msf_core import MemoryBank, Neighbors, effective_rank, embedding_spread, neighbor_purity
 
-# Of a micro-batch: the loss; the purity of neighbours 2 to k, where labels are known; `embedding_spread` and
-# `effective_rank` of u; the mean similarity of neighbours 2 to k, and how long ago they were pushed; and how far the
+# Of a micro-batch: the loss; the purity of neighbors 2 to k, where labels are known; `embedding_spread` and
+# `effective_rank` of u; the mean similarity of neighbors 2 to k, and how long ago they were pushed; and how far the
 # two views are apart, in standard deviations of their pixels.
 MEASURES = ("loss", "purity", "spread", "rank", "similarity", "age", "difference")
 COLLAPSING = 0.5  # a spread below this; on the digits healthy runs stay above 0.8, without a predictor it falls to 0.2

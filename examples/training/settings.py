@@ -1,4 +1,4 @@
-"""The flags, and what they are when not given: the paper's settings, or a small recipe for small images."""
+"""The flags and their defaults: the paper's settings, or a smaller recipe for small images."""
 
 import argparse
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from training.source import DataSource
 DATASETS = ("digits", "folder", "cifar10", "cifar100", "fashion-mnist", "stl10")
 METHODS = ("msf", "byol")
 STEMS = ("auto", "imagenet", "small")
-# What may differ between a run and its continuation. Everything else decides the numbers.
+# Settings that may change when a run is resumed. All others change its numbers.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
 FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "logger", "on_bad_image"}
-# What version 0.2.0 did, where it was not today's default, and the data sets whose images it normalized otherwise.
+# Settings of version 0.2.0 that differ from today's defaults, and data sets whose images it normalized differently.
 _OLD = {"stem": "imagenet"}
 _NORMALIZED_OTHERWISE = ("cifar10", "cifar100", "stl10")
 
@@ -119,9 +119,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "stl10": {"image_size": 96, **_SMALL, "blur": 0.5, "bank_size": 16_384},
 }
 
-# Recipes of the field for CIFAR, as far as they are settings of this trainer: its views are the paper's, and one
-# encoder's loss is taken, where both of these codebases take it both ways. What is said of results is theirs, for
-# BYOL. None of them was run here, where neither CIFAR nor a GPU was at hand: with this trainer they are unmeasured.
+# CIFAR recipes of other codebases, as far as this trainer has their settings. The views are the MSF paper's, and the
+# loss is not symmetric, unlike in both codebases. The results in the comments are theirs, for BYOL. None of these
+# recipes has been run with this trainer.
 RECIPES: dict[str, dict[str, Any]] = {
     "own": {},
     # lightly, docs/source/getting_started/benchmarks/cifar10_benchmark.py: ResNet-18 with the small stem, SGD with
@@ -130,65 +130,65 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lightly-200": {**_LIGHTLY, "batch_size": 128, "lr": 0.06, "epochs": 200},
     # The same file, batch 512 and 800 epochs; the bank is larger there too. 0.911 in its version of 2022.
     "lightly-800": {**_LIGHTLY, "batch_size": 512, "lr": 0.24, "epochs": 800, "bank_size": 8192},
-    # solo-learn, scripts/pretrain/cifar/byol.yaml: batch 256, 1,000 epochs, projector and predictor of 4,096 hidden
-    # units and 256 outputs, no blur. Linear accuracy of BYOL on CIFAR-10 there: 92.58. Its optimizer is LARS with
-    # lr 1.0 and weight decay 1e-5, its target momentum rises from 0.99 to 1; this trainer has SGD, here with lightly's
-    # rate and decay, and a constant momentum.
+    # solo-learn, scripts/pretrain/cifar/byol.yaml: batch 256, 1,000 epochs, projector and predictor with 4,096 hidden
+    # units and 256 outputs, no blur. Linear accuracy of BYOL on CIFAR-10 there: 92.58. It uses LARS with lr 1.0 and
+    # weight decay 1e-5, and its target momentum rises from 0.99 to 1. This trainer uses SGD, here with lightly's
+    # learning rate and weight decay, and a constant momentum.
     "solo-learn": {**_LIGHTLY, "batch_size": 256, "lr": 0.12, "epochs": 1000, "hidden": 4096},
 }
 
 _HELP = {
-    "dataset": "where the images are from; folder goes with --data",
-    "data": "folder with train/ and val/, a folder a class in each, as ImageNet has (or a flat one, without "
-    "labels); for cifar10, cifar100, fashion-mnist and stl10 where they are or will be downloaded to; "
-    "for fashion-mnist also a folder with its four idx files, packed or not",
-    "val_split": "fraction of each class that is held out to evaluate on, for a --data without val/; 0: none",
+    "dataset": "data set (default: folder with --data, otherwise digits)",
+    "data": "folder with train/ and val/, each with one folder per class, like ImageNet (or a folder of images without "
+    "labels); for cifar10, cifar100, fashion-mnist and stl10, where they are or will be downloaded to; "
+    "for fashion-mnist also a folder with its four idx files, compressed or not",
+    "val_split": "fraction of each class to hold out for evaluation, if --data has no val/; 0: none",
     "recipe": "settings of another codebase for CIFAR, with its ResNet-18, instead of the data set's own",
-    "arch": "backbone: a classification model of torchvision or timm by its name, or 'digits'",
-    "stem": "of torchvision's ResNets: imagenet is 7x7, stride 2 and max-pool; small is 3x3, stride 1 without; "
-    "auto is small up to 64 pixels",
+    "arch": "backbone: name of a torchvision or timm classification model, or 'digits'",
+    "stem": "stem of torchvision's ResNets: imagenet has 7x7, stride 2 and max-pool; small has 3x3, stride 1 and no "
+    "max-pool; auto is small for images up to 64 pixels",
     "image_size": "side of the views, in pixels",
     "augmentation": "views of the target / of the online encoder: s strong, w weak",
-    "blur": "probability of the blur in a strong view (not of the digits)",
-    "views": "two of each image; or the same one for both encoders, which the paper found to fail",
-    "method": "msf, or byol: k = 1 and no bank",
-    "k": "neighbors that serve, the target embedding itself included",
-    "k_end": "k at the end, if it is to rise or fall in a straight line; 0: constant",
-    "symmetric": "each encoder sees both views: the mean of two losses, for twice the computation",
-    "exclude_same_id": "embeddings of older views of the same image are no neighbors",
+    "blur": "probability of blur in a strong view (not for the digits)",
+    "views": "two views of each image, or the same view for both encoders, which collapses in the paper",
+    "method": "msf; or byol, which is k = 1 without a bank",
+    "k": "number of neighbors, including the target embedding itself",
+    "k_end": "k at the end of the run, reached in a straight line; 0: k is constant",
+    "symmetric": "both views go through both encoders: the mean of two losses, for twice the computation",
+    "exclude_same_id": "embeddings of older views of the same image are never neighbors",
     "same_label": "only embeddings with the label of the image are neighbors: supervised mean shift (CMSF)",
     "bank_size": "rows of the memory bank",
-    "bank_dtype": "dtype of its rows; int8 takes a quarter of the memory of float32",
+    "bank_dtype": "dtype of the bank's rows; int8 takes a quarter of the memory of float32",
     "bank_layout": "under torchrun: all rows on every rank, or a shard on each",
-    "backend": "its search backend",
-    "momentum": "of the target encoder, constant",
-    "predictor": "mlp, or none: without, the encoder collapses",
+    "backend": "search backend of the bank",
+    "momentum": "momentum of the target encoder, constant",
+    "predictor": "mlp; or none, with which the encoder collapses",
     "hidden": "hidden units of the projection and the prediction MLP",
-    "dim": "dimensions of the embedding",
+    "dim": "dimension of the embeddings",
     "epochs": "passes over the training images",
     "steps": "optimizer steps, instead of --epochs",
-    "batch_size": "images a step, over all ranks and micro-batches",
-    "accumulate": "micro-batches whose gradients make one step",
-    "batchnorm": "under torchrun: statistics of a rank's images, of all ranks' (sync), or of a rank's, the target's "
-    "images being shuffled over the ranks (shuffle; as in the authors' code)",
-    "lr": "learning rate at the start; falls to 0 along a cosine",
+    "batch_size": "images per step, over all ranks and micro-batches",
+    "accumulate": "micro-batches per optimizer step",
+    "batchnorm": "under torchrun: statistics of each rank's images (local), of all ranks' images (sync), or of each "
+    "rank's images with the target's images shuffled across ranks (shuffle; as in the authors' code)",
+    "lr": "initial learning rate, which decays to 0 along a cosine",
     "sgd_momentum": "momentum of SGD",
     "weight_decay": "weight decay of SGD",
-    "precision": "auto: bfloat16 autocast on a GPU that has it, float32 elsewhere",
-    "seed": "of weights, views and order",
+    "precision": "auto: bfloat16 autocast on a GPU that supports it, otherwise float32",
+    "seed": "seed of weights, views and order",
     "device": "auto: the GPU if there is one",
-    "workers": "processes that read photographs, for each rank; -1: this machine's cores, divided by its ranks",
-    "on_bad_image": "one that cannot be read: stop with an error, or train on another one in its place and evaluate "
-    f"without it (skip); the run's {LIST} names it",
-    "timeout": "seconds that ranks wait for one another",
-    "eval_every": "epochs between nearest-neighbor evaluations; 0: at the end alone",
+    "workers": "worker processes per rank that read photographs; -1: this machine's cores divided by its ranks",
+    "on_bad_image": "if an image cannot be read: stop with an error, or train on another image in its place and "
+    f"evaluate without it (skip), and list it in the run's {LIST}",
+    "timeout": "seconds that ranks wait for each other",
+    "eval_every": "epochs between nearest-neighbor evaluations; 0: only at the end",
     "checkpoint_every": "epochs between checkpoints",
-    "keep_every": "epochs between backbones that are kept, the first epoch's too; 0: the last alone",
-    "logger": "where the numbers go beside metrics.csv and losses.csv, which are written in any case: tensorboard, "
-    "wandb (pip install wandb), or nowhere else (csv and none)",
-    "out": "folder of the run; the default is a new one below runs/",
-    "resume": "folder of an earlier run: go on from its checkpoint, with its settings; or auto: go on from the one "
-    "in --out, if there is one (a restart by torchrun does so in any case)",
+    "keep_every": "epochs between backbones to keep, including the first epoch; 0: only the last",
+    "logger": "log to tensorboard or wandb (pip install wandb), besides metrics.csv and losses.csv; csv and none "
+    "write only these files",
+    "out": "folder of the run; by default a new one below runs/",
+    "resume": "folder of an earlier run, to continue from its checkpoint with its settings; or auto, to continue from "
+    "the checkpoint in --out if there is one (after a restart by torchrun, this happens anyway)",
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dataset": DATASETS,
@@ -205,7 +205,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "logger": LOGGERS,
     "on_bad_image": ACTIONS,
 }
-# Ranges of numbers; others are finite, and whole numbers not negative.
+# Ranges of numbers. All other numbers must be finite, and integers not negative.
 _TYPES: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("k", "bank_size", "hidden", "dim", "epochs", "accumulate"), whole(1)),
     **dict.fromkeys(("checkpoint_every", "timeout"), whole(1)),
@@ -239,7 +239,7 @@ _METAVARS = {"data": "DIR", "out": "DIR", "resume": "DIR", "arch": "NAME", "back
 
 
 def build_parser(description: str, examples: str = "") -> Parser:
-    """Return the parser of the flags. A flag that is not given is absent from what it returns."""
+    """Return the parser of the flags. Flags that are not given are missing in its result."""
     parser = Parser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     named = {name for names in _GROUPS.values() for name in names}
     groups = {**_GROUPS, "more": tuple(field.name for field in fields(Settings) if field.name not in named)}
@@ -261,28 +261,28 @@ def build_parser(description: str, examples: str = "") -> Parser:
         "--check-images",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="read every image, list those that cannot be read, and end",
+        help="read every image, list those that cannot be read, and exit",
     )
     return parser
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a setting: ``--batch-size`` of ``batch_size``."""
+    """Return the flag of a setting, such as ``--batch-size`` for ``batch_size``."""
     return "--" + name.replace("_", "-")
 
 
 def _help_of(name: str, default: Any) -> str:
-    if default is False or default == "":
+    if default is False or default == "" or "(default:" in _HELP[name]:
         return _HELP[name]
     digits = PRESETS["digits"].get(name, default)
     return f"{_HELP[name]} (default: {default}" + (")" if digits == default else f", on the digits {digits})")
 
 
 def complete(given: dict[str, Any]) -> Settings:
-    """Return the settings of a fresh run: what was given, over the data set's own defaults.
+    """Return the settings of a new run: the given flags, and the defaults of the data set.
 
     Raises:
-        ValueError: flags that do not go together.
+        ValueError: if flags do not fit together.
     """
     dataset = given.get("dataset", "folder" if "data" in given else "digits")
     if dataset == "folder" and "data" not in given:
@@ -294,7 +294,7 @@ def complete(given: dict[str, Any]) -> Settings:
         raise ValueError(f"--recipe {given['recipe']} is for --dataset cifar10 or cifar100, got {dataset}")
     preset = {"dataset": dataset, **PRESETS[dataset], **recipe}
     if "epochs" in given and "steps" in given:
-        raise ValueError("--epochs and --steps say the same: give one of them")
+        raise ValueError("--epochs and --steps both set the length of the run: give only one of them")
     if "epochs" in given:
         preset["steps"] = 0
     settings = Settings(**{**preset, **given})
@@ -309,20 +309,20 @@ def complete(given: dict[str, Any]) -> Settings:
 
 
 def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
-    """Return the saved run's settings, with those given that are free to change.
+    """Return the settings of a saved run, with the given flags that may change.
 
-    A setting that the version that saved them did not have gets the value that means what that version did.
+    Settings that an older version did not have get the value that corresponds to its behavior.
 
     Raises:
-        ValueError: one that decides the numbers was given and differs, or this version cannot go on with the run.
+        ValueError: if a given flag differs that must not change, or this version cannot resume the run.
     """
     names = {field.name for field in fields(Settings)}
     if unknown := [flag_of(name) for name in saved if name not in names]:
         raise ValueError(f"the run to resume was saved by a newer version, which has {', '.join(unknown)}")
     if is_old(saved) and saved["dataset"] in _NORMALIZED_OTHERWISE:
         raise ValueError(
-            f"the run to resume was saved by version 0.2.0 or older, which normalized {saved['dataset']} otherwise: "
-            "finish it with that version, or train anew"
+            f"the run to resume was saved by version 0.2.0 or older, which normalized {saved['dataset']} differently: "
+            "finish it with that version, or start a new run"
         )
     saved = {**asdict(Settings()), **_OLD, **saved}
     differing = [
@@ -341,7 +341,7 @@ def is_old(saved: dict[str, Any]) -> bool:
 
 
 def check(settings: Settings) -> None:
-    """Raise ValueError for flags that do not go together, naming them."""
+    """Raise ValueError, naming the flags, if flags do not fit together."""
     s = settings
     for name in ("k", "k_end"):
         if getattr(s, name) > s.bank_size:
@@ -362,7 +362,7 @@ def check(settings: Settings) -> None:
 
 
 def check_source(settings: Settings, source: DataSource) -> None:
-    """Raise ValueError for flags that these images do not go with, naming them."""
+    """Raise ValueError, naming the flags, if flags do not fit the images."""
     for name in ("batch_size", "k", "k_end"):
         if getattr(settings, name) > source.train_size:
             number = getattr(settings, name)

@@ -31,10 +31,10 @@ _BYTES = 8  # the code of unsigned bytes in an idx header
 
 
 def open_small(name: str, root: Path) -> tuple[Split, Split, Split | None]:
-    """Return training set, test set, and the labelled training images where they are others than all.
+    """Return training set, test set, and the labeled training images where they are others than all.
 
     Args:
-        name: "cifar10", "cifar100", "fashion-mnist", or "stl10", whose 100,000 unlabelled images are trained on too.
+        name: "cifar10", "cifar100", "fashion-mnist", or "stl10", whose 100,000 unlabeled images are trained on too.
         root: folder of the downloads; of "fashion-mnist" also one with its four idx files, packed (.gz) or not.
 
     Raises:

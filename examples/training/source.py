@@ -51,7 +51,7 @@ class DataSource(Protocol):
     image_shape: tuple[int, int, int]
     train_size: int
     has_labels: bool  # of the training images
-    has_val: bool  # labelled images to test on
+    has_val: bool  # labeled images to test on
     workers: int | None  # processes that read images, for this rank; None where there is nothing to read
     found: Found
     facts: dict[str, Any]  # what a user of the trained backbone needs to know: mean and std of its input

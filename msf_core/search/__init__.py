@@ -1,4 +1,4 @@
-"""Exact nearest-neighbour search over the bank's own memory: one protocol, one file a backend."""
+"""Exact nearest-neighbor search without copying the bank: one protocol, with one file per backend."""
 
 from msf_core.search.base import GeneralSearch, Queries, Rows, SearchBackend
 from msf_core.search.general import search_by

@@ -1,4 +1,4 @@
-"""The choice that "auto" makes, at every search: by device, size and what is installed."""
+"""The "auto" backend, which chooses by device, size and installed packages at every search."""
 
 from functools import cache, partial
 from typing import cast
@@ -11,17 +11,17 @@ from msf_core.search.registry import load_backend, most_neighbors, why_not
 from msf_core.search.screen import screen_pays, screened_search
 from msf_core.search.trial import TriedSearch
 
-# By benchmarks/results/cpu_auto.md, on two AMD cores. FAISS multiplies blocks of 1,024 rows: on a CPU its OpenBLAS does
-# so at full speed from this many Q·D on, 1.3 to 1.5 times faster than PyTorch; below it is up to 4 times slower.
+# From benchmarks/results/cpu_auto.md, on two AMD cores. FAISS multiplies blocks of 1,024 rows. On a CPU, its OpenBLAS
+# reaches full speed from this value of Q·D on, 1.3 to 1.5 times as fast as PyTorch; below, it is up to 4 times slower.
 FAISS_LEAST_WORK = 256 * 512
-# Where it is at full speed it is faster than the screen on a bank of fewer rows for each neighbor than that.
+# At full speed, FAISS is faster than the screen if the bank has fewer rows per neighbor than this.
 SCREEN_LEAST_ROWS = 1000
-# Many neighbors from short, few rows: there the selection is the cost, and FAISS's the faster one.
+# For many neighbors from few, short rows, the selection dominates, and FAISS's is faster.
 SELECTION_MOST_DIM, SELECTION_MOST_ROWS, SELECTION_LEAST_NEIGHBORS = 256, 400, 50
 
 
 class AutoSearch:
-    """`GeneralSearch` that hands each search to the fastest one measured for its size."""
+    """`GeneralSearch` that uses the fastest search measured for each size."""
 
     leaves_out_own = True
 
@@ -41,7 +41,7 @@ class AutoSearch:
         return search_by(chosen, queries, rows, k)
 
     def choose(self, queries: Queries, rows: Rows, k: int) -> SearchBackend:
-        """Return the backend for k neighbors of the queries among the rows, where the screen does not serve."""
+        """Return the backend for k neighbors of the queries among the rows, if the screen is not used."""
         device = queries.values.device.type
         if device == "cpu" and _suits_faiss(queries, rows, k) and why_not("faiss", "cpu") is None:
             return load_backend("faiss")
@@ -52,7 +52,7 @@ class AutoSearch:
 
 @cache
 def tried_triton() -> TriedSearch:
-    """Return the search by Triton where that passes a trial on the device, else by torch; one for the process."""
+    """Return the search that uses Triton if it passes a trial on the device, and torch otherwise; one per process."""
     return TriedSearch(cast(GeneralSearch, load_backend("triton")), cast(GeneralSearch, load_backend("torch")))
 
 
@@ -61,7 +61,7 @@ def _most_of_triton() -> int:
 
 
 def _suits_faiss(queries: Queries, rows: Rows, k: int) -> bool:
-    if queries.constrained or rows.scale is not None:  # those it cannot search by itself
+    if queries.constrained or rows.scale is not None:  # FAISS does not support these
         return False
     n, dim = rows.values.shape
     selects = dim <= SELECTION_MOST_DIM and n < SELECTION_MOST_ROWS * k

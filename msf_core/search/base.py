@@ -1,4 +1,4 @@
-"""What a search backend is, and what all of them share."""
+"""The interface of search backends, and what all of them share."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,64 +9,65 @@ import torch
 from torch import Tensor
 
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INT8_ERROR = 1.01  # of what rounding takes off a query: rows and the sums of their products are a little long
+INT8_ERROR = 1.01  # times the rounding error of a query: int8 rows can be slightly longer than 1, and sums are rounded
 
 
 class Rows(NamedTuple):
-    """n rows to search, and what is kept beside them."""
+    """n rows to search, with their scales, labels and ids."""
 
     values: Tensor
-    """[n, D] float32, float16 or bfloat16; or int8, with a scale."""
+    """[n, D] float32, float16 or bfloat16; or int8 with a scale."""
     scale: Tensor | None = None
     """[n] float32: row i is ``values[i] * scale[i]``. A row whose scale is NaN is never found."""
     labels: Tensor | None = None
-    """[n] int64, for queries that ask for a label."""
+    """[n] int64, needed if queries have labels."""
     ids: Tensor | None = None
-    """[n] int64, for queries that exclude one."""
+    """[n] int64, needed if queries have ids."""
 
     def part(self, begin: int, end: int) -> "Rows":
-        """Return the rows from begin to end, where they lie."""
+        """Return the rows from begin to end as views."""
         return Rows(*(None if part is None else part[begin:end] for part in self))  # type: ignore[arg-type]
 
     def floats(self) -> Tensor:
-        """Return the rows as they are meant, [n, D] float32."""
+        """Return the rows with their scale applied, [n, D] float32."""
         values = self.values.float()
         return values if self.scale is None else values * self.scale[:, None]
 
 
 class Queries(NamedTuple):
-    """Q queries, and what each may find."""
+    """Q queries, and which rows each of them may find."""
 
     values: Tensor
-    """[Q, D], of the rows' dtype; float32 for int8 rows."""
+    """[Q, D], in the dtype of the rows; float32 for int8 rows."""
     labels: Tensor | None = None
-    """[Q] int64: only rows with that label are found, for a negative one any."""
+    """[Q] int64: only rows with this label are found; a negative label allows all rows."""
     ids: Tensor | None = None
-    """[Q] int64: rows with that id are not found, for a negative one all are."""
+    """[Q] int64: rows with this id are not found; a negative id excludes none."""
     own: Tensor | None = None
-    """[Q, V] int64: the V rows with those indices, between 0 and n − 1, are not found: the query's own, one a view. A
-    backend says by the attribute ``leaves_out_own`` that it does this; others are asked for V neighbors more."""
+    """[Q, V] int64: the indices, between 0 and n − 1, of V rows that are not found: the query's own rows, one for each
+    view. A backend that supports this has the attribute ``leaves_out_own``; from others, V more neighbors are
+    requested."""
 
     def at(self, which: Tensor | slice) -> "Queries":
-        """Return some of them."""
+        """Return the selected queries."""
         return Queries(*(None if part is None else part[which] for part in self))  # type: ignore[arg-type]
 
     @property
     def most_own(self) -> int:
-        """How many rows of its own a query leaves out at most, V."""
+        """Number of own rows that are excluded from each query, V."""
         return 0 if self.own is None else self.own.shape[1]
 
     @property
     def constrained(self) -> bool:
-        """Whether there are rows that a query may not find."""
+        """Whether labels or ids limit the search."""
         return self.labels is not None or self.ids is not None
 
     def forbidden(self, labels: Tensor | None, ids: Tensor | None) -> Tensor | None:
-        """Tell which rows may not be found, bool [Q, n]; None where all may.
+        """Return a bool mask [Q, n] of the rows that labels and ids exclude, or None if there are none.
 
         Args:
-            labels: of the rows, [n], or [Q, n] where each query has rows of its own.
-            ids: likewise.
+            labels: labels of the rows, [n], or [Q, n] if each query has different rows.
+            ids: ids of the rows, likewise.
         """
         wrong = None
         if self.labels is not None and labels is not None:
@@ -81,39 +82,42 @@ class Queries(NamedTuple):
 
 @runtime_checkable
 class SearchBackend(Protocol):
-    """Anything with this method can serve as ``MemoryBank(backend=...)``."""
+    """The interface of ``MemoryBank(backend=...)``: any object with this method."""
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the k largest inner products of every query with the rows.
 
         Args:
-            queries: [Q, D], in the dtype and on the device of ``rows``.
-            rows: [n, D], contiguous, float32, float16 or bfloat16, none longer than a unit vector but for rounding.
-                Searched where it lies: no copy of its size.
+            queries: [Q, D], with the dtype and device of ``rows``.
+            rows: [n, D], contiguous, float32, float16 or bfloat16. No row is longer than 1, except for rounding. Do not
+                copy all of them.
             k: between 1 and n.
 
         Returns:
-            similarity [Q, k] float32, descending; index [Q, k] int64 into ``rows``. Products are accumulated in
-            float32. A row that holds a NaN is never found: where fewer than k other rows are there, the last
-            similarities are −inf with index −1.
+            similarity [Q, k] float32, descending, and index [Q, k] int64 into ``rows``. Products are accumulated in
+            float32. A row with NaN is never found. If there are fewer than k other rows, the last similarities are −inf
+            with index −1.
         """
         ...
 
 
 @runtime_checkable
 class GeneralSearch(SearchBackend, Protocol):
-    """A backend that also searches int8 rows, and for queries that may not find all rows, by itself."""
+    """A backend that also supports int8 rows, and queries with labels and ids.
+
+    Without this method, a backend still works with all of them, by `search_by`.
+    """
 
     def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k largest inner products with the rows that each query may find, as `SearchBackend.topk`.
+        """Return the k largest inner products with the rows that each query may find, like `SearchBackend.topk`.
 
-        Where a query may find fewer than k rows, its last similarities are −inf with index −1.
+        If a query may find fewer than k rows, its last similarities are −inf with index −1.
         """
         ...
 
 
 def check_search_arguments(queries: Queries, rows: Rows, k: int) -> None:
-    """Raise ValueError or TypeError where the arguments are not as `GeneralSearch.general_topk` has them."""
+    """Raise ValueError or TypeError unless these are valid arguments of `GeneralSearch.general_topk`."""
     q, r = queries.values, rows.values
     if q.ndim != 2 or r.ndim != 2 or q.shape[1] != r.shape[1]:
         raise ValueError(f"queries and rows must be [Q, D] and [n, D], got {list(q.shape)} and {list(r.shape)}")
@@ -129,9 +133,9 @@ def check_search_arguments(queries: Queries, rows: Rows, k: int) -> None:
 
 
 def rounded_to_int8(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries [Q, D] as int8, the scale [Q] of each, and how far off a product with a unit vector may be, [Q].
+    """Return queries [Q, D] as int8, their scales [Q], and a bound [Q] of the error of a product with a unit vector.
 
-    A query with NaN has a scale of NaN.
+    The scale of a query with NaN is NaN.
     """
     step = queries.abs().amax(dim=1) / 127
     whole = (queries / step[:, None]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).round()
@@ -139,7 +143,7 @@ def rounded_to_int8(queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class RunningTopk:
-    """The k best of all the candidates seen so far, a chunk of rows at a time."""
+    """The k best candidates so far, updated with each chunk of rows."""
 
     def __init__(self, queries: Tensor, k: int) -> None:
         self.k = k
@@ -147,19 +151,19 @@ class RunningTopk:
         self.index = queries.new_empty((queries.shape[0], 0), dtype=torch.int64)  # [Q, ≤ k]
 
     def merge(self, similarity: Tensor, index: Tensor) -> None:
-        """Take candidates [Q, c] in."""
+        """Add candidates [Q, c]."""
         similarity = torch.cat([self.similarity, similarity], dim=1)
         index = torch.cat([self.index, index], dim=1)
         self.similarity, best = similarity.topk(min(self.k, similarity.shape[1]), dim=1)
         self.index = index.gather(1, best)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Return (similarity [Q, k], index [Q, k]), with index −1 where the similarity is −inf."""
+        """Return (similarity [Q, k], index [Q, k]); the index is −1 where the similarity is −inf."""
         return self.similarity, self.index.masked_fill(self.similarity == -torch.inf, -1)
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Tell whether reading a value of a tensor makes nobody wait, and whether there is one: not while it is traced."""
+    """Return whether a value of the tensor can be read without waiting: on the CPU, and not while it is traced."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
@@ -167,7 +171,7 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context without autocast, at no cost where there is none."""
+    """Return a context without autocast; it costs nothing if autocast is off."""
     if _knows_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return _NOTHING
@@ -183,7 +187,7 @@ def _knows_autocast(device_type: str) -> bool:
 def _made_exact(device: torch.device) -> Iterator[None]:
     if hasattr(torch.backends, "fp32_precision"):
         matmul = _matmul_of(device)
-        # A value that is inherited is given back as inherited.
+        # An inherited value is restored as inherited.
         inherited = matmul.fp32_precision == torch.backends.fp32_precision
         before, matmul.fp32_precision = "none" if inherited else matmul.fp32_precision, "ieee"
         try:
@@ -200,7 +204,7 @@ def _made_exact(device: torch.device) -> Iterator[None]:
 
 
 def exact_float32(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context without TF32 and bfloat16 arithmetic: float32 products are float32 products."""
+    """Return a context in which float32 products are computed in float32, without TF32 and bfloat16."""
     return _NOTHING if _is_exact(device) else _made_exact(device)
 
 

@@ -1,6 +1,6 @@
 """Exact search by FAISS brute force: `faiss.knn` on the CPU, `faiss.knn_gpu` on CUDA tensors.
 
-Both work on the memory of the tensors they are given. Importing this module imports FAISS.
+Neither copies the tensors. Importing this module imports FAISS.
 """
 
 from types import MappingProxyType
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from msf_core.search.base import Queries, Rows, RunningTopk, check_search_arguments
 
-# FAISS on the CPU takes float32 alone: half-precision rows go through a buffer of this many.
+# On the CPU, FAISS accepts only float32, so half-precision rows are converted in chunks of this size.
 CPU_CHUNK_ROWS = 4096
-# Scratch memory of FAISS on a GPU. Its own default takes 1.5 GB.
+# Scratch memory of FAISS on a GPU. The default of FAISS is 1.5 GB.
 CUDA_SCRATCH_BYTES = 48 << 20
 GPU_REMEDY = "pip install 'msf_core[faiss-gpu]' (Linux x86-64)"
 
 
 def has_cuda() -> bool:
-    """Tell whether the FAISS installed here can search CUDA tensors."""
+    """Return whether the FAISS installed here can search CUDA tensors."""
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
 class FaissSearch:
-    """`SearchBackend` on FAISS."""
+    """`SearchBackend` with FAISS."""
 
     most_neighbors = MappingProxyType({"cuda": 2048})  # by device type: what knn_gpu can select
 
@@ -33,9 +33,9 @@ class FaissSearch:
         self._resources: dict[int, Any] = {}  # device index -> faiss.StandardGpuResources
 
     def why_not(self, device_type: str) -> str | None:
-        """Return None if it searches that type of device here, else the reason."""
+        """Return None if FAISS can search tensors on this type of device here, else the reason."""
         if device_type == "cuda" and not has_cuda():
-            return f"this FAISS sees no GPU; {GPU_REMEDY}"
+            return f"this FAISS finds no GPU; {GPU_REMEDY}"
         return None if device_type in ("cpu", "cuda") else f"FAISS does not search {device_type} tensors"
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def _topk_cpu(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _knn(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """FAISS over the tensors' own memory, [Q, k] each; it skips rows with NaN and gives index −1 instead."""
+    """Search with FAISS without copying the tensors, [Q, k] each; rows with NaN are skipped, which leaves index −1."""
     found = faiss.knn(queries.numpy(), rows.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
     similarity, index = map(torch.from_numpy, found)
     return similarity.masked_fill_(index < 0, -torch.inf), index

@@ -1,4 +1,4 @@
-"""Any search by a backend that has `SearchBackend.topk` alone: int8 rows, and queries that may not find all rows."""
+"""Searches with labels, ids and int8 rows by backends that have only `SearchBackend.topk`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,16 +9,16 @@ from torch import Tensor
 from msf_core.search.base import GeneralSearch, Queries, Rows, RunningTopk, SearchBackend
 from msf_core.search.registry import load_backend, most_neighbors
 
-CHUNK_ROWS = 4096  # int8 rows that are brought to float32 at once
+CHUNK_ROWS = 4096  # int8 rows converted to float32 at a time
 Search = Callable[[Queries, Rows, int], tuple[Tensor, Tensor]]
-SPARE = 2  # times as many neighbors as asked for, of which some may be forbidden
+SPARE = 2  # request this many times k neighbors, because some may be excluded
 
 
 def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """Search as `GeneralSearch.general_topk` does, by that backend.
+    """Search like `GeneralSearch.general_topk`, with any backend.
 
-    One that has ``topk`` alone is asked for more neighbors than k. Queries that are left with fewer than k are
-    searched again by the torch backend; on a GPU that makes the host wait.
+    From a backend that has only ``topk``, more than k neighbors are requested if labels or ids exclude rows. Queries
+    that still have fewer than k are searched again by the torch backend, which synchronizes with a GPU.
     """
     if queries.own is not None and not getattr(backend, "leaves_out_own", False):
         return leaving_out_own(partial(search_by, backend), queries, rows, k)
@@ -48,15 +48,15 @@ def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> t
 
 
 def leaving_out_own(search: Search, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """Search by V more neighbors, for a ``search`` that knows nothing of ``queries.own``, and leave those rows out.
+    """Search without a query's own rows by a ``search`` that does not support ``queries.own``.
 
-    Here ``own`` may also be no row at all.
+    V more neighbors are requested, and the own rows are removed. Indices in ``own`` may also be outside of the rows.
     """
     asked = Queries(queries.values, queries.labels, queries.ids)
     if queries.own is None:
         return search(asked, rows, k)
     similarity, index = search(asked, rows, min(k + queries.own.shape[1], rows.values.shape[0]))
-    # At most V a query; where there are fewer the last ones are left out.
+    # At most V neighbors are own rows. If there are fewer, the last neighbors are dropped instead.
     own = (index[:, :, None] == queries.own[:, None]).any(dim=2)
     similarity, best = similarity.masked_fill(own, -torch.inf).topk(k, dim=1)
     return similarity, index.masked_fill(own, -1).gather(1, best)

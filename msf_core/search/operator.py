@@ -1,4 +1,4 @@
-"""The search of a bank as one PyTorch operator, ``torch.ops.msf_core.search``: `torch.compile` traces past it."""
+"""The search of a bank as a PyTorch operator, ``torch.ops.msf_core.search``, which `torch.compile` does not trace."""
 
 from functools import partial
 
@@ -9,9 +9,9 @@ from msf_core.search.base import Queries, Rows
 from msf_core.search.general import leaving_out_own, search_by
 from msf_core.search.registry import load_backend
 
-# torch.library.custom_op would do the same in fewer lines, but imports the compiler, seconds, at the first call.
+# torch.library.custom_op would need fewer lines, but at the first call it imports the compiler, which takes seconds.
 _LIBRARY = torch.library.Library("msf_core", "DEF")
-# It reads a number on the CPU: a CUDA graph of torch.compile's own, recorded while the bank fills, would freeze that.
+# The operator reads a number on the CPU. A CUDA graph that torch.compile records while the bank fills would freeze it.
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # PyTorch 2.9
 _LIBRARY.define(
     "search(Tensor queries, Tensor rows, Tensor filled, int k, str backend, Tensor? scale, "
@@ -24,21 +24,21 @@ _LIBRARY.define(
 def search_bank(
     queries: Queries, rows: Rows, filled: Tensor, k: int, backend: str, own_elsewhere: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Search the first ``filled`` rows, all where there are fewer, by the backend of that name.
+    """Search the first ``filled`` rows, or all rows if there are fewer, with a backend given by name.
 
     Args:
-        queries: Q of them.
-        rows: N of them.
-        filled: int64 scalar on the CPU, so that reading it makes no GPU wait.
+        queries: Q queries.
+        rows: N rows.
+        filled: int64 scalar on the CPU, so that reading it does not synchronize with a GPU.
         k: between 1 and n, the smaller of N and ``filled``.
-        backend: a name as `load_backend` knows it.
-        own_elsewhere: whether some of ``queries.own`` may be none of these rows.
+        backend: a name for `load_backend`.
+        own_elsewhere: whether indices in ``queries.own`` may be outside of these rows.
 
     Returns:
-        similarity [Q, k] float32 and index [Q, k] int64, as `GeneralSearch.general_topk`.
+        similarity [Q, k] float32 and index [Q, k] int64, as in `GeneralSearch.general_topk`.
 
     Raises:
-        ValueError, TypeError, ImportError: as `load_backend` and `SearchBackend.topk`.
+        ValueError, TypeError, ImportError: as in `load_backend` and `SearchBackend.topk`.
     """
     if type(queries.values) is Tensor and not torch.compiler.is_compiling():  # nothing is traced
         return _search_rows(queries, rows, filled, k, backend, own_elsewhere)

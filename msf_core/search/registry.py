@@ -1,4 +1,4 @@
-"""Backends by name, imported when first used."""
+"""Search backends by name, which are imported when first used."""
 
 from functools import cache
 from importlib import import_module
@@ -15,21 +15,21 @@ _CLASSES = {
 }
 _REMEDY = {
     "faiss": "pip install 'msf_core[faiss-gpu]' (Linux x86-64, CPU and CUDA) or 'msf_core[faiss-cpu]'",
-    "triton": "PyTorch for CUDA on Linux brings Triton along; elsewhere pip install triton, where there is one",
+    "triton": "PyTorch for CUDA on Linux includes Triton; elsewhere, pip install triton if your platform has it",
 }
 
 
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
-    """Say which search backends work here, and why the others do not.
+    """Return which search backends work here, and why the others do not.
 
     Args:
-        device: where the bank would lie; by default "cuda" where PyTorch has one, else "cpu".
+        device: the bank's device; by default "cuda" if it is available, else "cpu".
 
     Returns:
-        name -> None where the backend works, else the reason with what helps.
+        A dict from each name to None if the backend works, else to the reason and how to fix it.
 
     Raises:
-        ValueError: PyTorch knows no such device.
+        ValueError: if PyTorch has no such device.
 
     >>> available_backends("cpu")["torch"] is None
     True
@@ -44,12 +44,12 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
 
 
 def load_backend(name: str, device: torch.device | None = None) -> SearchBackend:
-    """Return the backend of that name, for tensors on ``device`` if one is given.
+    """Return the backend with this name, for tensors on ``device`` if one is given.
 
     Raises:
-        ValueError: no backend has that name.
-        ImportError: it is not installed, its import fails, or it does not serve the device; the message says
-            what helps.
+        ValueError: if no backend has this name.
+        ImportError: if the backend is not installed, cannot be imported, or does not support the device. The message
+            says how to fix it.
     """
     if name not in _CLASSES:
         raise ValueError(f"unknown search backend {name!r}; known: {', '.join(map(repr, _CLASSES))}")
@@ -62,11 +62,11 @@ def load_backend(name: str, device: torch.device | None = None) -> SearchBackend
 
 
 def find_backend(backend: str | SearchBackend, device: torch.device) -> SearchBackend:
-    """Return the backend that a ``backend=`` argument stands for on that device: "auto", a name, or an object.
+    """Return the backend for a ``backend=`` argument ("auto", a name, or an object) on a device.
 
     Raises:
-        ValueError, ImportError: as `load_backend`.
-        TypeError: an object without ``topk``.
+        ValueError, ImportError: as in `load_backend`.
+        TypeError: if an object has no ``topk``.
     """
     if not isinstance(backend, str):
         if isinstance(backend, type) or not isinstance(backend, SearchBackend):
@@ -76,10 +76,10 @@ def find_backend(backend: str | SearchBackend, device: torch.device) -> SearchBa
 
 
 def check_anywhere(backend: str | SearchBackend, device: torch.device | str | int | None) -> None:
-    """Raise unless such a backend works on that device; where it is None or meta, on one that is there.
+    """Raise unless the backend works on the device; if the device is None or meta, on the CPU or on CUDA.
 
     Raises:
-        ValueError, ImportError, TypeError: as `find_backend`.
+        ValueError, ImportError, TypeError: as in `find_backend`.
     """
     if device is not None and (asked := torch.device(device)).type != "meta":
         find_backend(backend, asked)
@@ -93,10 +93,11 @@ def check_anywhere(backend: str | SearchBackend, device: torch.device | str | in
 
 
 def check_backend(backend: str | SearchBackend, device: torch.device, k: int) -> None:
-    """Raise unless the backend that a ``backend=`` argument stands for finds k neighbors on that device.
+    """Raise unless the backend for a ``backend=`` argument can find k neighbors on a device.
 
     Raises:
-        ValueError, ImportError, TypeError: as `find_backend`, and ValueError for a k above its most.
+        ValueError, ImportError, TypeError: as in `find_backend`; also ValueError if k is larger than the backend
+            supports.
     """
     most = most_neighbors(find_backend(backend, device), device.type)
     if most is not None and k > most:
@@ -104,18 +105,18 @@ def check_backend(backend: str | SearchBackend, device: torch.device, k: int) ->
 
 
 def most_neighbors(backend: SearchBackend, device_type: str) -> int | None:
-    """Return how many neighbors a backend finds at most on that type of device; None where there is no limit."""
+    """Return the largest k that a backend supports on a type of device, or None if there is no limit."""
     most: int | None = getattr(backend, "most_neighbors", {}).get(device_type)
     return most
 
 
-# What torch.compiler.assume_constant_result does, without the seconds that importing the compiler takes:
-# torch.compile calls it once, while it traces.
+# The same as torch.compiler.assume_constant_result, but without the import of the compiler, which takes seconds:
+# torch.compile calls the function once, while tracing.
 check_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(name: str, device_type: str) -> str | None:
-    """Return None if that backend serves tensors on that type of device here, else the reason with what helps."""
+    """Return None if a backend works on this type of device here, else the reason and how to fix it."""
     if device_type == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no GPU here"
     backend, reason = _try_load(name)

@@ -1,22 +1,22 @@
-"""Exact search on CPUs that multiply bfloat16 natively: a screen in bfloat16 that leaves few rows to look at.
+"""Exact search on CPUs with bfloat16 instructions: a screen in bfloat16, after which few rows remain for float32.
 
-Rows that follow one another form groups. The products of all rows are computed in bfloat16, several times faster
-than in float32, and only the largest of each group is kept. A group whose maximum, with the most that rounding can
-have taken off, reaches the k-th best found for sure may hold a neighbor: its rows are multiplied again in float32.
+Consecutive rows form groups. The products of a query q with all rows are computed in bfloat16, several times faster
+than in float32, and only the largest product of each group is kept. If this maximum plus the largest possible rounding
+error reaches a lower bound of the k-th best product, the group can contain a neighbor. The products of such groups are
+computed again in float32.
 
-How far a product s̃ of the screen is from q·r, for rows no longer than unit vectors (Cauchy-Schwarz; rounding to
-bfloat16 is off by at most 2⁻⁸ of the value):
+The error of a product s̃ of the screen, for a row r no longer than 1 (Cauchy-Schwarz; rounding to bfloat16 changes a
+value by at most 2⁻⁸ of it), is bounded by
 
     |s̃ − q·r| ≤ ‖q − bfloat16(q)‖  +  2⁻⁸·‖q‖  +  D·2⁻²²·‖q‖  +  2⁻⁸·|s̃|
                  rounding of q        of r         of the sum      of the result, which keeps the order
 
-Int8 rows are screened in whole numbers, several times faster again: the queries are rounded to int8 too, and what that
-takes off them stands for the first three terms.
+Int8 rows are screened in integers, which is several times faster again. The queries are rounded to int8 too, and the
+norm of their rounding error replaces the first three terms.
 
-Where so many rows are nearly as similar as the k-th that the screen leaves too many, as from a collapsed encoder, the
-search goes on without it. The first and the last rows of a block tell that before all of it is screened, and the cost
-of multiplying rows again is bounded for the whole search: it takes at most about half as long again as without a
-screen.
+If too many rows are nearly as similar as the k-th best, for example from a collapsed encoder, the search continues
+without the screen. The first and last rows of a block show this before the rest is screened. The cost of computing
+products again is bounded for the whole search, so it takes at most about 1.5 times as long as without a screen.
 """
 
 from collections.abc import Callable
@@ -28,25 +28,25 @@ from torch import Tensor
 from msf_core.search.base import Queries, Rows, RunningTopk, exact_float32, rounded_to_int8, without_autocast
 
 GROUP = 16  # rows
-CHUNK_ROWS = 2048  # whose bfloat16 copies and products stay in the cache
+CHUNK_ROWS = 2048  # rows whose bfloat16 copies and products fit into the cache
 MOST_QUERIES = 512  # at once
-# Rows whose maxima are kept before the candidates among them are looked at: at first the k-th best of one block is
-# all that is known, so it has many rows for each neighbor.
+# Rows whose maxima are kept before their candidates are computed again. At first only the k-th best of one block is
+# known, so a block has many rows per neighbor.
 BLOCK_ROWS_FOR_EACH_NEIGHBOR, LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 1024, 32768, 131072
 CANDIDATE_BYTES = 32 << 20  # of one block's candidates
-AGAIN_BYTES = 4 << 20  # of rows that are multiplied again at once
-# A row multiplied again costs as much as AGAIN / (1 + AGAIN_QUERIES / Q + AGAIN_NEIGHBORS · k / D) rows of a float32
-# search. Measured on a Xeon with AMX, D of 256 and 512, k = 5: 21 to 44 for 256 queries and more, 5 to 10 for 8.
+AGAIN_BYTES = 4 << 20  # of rows whose products are computed again at once
+# Computing a row's product again costs as much as AGAIN / (1 + AGAIN_QUERIES / Q + AGAIN_NEIGHBORS · k / D) rows of a
+# float32 search. Measured on a Xeon with AMX, D of 256 and 512, k = 5: 21 to 44 for 256 queries or more, 5 to 10 for 8.
 AGAIN, AGAIN_QUERIES, AGAIN_NEIGHBORS = 35.0, 15, 6
-# Rows multiplied again may cost as much as a float32 search of SAVED of the rows so far, what the screen has saved, and
-# of MORE of all rows, for the first block leaves most. With LEAST_QUERIES the screen of float32 rows saves nothing.
+# This may cost as much as a float32 search of SAVED of the rows so far (the time saved by the screen) plus MORE of all
+# rows (because the first block leaves the most groups). With LEAST_QUERIES, the screen of float32 rows saves nothing.
 SAVED, MORE = 0.7, 0.3
-DOUBT = 1.25  # times as many rows as may be left: so many those chunks must promise for a block to be given up
+DOUBT = 1.25  # a block is given up if its first and last chunk predict this many times the allowed rows
 LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 800  # benchmarks/results/cpu_auto.md
-# Below these the screen of random rows took 1.1 to 7 times as long as float32 products: on a Xeon with AMX, two
-# threads, for D of 64 to 512, 16 to 256 queries, k of 1 and 5.
+# Below these limits, the screen of random rows took 1.1 to 7 times as long as float32 products (Xeon with AMX, two
+# threads, D of 64 to 512, 16 to 256 queries, k of 1 and 5).
 LEAST_ROWS, LEAST_WORK = 8192, 1 << 27  # the work is Q·n·D
-LEAST_FLOAT16_QUERIES = 256  # float16 to bfloat16 takes longer than a product with few queries
+LEAST_FLOAT16_QUERIES = 256  # with fewer, converting float16 to bfloat16 takes longer than the products
 ROUNDING = 2.0**-8
 
 Search = Callable[[Queries, Rows, int], tuple[Tensor, Tensor]]
@@ -54,13 +54,13 @@ Search = Callable[[Queries, Rows, int], tuple[Tensor, Tensor]]
 
 @cache
 def is_fast() -> bool:
-    """Tell whether this CPU has instructions for products of bfloat16 values."""
+    """Return whether this CPU has bfloat16 instructions."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
-    """Tell whether the screen makes a search faster: on a CPU that has those instructions, from some size on."""
+    """Return whether the screen makes a search faster: on a CPU with bfloat16 instructions, from some size on."""
     least = LEAST_FLOAT16_QUERIES if rows.dtype == torch.float16 else LEAST_QUERIES
     n = rows.shape[0]
     large = n >= LEAST_ROWS and queries.numel() * n >= LEAST_WORK
@@ -70,7 +70,7 @@ def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
 
 @torch.no_grad()
 def screened_search(queries: Queries, rows: Rows, k: int, otherwise: Search) -> tuple[Tensor, Tensor]:
-    """Search as `GeneralSearch.general_topk` does, on the CPU; ``otherwise`` searches what the screen does not save."""
+    """Search like `GeneralSearch.general_topk` on the CPU; ``otherwise`` searches rows for which the screen is slow."""
     parts = []
     device = rows.values.device
     with without_autocast(device), exact_float32(device):
@@ -96,16 +96,16 @@ def _search(queries: Queries, rows: Rows, k: int, otherwise: Search) -> tuple[Te
 
 
 class _Screen:
-    """The screen of one search, fed with blocks of rows; what it finds goes into ``best``."""
+    """The screen of one search, which gets blocks of rows and merges its results into ``best``."""
 
     def __init__(self, queries: Queries, rows: Rows, best: RunningTopk) -> None:
         self.best = best
-        self.n, self.pairs = rows.values.shape[0], 0  # rows of the search; groups that queries looked at again, so far
+        self.n, self.pairs = rows.values.shape[0], 0  # rows of the search; (query, group) pairs computed again so far
         self.constraints = queries
         self.queries = queries.values.float()  # [Q, D]
         count, dim = self.queries.shape
         length = torch.linalg.vector_norm(self.queries, dim=1)
-        # Every new tensor is made from one that is there: users set default dtypes and devices.
+        # New tensors are made from existing ones, because users may set default dtypes and devices.
         if rows.scale is not None:
             whole, step, self.error = rounded_to_int8(self.queries)
             self.rounded, self.step = whole.T.contiguous(), step.nan_to_num_().clamp_(min=1e-30)
@@ -115,7 +115,7 @@ class _Screen:
             rounded = self.queries.bfloat16().nan_to_num_()
             rounding = torch.linalg.vector_norm(self.queries - rounded.float(), dim=1)
             of_rows = 0.0 if rows.values.dtype == torch.bfloat16 else ROUNDING
-            # [Q], with 1 % for rows of half precision, which may be a little longer than 1; NaN for a query with NaN
+            # [Q], plus 1 % because half-precision rows can be slightly longer than 1; NaN for a query with NaN
             self.error = 1.01 * (rounding + of_rows * length)
             self.rounded = rounded.T
             self.products = rounded.new_empty(CHUNK_ROWS, count)
@@ -123,7 +123,7 @@ class _Screen:
         self.error += 1.01 * dim * 2.0**-22 * length
 
     def search(self, rows: Rows, offset: int) -> bool:
-        """Take rows [c · GROUP, D] in; return False, having done nothing, where the screen leaves too many."""
+        """Search rows [c · GROUP, D]. If the screen leaves too many groups, do nothing and return False."""
         done = offset + rows.values.shape[0]
         maxima = self._maxima(rows, done)
         if maxima is None:
@@ -138,7 +138,7 @@ class _Screen:
         return True
 
     def _maxima(self, rows: Rows, done: int) -> Tensor | None:
-        """Return the largest product of each group, [groups, Q]; None where the first and last show too many wanted."""
+        """Return the largest product of each group, [groups, Q]; None if the first and last chunk leave too many."""
         n, k = rows.values.shape[0], self.best.k
         maxima = self.queries.new_empty(n // GROUP, self.queries.shape[0], dtype=torch.bfloat16)
         first, last = CHUNK_ROWS, (n - 1) // CHUNK_ROWS * CHUNK_ROWS
@@ -148,7 +148,7 @@ class _Screen:
         self._fill(maxima, rows, 0, first)
         self._fill(maxima, rows, last, n)
         sample = torch.cat([maxima[: first // GROUP], maxima[last // GROUP :]])
-        # Among a part of the groups the one of that rank stands for the k-th best of the block.
+        # In this sample of the groups, the maximum with this rank estimates the k-th best of the block.
         rank = -(-k * len(sample) // len(maxima))
         promised = self._wanted(sample, rank).sum(dim=0) * (len(maxima) / (len(sample) * DOUBT))
         if not self._affordable(promised, done):
@@ -160,11 +160,11 @@ class _Screen:
         """Merge the rows of the wanted groups into the best.
 
         Args:
-            products: [p, GROUP] float32, of each pair of a query and a group.
-            group: [p], of the block.
-            query: [p].
-            counts: [Q], pairs of each query.
-            offset: of the block's first row.
+            products: [p, GROUP] float32, the products of p pairs of a query and a group.
+            group: [p], the group of each pair, within the block.
+            query: [p], the query of each pair.
+            counts: [Q], the number of pairs of each query.
+            offset: index of the block's first row.
         """
         most = max(int(counts.max()), -(-self.best.k // GROUP))
         similarity = self.queries.new_full((counts.shape[0], most, GROUP), -torch.inf)
@@ -175,9 +175,9 @@ class _Screen:
         self.best.merge(similarity.flatten(1), index.flatten(1))
 
     def _affordable(self, counts: Tensor, done: int) -> bool:
-        """Tell whether so many groups of each query, [Q], may be multiplied again, the rows before ``done`` being so.
+        """Return whether this many groups of each query, [Q], may be computed again, after ``done`` screened rows.
 
-        Both their time, with that of the groups before them, and the memory that holds their rows are bounded.
+        Both the time, including that of earlier groups, and the memory of the candidates are bounded.
         """
         (count, dim), k = self.queries.shape, self.best.k
         selection = 0.0 if self.constraints.constrained else AGAIN_NEIGHBORS * k / dim  # fast among few rows
@@ -188,24 +188,24 @@ class _Screen:
         return again <= saved + MORE * self.n and candidates <= CANDIDATE_BYTES
 
     def _wanted(self, maxima: Tensor, rank: int) -> Tensor:
-        """Tell which groups may hold a neighbor, bool as ``maxima``, if the k-th best reaches the rank-th of them."""
-        # A NaN row hides the others of its group; −inf is a group without a row that may be found.
+        """Return a bool mask like ``maxima`` of the groups that can contain one of the ``rank`` nearest rows."""
+        # A NaN hides the other rows of its group; −inf means that all rows of the group are excluded.
         return ((maxima >= self._least(maxima, rank)) & (maxima > -torch.inf)).logical_or_(maxima.isnan())
 
     def _least(self, maxima: Tensor, rank: int) -> Tensor:
-        """Return the least product of the screen, [Q] bfloat16, that may belong to one of the ``rank`` nearest."""
-        surely = torch.full_like(self.error, -torch.inf)  # [Q], the k-th best is at least that
+        """Return the least product of the screen, [Q] bfloat16, that can belong to one of the ``rank`` nearest rows."""
+        surely = torch.full_like(self.error, -torch.inf)  # [Q], a lower bound of the k-th best
         if maxima.shape[0] >= rank:
             kth = maxima.masked_fill(maxima.isnan(), -torch.inf).topk(rank, dim=0).values[-1].float()
             surely = kth - self.error - 1.01 * ROUNDING * kth.abs()
         if self.best.similarity.shape[1] == self.best.k:
             surely = torch.maximum(surely, self.best.similarity[:, -1])
-        return (surely - self.error).bfloat16()  # rounded as the products were, so none of them falls below it
+        return (surely - self.error).bfloat16()  # rounded like the products, so none of them falls below it
 
     def _fill(self, maxima: Tensor, rows: Rows, begin: int, end: int) -> None:
         """Write the largest product of each group, [groups, Q] bfloat16, for the rows from begin to end.
 
-        It is NaN where the group has a NaN.
+        It is NaN if the group has a NaN.
         """
         count = self.queries.shape[0]
         for start in range(begin, min(end, rows.values.shape[0]), CHUNK_ROWS):
@@ -220,7 +220,7 @@ class _Screen:
             maxima[start // GROUP : (start + CHUNK_ROWS) // GROUP] = largest
 
     def _products(self, rows: Rows) -> Tensor:
-        """Return products [c, Q] of rows and rounded queries; of int8 rows as multiples of the query's step."""
+        """Return products [c, Q] of rows and rounded queries; for int8 rows, in multiples of the query's step."""
         values, size = rows.values, rows.values.shape[0]
         if rows.scale is not None:
             whole = torch._int_mm(values, self.rounded, out=self.whole[:size])
@@ -230,7 +230,7 @@ class _Screen:
         return torch.mm(values, self.rounded, out=self.products[:size])
 
     def _again(self, rows: Rows, query: Tensor, group: Tensor) -> Tensor:
-        """Return the float32 products of the pairs, [p, GROUP]; −inf for NaN and for rows that may not be found."""
+        """Return the float32 products of (query, group) pairs, [p, GROUP]; −inf for NaN and for excluded rows."""
         dim = rows.values.shape[1]
         groups = rows.values.view(-1, GROUP * dim)
         step = max(1, AGAIN_BYTES // (4 * GROUP * dim))

@@ -1,4 +1,4 @@
-"""Exact search by PyTorch's matrix product and top-k, a chunk of rows at a time; large ones on a CPU by `screen`."""
+"""Exact search by PyTorch's matrix product and top-k, one chunk of rows at a time; by `screen` if large on a CPU."""
 
 from functools import partial
 
@@ -17,13 +17,13 @@ from msf_core.search.base import (
 from msf_core.search.general import leaving_out_own
 from msf_core.search.screen import screen_pays, screened_search
 
-# Bytes of one chunk of rows and of its products, as float32: they should stay in a CPU's cache, and keep a GPU busy.
+# Bytes of one chunk of rows, and of its products, in float32. They should fit into a CPU's cache, or keep a GPU busy.
 CPU_CHUNK_BYTES = 4 << 20
 CUDA_CHUNK_BYTES = 32 << 20
 
 
 class TorchSearch:
-    """`SearchBackend` on plain PyTorch: any device, extra memory bounded by one chunk."""
+    """`SearchBackend` in plain PyTorch for any device. The extra memory is bounded by one chunk."""
 
     leaves_out_own = True
 
@@ -40,7 +40,7 @@ class TorchSearch:
 
 
 def float32_search(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """Search as `GeneralSearch.general_topk` does, by products in float32 alone."""
+    """Search like `GeneralSearch.general_topk`, with products only in float32."""
     n = rows.values.shape[0]
     chunk_bytes = CUDA_CHUNK_BYTES if rows.values.is_cuda else CPU_CHUNK_BYTES
     chunk = max(1024, chunk_bytes // (4 * max(queries.values.shape)))
@@ -64,7 +64,7 @@ def _one_chunk(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     products = _products(queries, rows)
     if queries.own is not None:
         products.scatter_(1, queries.own, -torch.inf)
-    if may_look(products):  # mostly every neighbor is there
+    if may_look(products):  # usually no neighbor is missing
         similarity, index = products.max(dim=1, keepdim=True) if k == 1 else products.topk(k, dim=1)
         if not index.shape[0] or similarity.min().item() > -torch.inf:
             return similarity, index
@@ -73,12 +73,12 @@ def _one_chunk(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _without_nan(products: Tensor) -> Tensor:
-    """Make NaN −inf, in place: top-k ranks NaN first."""
+    """Replace NaN with −inf in place, because top-k ranks NaN first."""
     return products.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _products(queries: Queries, rows: Rows) -> Tensor:
-    """Return the products [Q, c] in float32; −inf for rows that may not be found, NaN for rows with NaN."""
+    """Return the products [Q, c] in float32; −inf for excluded rows, NaN for rows with NaN."""
     products = _all_products(queries.values, rows)
     forbidden = queries.forbidden(rows.labels, rows.ids)
     return products if forbidden is None else products.masked_fill_(forbidden, -torch.inf)

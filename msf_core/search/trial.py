@@ -1,11 +1,11 @@
-"""A trial of the kernels that "auto" chooses: they serve once they have found the right rows on this device.
+"""A trial of the kernels that "auto" chooses. They are used only after they found the right rows on this device.
 
-A trial searches some thousand rows, made for it, as the search at hand would: with its D, its k, up to 160 queries, and
-its limits. Among the rows are rows with NaN, whole groups of them, copies, and 200 rows that TF32 cannot tell apart;
-beyond the last one, in the same memory, lie rows that would be the nearest. What the backend finds is judged by float64
-products: the similarity in each place and of each row found, places left empty, rows found twice.
+A trial searches about 2,500 generated rows with the D, k and limits of the actual search and up to 160 queries. Among
+the rows are rows with NaN, whole groups of NaN, copies, and 200 rows that TF32 cannot distinguish. In the memory after
+the last row are rows that would be the nearest. The result is compared with float64 products: all similarities, missing
+neighbors, and rows that are found twice.
 
-It takes no random numbers of the user's, and leaves autocast, TF32 and the sync debug mode as they are.
+A trial does not use the user's random number generators, and does not change autocast, TF32 and the sync debug mode.
 """
 
 import threading
@@ -19,27 +19,27 @@ from torch import Tensor
 from msf_core.rows import packed, unit_rows
 from msf_core.search.base import GeneralSearch, Queries, Rows
 
-ROWS, BEYOND = 2477, 40  # rows that are searched, and rows that lie behind them
-LEAST_QUERIES, MOST_QUERIES = 8, 160  # some groups of limits; more than a tile of the kernels holds
+ROWS, BEYOND = 2477, 40  # rows that are searched, and rows in the memory after them
+LEAST_QUERIES, MOST_QUERIES = 8, 160  # at least a few for each kind of limit; at most more than one tile of the kernels
 TOLERANCE = 1e-5  # of a similarity: float32 sums are within it, TF32 and bfloat16 products are not
-MESSAGE_LENGTH = 500  # of an error: a compiler's can be pages
+MESSAGE_LENGTH = 500  # of an error, because a compiler's can be pages long
 
 
 class TriedSearch:
-    """`GeneralSearch` by ``backend`` where it passes a trial, by ``fallback`` where it fails; both leave own rows out.
+    """`GeneralSearch` by ``backend`` if it passes a trial, and by ``fallback`` otherwise. Both must exclude own rows.
 
-    The trial runs at the first search with a device, dtype, D, k and kind of limits: what kernels are compiled for. It
-    waits for the device. Where the backend does not compile, does not launch or finds the wrong rows, there is one
-    warning, and ``fallback`` searches the rows of that device and dtype from then on. The same holds where a search
+    The trial runs at the first search for each device, dtype, D, k and kind of limits, for which kernels are compiled.
+    It synchronizes with the device. If the backend does not compile, does not launch or finds the wrong rows, there is
+    one warning, and from then on ``fallback`` searches rows of this device and dtype. The same happens if a search
     fails after the trial, which had fewer rows.
 
-    While a CUDA graph is captured nothing can be compiled or compared. A search that has not been tried is captured
-    with ``fallback``, with a warning: search once before the capture, as its warm-up does. A search that fails while it
-    is captured raises, for the capture is lost.
+    During the capture of a CUDA graph, no trial is possible. A search that has not been tried is captured with
+    ``fallback`` and a warning; to avoid this, search once before the capture. A search that fails during the capture
+    raises its error, because the capture is lost.
 
     Raises:
-        torch.OutOfMemoryError: it says nothing about the kernels.
-        RuntimeError: the error of a device that does not work any more; ``fallback`` could not search there either.
+        torch.OutOfMemoryError: if memory runs out; the kernels are not rejected for this.
+        RuntimeError: if the device no longer works; ``fallback`` could not search there either.
     """
 
     leaves_out_own = True
@@ -69,7 +69,7 @@ class TriedSearch:
         return self.fallback.general_topk(queries, rows, k)
 
     def _trusts(self, queries: Queries, rows: Rows, k: int) -> bool:
-        """Tell whether the backend serves that search; try it where that is not known."""
+        """Return whether the backend can be used for the search; run a trial if that is not known."""
         values = rows.values
         kernel = (values.device, values.dtype, values.shape[1], k, *_limits(queries, rows))
         with self._lock:
@@ -108,10 +108,10 @@ class TriedSearch:
 
 @torch.no_grad()
 def try_out(backend: GeneralSearch, queries: Queries, rows: Rows, k: int) -> str | None:
-    """Return None if the backend finds the right rows in a search like that one, else what is wrong.
+    """Return None if the backend finds the right rows in a search like the given one, else what is wrong.
 
     Raises:
-        torch.OutOfMemoryError, RuntimeError: as `TriedSearch`.
+        torch.OutOfMemoryError, RuntimeError: as in `TriedSearch`.
     """
     device = rows.values.device
     with _waiting_allowed(device):
@@ -125,7 +125,7 @@ def try_out(backend: GeneralSearch, queries: Queries, rows: Rows, k: int) -> str
             truth.scatter_(1, asked.own, -torch.inf)
         try:
             similarity, index = backend.general_topk(asked, there, k)
-            _synchronize(device)  # a kernel that fails does so here
+            _synchronize(device)  # errors of kernels are raised here
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -134,13 +134,13 @@ def try_out(backend: GeneralSearch, queries: Queries, rows: Rows, k: int) -> str
 
 
 def _limits(queries: Queries, rows: Rows) -> tuple[bool, bool, int]:
-    """Tell whether the search is limited by labels and by ids, and how many rows of their own queries leave out."""
+    """Return whether the search is limited by labels and by ids, and the number of own rows that it excludes."""
     by_label, by_id = None not in (queries.labels, rows.labels), None not in (queries.ids, rows.ids)
     return by_label, by_id, queries.most_own
 
 
 def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
-    """Return the queries and rows of a trial, with the device, dtype, D, tiles and limits of that search."""
+    """Return the queries and rows of a trial, with the device, dtype, D, tiles and limits of the given search."""
     device, dim = rows.values.device, rows.values.shape[1]
     count = min(max(LEAST_QUERIES, queries.values.shape[0]), MOST_QUERIES)
     n = ROWS + BEYOND
@@ -151,7 +151,7 @@ def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
     near = number * (ROWS // MOST_QUERIES)  # the row next to each query
     asked = unit_rows(made[near] + 0.5 * noise[near])
     by_label, by_id, views = _limits(queries, rows)
-    for view in range(1, views):  # the other rows of its own are as near
+    for view in range(1, views):  # a query's other own rows are as near
         made[near + view] = unit_rows(asked + 0.5 * noise[near + view])
     made[1200:1400] = unit_rows(asked[1] + 0.05 * noise[1200:1400])
     made[300:330] = made[30:60]
@@ -161,7 +161,7 @@ def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
     made[ROWS:] = asked[3]
     asked[2, dim - 1] = torch.nan
     labels = ids = asked_labels = asked_ids = None
-    if by_label:  # every fourth query asks for any row, every fourth for a label that one row has, or none
+    if by_label:  # every fourth query allows any row; another fourth has a label of only one row, or of none
         labels = torch.arange(n, device=device) % 7
         labels[5] = 7
         asked_labels = labels[near].masked_fill(number % 4 == 0, -1)
@@ -176,7 +176,7 @@ def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
 
 
 def _difference(similarity: Tensor, index: Tensor, truth: Tensor, k: int) -> str | None:
-    """Return what is wrong with the k found, by the similarities [Q, n] in float64, −inf for rows not to be found."""
+    """Compare the k neighbors with the similarities [Q, n] in float64, −inf for excluded rows; return what is wrong."""
     expected = truth.topk(k, dim=1).values  # [Q, k]
     if similarity.shape != expected.shape or index.shape != expected.shape:
         return f"it returned {list(similarity.shape)} and {list(index.shape)} for {list(expected.shape)}"
@@ -185,7 +185,7 @@ def _difference(similarity: Tensor, index: Tensor, truth: Tensor, k: int) -> str
     slots = index.sort(dim=1).values
     checks = {
         "its indices point beyond the rows": (index < -1) | (index >= truth.shape[1]),
-        "it finds rows that a query may not find, or too few": (index == -1) != absent,
+        "it finds excluded rows, or too few": (index == -1) != absent,
         "it finds rows that are not the nearest": ~((found - expected).abs() <= TOLERANCE) & ~absent,
         "it finds a row twice": (slots[:, 1:] == slots[:, :-1]) & (slots[:, 1:] >= 0),
         "its similarities are wrong": torch.where(
@@ -194,11 +194,11 @@ def _difference(similarity: Tensor, index: Tensor, truth: Tensor, k: int) -> str
     }
     failed = torch.stack([check.any() for check in checks.values()]).tolist()
     wrong = [what for what, is_so in zip(checks, failed, strict=True) if is_so]
-    return f"on rows made to try it, {'; '.join(wrong)}" if wrong else None
+    return f"in a trial on generated rows, {'; '.join(wrong)}" if wrong else None
 
 
 def _reason(error: Exception, device: torch.device) -> str:
-    """Return the error in words; raise it where the device does not work any more."""
+    """Return the error as text; raise it if the device no longer works."""
     try:
         _synchronize(device)
     except Exception:
@@ -220,7 +220,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 @contextmanager
 def _waiting_allowed(device: torch.device) -> Iterator[None]:
-    """Let the host wait for the device, whatever `torch.cuda.set_sync_debug_mode` says: a trial is not the hot path."""
+    """Allow synchronization despite `torch.cuda.set_sync_debug_mode`, because a trial is not the hot path."""
     if device.type != "cuda":
         yield
         return

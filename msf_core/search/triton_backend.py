@@ -1,43 +1,41 @@
 """Exact search by group maxima, fused in Triton: one pass over the rows, and no Q×N matrix.
 
-Rows that follow one another form groups of G.
+Consecutive rows form groups of G rows.
 
-1. `group_maxima`: the products of a tile of queries with a tile of rows stay in registers; only the largest of each
-   group is written, [Q, n / G] values.
-2. `select`, one program a query: takes groups in the order of their maxima, a batch at a time, computes the products
-   of their rows again in float32, and keeps the k best.
+1. `group_maxima` computes the products of a tile of queries with a tile of rows in registers, and writes only the
+   largest product of each group, [Q, n / G] values.
+2. `select` runs one program per query. It takes groups in the order of their maxima, one batch at a time, computes the
+   products of their rows again in float32, and keeps the k best.
 
-After k groups the k best are known: any row of another group has k others, the maxima of the groups taken, that are
-at least as similar. It may stop before, when no maximum left is above the k-th best.
+After k groups, the k best rows are known: for any row of another group, the k maxima of the groups taken are at least
+as similar. `select` stops earlier if no remaining maximum is above the k-th best.
 
-A query that leaves out V rows of its own needs k + V groups. The maximum of such a row's group may be that row, so the
-groups taken hold k + V rows that are at least as similar as any row of another group, and at most V of those are its
-own.
-Rows left out by label or id are not in the maxima.
+If V own rows of a query are excluded, k + V groups are needed. The maximum of a group may be an own row, so the groups
+taken contain k + V rows that are at least as similar as any row of another group, and at most V of them are own rows.
+Rows excluded by label or id are not in the maxima.
 
-Half-precision rows are multiplied exactly and summed in float32 in both steps, so only similarities that differ by
-the rounding of such a sum, about 1e-6, can change places. Float32 rows are multiplied in TF32 in the first step,
-which cuts 13 of the 23 bits of each factor off: each is off by less than 2⁻¹⁰ of its size, and the product of two
-vectors by less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the rounding of the sum). For int8 rows the queries are
-rounded to int8 too, and the bound is the length of what that takes off a query. Groups are taken until no maximum
-left reaches the k-th best less that bound (rows are unit vectors), so the result is exact in float32.
+The products of half-precision rows are exact and summed in float32 in both steps, so only similarities that differ by
+the rounding of such a sum, about 1e-6, can change places. The products of float32 rows are computed in TF32 in the
+first step, which removes 13 of the 23 bits of each factor. The error of a factor is less than 2⁻¹⁰ of it, and that of a
+product of two vectors less than `TF32_ERROR`·‖q‖·‖r‖ (Cauchy-Schwarz, with the rounding of the sum). For int8 rows, the
+queries are rounded to int8 too, and the bound is the norm of their rounding error. `select` takes groups until no
+remaining maximum reaches the k-th best minus the bound (rows are unit vectors), so the result is exact in float32.
 
-Where rows are nearly all alike (a collapsed encoder), that bound leaves nearly every group. So `select` stops after
-`most_groups` of them and marks the query as unsettled. A precise pass follows:
+If almost all rows are alike (a collapsed encoder), nearly every group is within this bound. Therefore `select` stops
+after `most_groups` groups and marks the query as unsettled. A precise pass follows:
 
-3. `group_maxima` again, for blocks with an unsettled query, with each factor split into two TF32 values (TF32x3).
-   What it leaves out is at most 3·2⁻²⁰·‖q‖·‖r‖, in practice less than the rounding of the sum.
-4. `select` again, for unsettled queries: k groups (k + V without its own rows), as for half precision. Similarities
-   that differ by less than those 3·2⁻²⁰ can change places.
+3. `group_maxima` again, for blocks with an unsettled query, with each factor split into two TF32 values (TF32x3). The
+   error is at most 3·2⁻²⁰·‖q‖·‖r‖, which is usually less than the rounding of the sum.
+4. `select` again, for unsettled queries, with k groups (k + V if own rows are excluded), as for half precision.
+   Similarities that differ by less than this error can change places.
 
-Both are launched at every search that could need them, and end at once where no query does: the host never waits.
-The most bytes of rows that a search reads, b a value, with blocks of 128 and 64 queries:
+Both steps are launched at every search that might need them, and end at once if no query does, so the host never
+synchronizes. With blocks of 128 and 64 queries, and b bytes per value, a search reads at most this many bytes of rows:
 
     ⌈Q/128⌉·n·D·b  +  Q·most_groups·G·D·b  +  ⌈Q/64⌉·n·D·b  +  Q·(k + V)·G·D·b
 
-For Q = 256, n = 1,024,000, D = 512, k = 5 and float32 that is 4.2 + 8.5 + 8.4 + 0.1 GB, where looking at every group
-takes 537 GB. Blocks that read the same rows follow one another, so most of the first and third term come from the L2
-cache.
+For Q = 256, n = 1,024,000, D = 512, k = 5 and float32, this is 4.2 + 8.5 + 8.4 + 0.1 GB; taking every group would read
+537 GB. Consecutive blocks read the same rows, so most of the first and third terms come from the L2 cache.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -52,11 +50,11 @@ from msf_core.search.base import Queries, Rows, check_search_arguments, rounded_
 from msf_core.search.triton_kernels import INTERPRETED, group_maxima, select
 from msf_core.search.triton_plan import EXACT_DTYPES, SELECT_WARPS, Plan, Tiles, plan_for
 
-OLDEST_TRITON = (3, 3)  # the compiler of 3.2 crashes, and the process with it
+OLDEST_TRITON = (3, 3)  # the compiler of 3.2 crashes the process
 MOST_NEIGHBORS = 256
 TF32_ERROR = 2**-9 + 2**-12
-LANES = 1024  # of `select`: groups are dealt out to so many lanes
-MEMBERS = 32  # groups of a lane that are looked at in one go
+LANES = 1024  # of `select`, among which groups are distributed
+MEMBERS = 32  # groups of a lane that are read at once
 
 
 class TritonSearch:
@@ -64,29 +62,29 @@ class TritonSearch:
 
     most_neighbors = MappingProxyType({"cuda": MOST_NEIGHBORS, "cpu": MOST_NEIGHBORS})
     leaves_out_own = True
-    """It serves `Queries.own`."""
+    """Whether `Queries.own` is supported."""
 
     def why_not(self, device_type: str) -> str | None:
-        """Return None if it searches that type of device here, else the reason."""
+        """Return None if Triton can search tensors on this type of device here, else the reason."""
         if device_type == "cpu":
-            return None if INTERPRETED else "Triton searches CUDA tensors; its interpreter (slow, for tests) CPU ones"
+            return None if INTERPRETED else "Triton searches CUDA tensors; on the CPU it runs only in its interpreter"
         if device_type != "cuda":
             return f"Triton does not search {device_type} tensors"
         if torch.version.hip is not None:
-            return "its kernels are tuned and tested for CUDA alone, not for ROCm"
+            return "its kernels are tuned and tested only for CUDA, not for ROCm"
         if _version() < OLDEST_TRITON:
-            return f"its kernels need Triton 3.3, which comes with PyTorch 2.7; here is {triton.__version__}"
+            return f"its kernels need Triton 3.3, which comes with PyTorch 2.7; this is {triton.__version__}"
         if (problem := _why_not_launch()) is not None:
             return problem
         capability = torch.cuda.get_device_capability()
         return None if capability >= (8, 0) else f"it needs compute capability 8.0, this GPU has {capability}"
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `SearchBackend.topk`; k is at most 256. The same bits come at every call."""
+        """See `SearchBackend.topk`; k is at most 256. Results are deterministic."""
         return self.general_topk(Queries(queries), Rows(rows), k)
 
     def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-        """See `GeneralSearch.general_topk`; k is at most 256. The same bits come at every call."""
+        """See `GeneralSearch.general_topk`; k is at most 256. Results are deterministic."""
         check_search_arguments(queries, rows, k)
         values, device = rows.values, rows.values.device
         if k > MOST_NEIGHBORS:
@@ -98,7 +96,7 @@ class TritonSearch:
         index = torch.empty((count, k), dtype=torch.int64, device=device)
         if count == 0:
             return similarity, index
-        # The kernels read what lies beside one another; a column of a table of labels and ids does not.
+        # The kernels need contiguous tensors; a column of a table of labels and ids is not contiguous.
         queries, rows = Queries(*map(_laid_out, queries)), Rows(*map(_laid_out, rows))  # type: ignore[arg-type]
         plan = plan_for(count, n, dim, k, values.dtype, queries.most_own, *device_limits(device.type, device.index))
         maxima = torch.empty((plan.at_once, plan.stride), dtype=torch.float32, device=device)
@@ -113,11 +111,11 @@ class TritonSearch:
 
 
 def _launch(queries: Queries, rows: Rows, maxima: Tensor, similarity: Tensor, index: Tensor, plan: Plan) -> None:
-    """Search for at most as many queries as ``maxima`` has lines."""
+    """Launch the search for at most as many queries as ``maxima`` has lines."""
     q, labels, ids, own = queries
     values, scale, row_labels, row_ids = rows
     (count, dim), n, k, groups = q.shape, values.shape[0], similarity.shape[1], plan.groups
-    unused = q  # stands for tensors that are not there
+    unused = q  # passed for tensors that do not exist
     screened, q_scale, error = q, unused, unused
     if scale is not None:
         screened, q_scale, error = rounded_to_int8(q)
@@ -198,7 +196,7 @@ def _laid_out(part: Tensor | None) -> Tensor | None:
 
 @cache
 def device_limits(device_type: str, device: int | None) -> tuple[int, int]:
-    """Return the bytes of shared memory that a program may have, and the multiprocessors."""
+    """Return the bytes of shared memory available to a program, and the number of multiprocessors."""
     if device_type == "cpu":
         return 0, 1
     properties = torch.cuda.get_device_properties(device)
@@ -221,9 +219,9 @@ def _version() -> tuple[int, ...]:
 
 @cache
 def _why_not_launch() -> str | None:
-    """Return None if Triton can start kernels here: at the first one it builds a module with the C compiler."""
+    """Return None if Triton can launch kernels here, else the reason; the first launch needs a C compiler."""
     try:
         triton.runtime.driver.active.utils  # noqa: B018
     except Exception as error:
-        return f"Triton cannot start kernels: {type(error).__name__}: {error}"
+        return f"Triton cannot launch kernels: {type(error).__name__}: {error}"
     return None

@@ -1,17 +1,17 @@
-"""The two kernels of the fused search, launched and explained by `triton_backend`."""
+"""The two kernels of the fused search; `triton_backend` launches and explains them."""
 
 import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-(2**63))
-UNKNOWN = tl.constexpr(-(2**63) + 1)  # below every key too
+UNKNOWN = tl.constexpr(-(2**63) + 1)  # also below every key
 
 
 @triton.jit
 def _key(similarity, index):
-    """Pack into an int64 that sorts by similarity (float32), and among equal ones by the lower index first."""
+    """Pack into an int64 that sorts by float32 similarity; if similarities are equal, the lower index comes first."""
     bits = similarity.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as a signed integer it now sorts as the float
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as a signed integer, it now sorts like the float
     return (bits.to(tl.int64) << 32) | (0xFFFFFFFF - index.to(tl.int64))
 
 
@@ -46,18 +46,18 @@ def group_maxima(
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr,  # for Triton's interpreter, which multiplies the bits of bfloat16 values as integers
+    WIDEN: tl.constexpr,  # for Triton's interpreter, which would multiply the bits of bfloat16 values as integers
     INT8: tl.constexpr,
     BY_LABEL: tl.constexpr,
     BY_ID: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """Write the largest product of each query with the rows of each group; NaN where it may find none of them.
+    """Write the largest product of each query with the rows of each group; NaN if all rows of the group are excluded.
 
-    Where PRECISE, the products are those of float32 but for the rounding of a sum, and only blocks of queries with an
-    unsettled one are written. Any number of programs does the work.
+    If PRECISE, the products are exact up to the rounding of a float32 sum, and only blocks with an unsettled query are
+    written. Any number of programs can share the work.
     """
-    # Tiles that follow one another read the same rows, which the second finds in the L2 cache.
+    # Consecutive tiles read the same rows, so the second tile finds them in the L2 cache.
     blocks = tl.cdiv(count, BLOCK_Q)
     first = tl.program_id(0)
     last, step = first + 1, 1
@@ -68,7 +68,7 @@ def group_maxima(
         q = block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
         r = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
-        # Beyond the end the last row stands in: within its own group that changes no maximum.
+        # After the end, use the last row instead: this does not change the maximum of its group.
         q_inside, r_inside = tl.minimum(q, count - 1).to(tl.int64), tl.minimum(r, n - 1).to(tl.int64)
         wanted = True
         if PRECISE:
@@ -102,7 +102,7 @@ def group_maxima(
                 q_id = tl.load(q_ids + q_inside)[:, None]
                 same = (q_id >= 0) & (q_id == tl.load(ids + r_inside)[None, :])
                 products = tl.where(same, float("nan"), products)
-            # A NaN counts only in a group that has nothing else.
+            # The maximum ignores NaN, unless the whole group is NaN.
             largest = tl.max(tl.reshape(products, (BLOCK_Q, BLOCK_N // GROUP, GROUP)), axis=2)
             if whole:
                 largest *= tl.load(q_scale + q_inside)[:, None]
@@ -113,13 +113,13 @@ def group_maxima(
 
 @triton.jit
 def _stride_of(groups):
-    """Return the distance between lines of the maxima: lines begin at multiples of 64 bytes."""
+    """Return the distance between lines of the maxima; lines begin at multiples of 64 bytes."""
     return tl.cdiv(groups, 16) * 16
 
 
 @triton.jit
 def _keys(maxima, g, groups):
-    """Return the keys of the groups g; `LOWEST` for one that has nothing to find, and beyond the last."""
+    """Return the keys of the groups g; `LOWEST` for groups without allowed rows, and after the last group."""
     values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
     return tl.where(values == values, _key(values, g), LOWEST)
 
@@ -174,7 +174,7 @@ def _products(query, rows, r, n, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK_D
 
 @triton.jit
 def _settled(worst, group_key, error, K: tl.constexpr):
-    """Tell whether K rows are found, and no row of the group ``group_key`` or of a worse one can be nearer."""
+    """Return whether K rows are found, and no row of the group ``group_key`` or of a worse one can be nearer."""
     return (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
 
 
@@ -189,33 +189,34 @@ def select(
     q_ids,  # [Q] int64, read where BY_ID
     ids,  # [n] int64, likewise
     own,  # [Q, OWN] int64
-    unsettled,  # [Q] int32: read where PRECISE, to leave queries with 0 as they are; else written where not EXACT
+    unsettled,  # [Q] int32: read where PRECISE, to skip queries with 0; otherwise written where not EXACT
     maxima,  # [Q, stride] float32, of which groups are used
     similarity,  # [Q, K] float32, written
     index,  # [Q, K] int64, written
     n,
     groups,
-    most,  # groups that are looked at, at most
+    most,  # groups to take at most
     DIM: tl.constexpr,
     K: tl.constexpr,
     K_LANES: tl.constexpr,
     GROUP: tl.constexpr,
-    BATCH: tl.constexpr,  # groups that are looked at together
+    BATCH: tl.constexpr,  # groups of a batch
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
     MEMBERS: tl.constexpr,
     ERROR: tl.constexpr,  # of the maxima, for a query of length 1
-    EXACT: tl.constexpr,  # whether the maxima have no error but the rounding of a sum
+    EXACT: tl.constexpr,  # whether the maxima are exact up to the rounding of a sum
     INT8: tl.constexpr,
     BY_LABEL: tl.constexpr,
     BY_ID: tl.constexpr,
-    OWN: tl.constexpr,  # rows of its own that a query leaves out
+    OWN: tl.constexpr,  # number of own rows excluded from each query
     PRECISE: tl.constexpr,
 ):
-    """Write the k nearest rows of one query, by the maxima of their groups.
+    """Write the k nearest rows of one query, chosen by the maxima of their groups.
 
-    Groups are taken best first, BATCH at a time. For that they are dealt to LANES lanes: lane i has the groups i,
-    i + LANES, i + 2·LANES, … Only the best two of each lane are kept; a lane that runs out of them is read again.
+    Groups are taken in the order of their maxima, BATCH at a time. They are distributed over LANES lanes: lane i has
+    the groups i, i + LANES, i + 2·LANES, … Only the best two groups of each lane are kept; after them, the lane is read
+    again.
     """
     query = tl.program_id(0).to(tl.int64)
     if PRECISE and tl.load(unsettled + query) == 0:
@@ -229,7 +230,7 @@ def select(
     if not EXACT:
         error = tl.load(errors + query) if INT8 else ERROR * _length(queries, DIM, BLOCK_D)
 
-    # The k best rows so far, first placeholders that differ, below every row's key; lanes beyond k stay out of it.
+    # The k best rows so far. They start as distinct placeholders below the key of every row; lanes after k are unused.
     k_lanes = tl.arange(0, K_LANES)
     best = tl.where(k_lanes < K, LOWEST + 1 + k_lanes.to(tl.int64), 0x7FFFFFFFFFFFFFFF)
     worst = tl.min(best)
@@ -238,9 +239,9 @@ def select(
     taken = tl.full((), 0, tl.int32)
     going = group_key > LOWEST
     while going:
-        # The best groups, from the maxima alone.
+        # Take the best groups by their maxima.
         batch = tl.full((BATCH,), LOWEST, dtype=tl.int64)
-        place = taken * 0  # of a plain 0 the compilers of Triton 3.3 and 3.4 crash
+        place = taken * 0  # with a plain 0, the compilers of Triton 3.3 and 3.4 crash
         while going & (place < BATCH):
             batch = tl.where(b == place, group_key, batch)
             lane = (_index_of(group_key) % LANES).to(tl.int32)
@@ -254,7 +255,7 @@ def select(
             taken += 1
             going = (group_key > LOWEST) & (taken < most) & (_settled(worst, group_key, error, K) == 0)
 
-        # All their rows; [BATCH · GROUP] from here on.
+        # Compute the products of all their rows; shapes are [BATCH · GROUP] from here on.
         first_row = tl.where(b < place, _index_of(batch).to(tl.int32) * GROUP, n)
         r = tl.reshape(first_row[:, None] + m[None, :], (BATCH * GROUP,))
         products = _products(queries, rows, r, n, BATCH * GROUP, DIM, BLOCK_D)
@@ -288,5 +289,5 @@ def select(
     tl.store(index + places, tl.where(found, _index_of(best), -1), mask=k_lanes < K)
 
 
-# With TRITON_INTERPRET=1 in the environment before Triton is imported, the kernels run on CPU tensors.
+# If TRITON_INTERPRET=1 is set before Triton is imported, the kernels run on CPU tensors.
 INTERPRETED = not isinstance(select, triton.JITFunction)

@@ -1,6 +1,6 @@
-"""How the Triton search is launched: sizes of groups, tiles and batches, all of them by plain arithmetic.
+"""The launch parameters of the Triton search: sizes of groups, tiles and batches, computed from the sizes of a search.
 
-Which tiles spill no registers and fit, the tests compile for GPUs that are not here (tests/test_triton_compiled.py).
+tests/test_triton_compiled.py compiles the tiles for several GPUs, and checks that they fit and spill no registers.
 """
 
 from functools import lru_cache
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-EXACT_DTYPES = (torch.float16, torch.bfloat16)  # the first pass multiplies them exactly
-MAXIMA_BYTES = 40 << 20  # of the maxima that are held at once
+EXACT_DTYPES = (torch.float16, torch.bfloat16)  # the first pass computes their products exactly
+MAXIMA_BYTES = 40 << 20  # most bytes of maxima at once
 SELECT_WARPS = 8
-BATCH_ROWS = 256  # rows that `select` looks at together, at most
-BATCH_BYTES = 32 << 10  # of them that it loads at once; with more, only one program fits a multiprocessor
-LEAST_GROUPS = 32  # beyond k that are looked at before the precise pass
-PRECISE_COST = 4  # of the precise pass, in passes over float32 rows; an estimate
-PROGRAMS = 2  # of the precise pass on each multiprocessor
+BATCH_ROWS = 256  # most rows of a batch in `select`
+BATCH_BYTES = 32 << 10  # bytes of a batch loaded at once; with more, only one program fits on a multiprocessor
+LEAST_GROUPS = 32  # groups, in addition to k, that `select` takes at least before the precise pass
+PRECISE_COST = 4  # cost of the precise pass, in passes over float32 rows; an estimate
+PROGRAMS = 2  # programs of the precise pass on each multiprocessor
 
 
 class Tiles(NamedTuple):
@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a search is launched; all of it follows from its sizes."""
+    """The launch parameters of a search."""
 
     at_once: int
     """Queries of one launch."""
@@ -38,17 +38,17 @@ class Plan(NamedTuple):
     groups: int
     tiles: Tiles
     most: int
-    """Groups that are looked at for a query after the first pass."""
+    """Most groups that `select` takes for a query after the first pass."""
     enough: int
-    """Groups that hold the k nearest rows for sure where the maxima have no error but the rounding of a sum."""
+    """Number of groups that are certain to contain the k nearest rows if the maxima are exact up to sum rounding."""
     precise: Tiles | None
-    """Of the precise pass; None where the first one is as precise, or all groups are looked at after it."""
+    """Tiles of the precise pass. None if the first pass is as precise, or if all groups are taken after it."""
     programs: int
-    """Of the precise pass."""
+    """Number of programs of the precise pass."""
     batch: int
-    """Groups that `select` looks at together."""
+    """Groups of a batch in `select`."""
     batch_dims: int
-    """Values of each of their rows that it loads at once."""
+    """Values of each row that `select` loads at once."""
 
     @property
     def stride(self) -> int:
@@ -68,18 +68,18 @@ def plan_for(
     processors: int,
     group: int | None = None,
 ) -> Plan:
-    """Return how to search.
+    """Return the launch parameters of a search.
 
     Args:
-        count: queries.
-        n: rows, [n, dim] of that dtype.
-        dim: D.
-        k: neighbors.
-        dtype: of the rows.
-        own: rows of its own that a query leaves out.
-        shared_memory: bytes that a program may have.
-        processors: multiprocessors of the device.
-        group: rows of a group; by default those of `choose_group`.
+        count: number of queries.
+        n: number of rows.
+        dim: dimension of the rows, D.
+        k: number of neighbors.
+        dtype: dtype of the rows.
+        own: number of own rows excluded from each query.
+        shared_memory: bytes of shared memory available to a program.
+        processors: number of multiprocessors of the device.
+        group: rows of a group; by default from `choose_group`.
     """
     value_bytes = dtype.itemsize
     group = group or choose_group(min(count, 256), n, dim, k, value_bytes)
@@ -100,20 +100,20 @@ def plan_for(
 
 
 def most_groups(count: int, groups: int, k: int, value_bytes: int) -> int:
-    """Return how many groups are looked at by inexact maxima: about what the precise pass would cost, and k more.
+    """Return how many groups to take at most by inexact maxima: k, plus as many as cost about one precise pass.
 
-    A group costs every query G·D·(bytes of a value), and as much as for 64 queries where there are fewer, as a program
-    alone does not use the whole memory bandwidth; the precise pass costs `PRECISE_COST` readings of n·D·4 bytes.
+    A group costs G·D·(bytes of a value) for every query. Fewer than 64 queries cost as much as 64, because few programs
+    do not use the whole memory bandwidth. The precise pass costs `PRECISE_COST` times reading n·D·4 bytes.
     """
     return k + max(LEAST_GROUPS, 4 * PRECISE_COST * groups // (value_bytes * max(count, 64)))
 
 
 def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
-    """Return the rows of a group, G: a power of two from 16 to 128.
+    """Return the number of rows of a group, G: a power of two from 16 to 128.
 
-    The bytes that G decides on are 2·4·Q·n/G for writing and reading the maxima and Q·k·G·D·(bytes of a value) for
-    the rows that are looked at again; their sum is least at the root below. The maxima of ``count`` queries stay
-    under `MAXIMA_BYTES` where a G of 128 or less allows it.
+    G determines 2·4·Q·n/G bytes for writing and reading the maxima, and Q·k·G·D·(bytes of a value) for reading rows
+    again. The square root below minimizes their sum. The maxima of ``count`` queries take at most `MAXIMA_BYTES` if a G
+    of at most 128 allows it.
     """
     best = (8 * n / (k * dim * value_bytes)) ** 0.5
     group = 16
@@ -123,11 +123,11 @@ def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
 
 
 def tiles_for(count: int, dim: int, value_bytes: int, shared_memory: int) -> Tiles:
-    """Return tiles whose stages fit the bytes of shared memory that a program may have.
+    """Return tiles whose stages fit into the shared memory of a program.
 
-    A tile of 128 queries and 256 rows reads least for each product; it wants 144 KiB for three stages. On sm_90 the
-    next int8 product begins when the last one has ended, so there they are twice as deep. Elsewhere int8 tiles keep
-    scales and sums beside the products, and need twice as many warps to have registers for all.
+    A tile of 128 queries and 256 rows reads the fewest bytes per product; it needs 144 KiB for three stages. On sm_90,
+    an int8 product starts only after the previous one has ended, so int8 tiles are twice as deep there. On other GPUs,
+    int8 tiles need registers for scales and sums in addition to the products, and therefore twice as many warps.
     """
     queries = min(128, max(16, _power_of_two(count)))
     int8 = value_bytes == 1
@@ -147,5 +147,5 @@ def precise_tiles_for(count: int, dim: int) -> Tiles:
 
 
 def _power_of_two(number: int) -> int:
-    """Return the least power of two that is not below the number."""
+    """Return the smallest power of two that is at least ``number``."""
     return 1 << (number - 1).bit_length()

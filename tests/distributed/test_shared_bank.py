@@ -359,7 +359,7 @@ def test_a_wrong_layout_or_group_is_named(options: dict, error: type[Exception],
 def made_too_early(rank: int) -> None:
     bank = MemoryBank(4, DIM, layout="sharded", group=None)
     bank._layout.shards = 1  # as it is when there was no process group yet
-    with pytest.raises(RuntimeError, match=r"sharded for 1 ranks, now there are 2.*after torch.distributed.init"):
+    with pytest.raises(RuntimeError, match=r"sharded for 1 ranks, but now there are 2.*after torch.distributed.init"):
         bank.push(torch.ones(1, DIM))
 
 
