@@ -90,8 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     predictor = mlp(dim, hidden, dim).to(device)
     target = EMATarget(encoder, momentum=0.99 if flags.data else 0.97)
     criterion = MeanShiftLoss(MemoryBank(bank_size, dim), k=5).to(device)
-    parameters = [*encoder.parameters(), *predictor.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD([*encoder.parameters(), *predictor.parameters()], lr, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=flags.epochs * len(loader))
 
     for epoch in range(flags.epochs):
@@ -108,9 +107,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"epoch {epoch + 1}: loss {loss:.3f}, purity {purity:.2f}, spread {embedding_spread(u):.2f}", flush=True)
 
     # Classify half of the images by their nearest neighbor in the other half, with the features of the backbone.
-    backbone.eval()
+    loader = DataLoader(images, 256, num_workers=workers)
     with torch.no_grad():
-        found = [(backbone(batch.to(device)), labels) for batch, labels in DataLoader(images, 256, num_workers=workers)]
+        found = [(backbone.eval()(batch.to(device)), labels) for batch, labels in loader]
     rows, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     half = torch.randperm(len(rows)) < len(rows) // 2
     guessed = knn_classify(rows[~half], rows[half], labels[half].to(device), k=1).cpu()
