@@ -304,12 +304,12 @@ PICTURES = {"tsne": draw_tsne, "neighbors": draw_fig_2}
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("experiment", nargs="*", help=f"{', '.join(EXPERIMENTS)} (quick)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (3)")
-    parser.add_argument("--dataset", choices=DATASETS, help="of the trainer (digits; with --data: folder)")
-    parser.add_argument("--data", default="", help="folder of the images, for all but the digits")
-    parser.add_argument("--out", default="runs/experiments", help="folder of runs and results (runs/experiments)")
-    parser.add_argument("--jobs", type=int, default=0, help="runs at a time (0: 2 on small images, 1 on a folder)")
+    parser.add_argument("experiment", nargs="*", help=f"{', '.join(EXPERIMENTS)} (default: quick)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
+    parser.add_argument("--dataset", choices=DATASETS, help="data set (default: folder with --data, otherwise digits)")
+    parser.add_argument("--data", default="", help="folder of the images (not for the digits)")
+    parser.add_argument("--out", default="runs/experiments", help="output folder (default: runs/experiments)")
+    parser.add_argument("--jobs", type=int, default=0, help="parallel runs (0: 2 for small images, 1 for a folder)")
     return parser
 
 
