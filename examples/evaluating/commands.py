@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from evaluating.encoders import LoadedEncoder, channels_of, load_encoder
+from evaluating.encoders import LoadedEncoder, load_encoder
 from evaluating.export import LAYOUTS, export_to
 from evaluating.linear import Protocol, Standardize, accuracy, batches_of, train_linear
 from evaluating.subsets import listed, share_of_each_class, some_of_each_class
@@ -45,7 +45,7 @@ class Subject:
             raise ValueError(f"--batch-size must be at least the {ranks.size} ranks, got {batch_size}")
         size = flags.image_size or 0
         self.encoder: LoadedEncoder = load_encoder(flags.encoder, ranks, flags.arch, flags.weights, size)
-        self.gray = channels_of(self.encoder.backbone.state_dict()) == 1
+        self.gray = self.encoder.gray
         self.image_size: int = flags.image_size or self.encoder.trained_on.get("image_size", 16 if self.gray else 224)
         self.backbone = self.encoder.backbone.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from msf_core.distributed import Ranks
 from training.checkpoint import load_checkpoint
-from training.models import build_backbone, count_features, remove_classifier, stem_of
+from training.models import DigitsResNet, build_backbone, count_features, remove_classifier, stem_of
 
 
 @dataclass
@@ -24,6 +24,11 @@ class LoadedEncoder:
     source: dict[str, Any]  # for the record
     trained_on: dict[str, Any] = field(default_factory=dict)  # "dataset", "data", "image_size", "val_split"
     folder: Path | None = None  # of the run or the file
+
+    @property
+    def gray(self) -> bool:
+        """Whether it takes images of one channel."""
+        return isinstance(self.backbone, DigitsResNet) and self.backbone.channels == 1
 
 
 def load_encoder(name: str, ranks: Ranks, arch: str = "", weights: str = "", image_size: int = 0) -> LoadedEncoder:
@@ -64,7 +69,7 @@ def _from_checkpoint(path: Path, ranks: Ranks, image_size: int) -> LoadedEncoder
     stem = stem_of(settings.get("stem", "imagenet"), settings["arch"], settings["image_size"])
     prefix = "backbone."
     tensors = {key.removeprefix(prefix): value for key, value in state["online"].items() if key.startswith(prefix)}
-    backbone = _built(settings["arch"], image_size or settings["image_size"], stem, channels_of(tensors))
+    backbone = _built(settings["arch"], image_size or settings["image_size"], stem, tensors)
     _load(backbone, tensors, path)
     source = {"checkpoint": str(path), "step": state["step"], "settings": settings}
     trained_on = {key: settings[key] for key in ("dataset", "data", "image_size", "val_split") if key in settings}
@@ -87,7 +92,7 @@ def _from_file(path: Path, arch: str, image_size: int) -> LoadedEncoder:
     if facts.get("image_size", "").isdecimal():
         trained_on["image_size"] = int(facts["image_size"])
     size = image_size or trained_on.get("image_size", 224)
-    backbone = _built(arch, size, facts.get("stem", "imagenet"), channels_of(tensors))
+    backbone = _built(arch, size, facts.get("stem", "imagenet"), tensors)
     classifier = getattr(backbone, "classifier_shapes", {})
     _load(backbone, {key: value for key, value in tensors.items() if key not in classifier}, path)
     return LoadedEncoder(backbone, arch, {"file": str(path), "metadata": facts}, trained_on, path.parent)
@@ -107,7 +112,7 @@ def _by_name(name: str, weights: str, image_size: int) -> LoadedEncoder:
             raise ValueError(f"no run, file or model {name!r}: give a run's folder, or a model of torchvision or timm")
     source = {"model": name, "weights": weights or "none: random initialization"}
     if not weights:
-        return LoadedEncoder(_built(name, image_size, channels=1 if name == "digits" else 3), name, source)
+        return LoadedEncoder(_built(name, image_size), name, source)
     if weights not in known:
         raise ValueError(f"--weights: {name} has no weights {weights!r}, only {', '.join(known) or 'random ones'}")
     try:
@@ -122,15 +127,14 @@ def _by_name(name: str, weights: str, image_size: int) -> LoadedEncoder:
     return LoadedEncoder(backbone, name, source)
 
 
-def _built(arch: str, image_size: int, stem: str = "imagenet", channels: int = 3) -> nn.Module:
+def _built(arch: str, image_size: int, stem: str = "imagenet", tensors: dict[str, Tensor] | None = None) -> nn.Module:
+    """Return a backbone at random, which takes images of as many channels as the one with these weights did."""
+    channels = 3
+    if arch == "digits":
+        first = (tensors or {}).get("stem.0.weight")
+        channels = 1 if first is None or first.ndim < 2 else first.shape[1]
     torch.manual_seed(0)
     return build_backbone(arch, (channels, image_size, image_size), stem)[0]
-
-
-def channels_of(tensors: dict[str, Tensor]) -> int:
-    """Return how many channels the images of these weights have: one where `DigitsResNet` learned gray ones."""
-    first = tensors.get("stem.0.weight")
-    return 1 if first is not None and first.ndim == 4 and first.shape[1] == 1 else 3
 
 
 def _load(backbone: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

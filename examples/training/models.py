@@ -21,6 +21,7 @@ class DigitsResNet(nn.Module):
 
     def __init__(self, channels: int = 1) -> None:
         super().__init__()
+        self.channels = channels
         self.stem = nn.Sequential(
             nn.Conv2d(channels, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(inplace=True)
         )
