@@ -43,9 +43,16 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.measure import Record, describe_environment, in_words, quantiles, time_interleaved, write_jsonl
-from benchmarks.tables import format_seconds
+from benchmarks.measuring.arguments import positive, settle_device_and_folder
+from benchmarks.measuring.measure import (
+    Record,
+    describe_environment,
+    in_words,
+    quantiles,
+    time_interleaved,
+    write_jsonl,
+)
+from benchmarks.measuring.tables import format_seconds
 from training.folders import read_image
 from training.photos import IMAGENET_MEAN, IMAGENET_STD, Crops
 from training.rendering import Rendering

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks.arguments import positive
-from benchmarks.measure import Record, describe_environment, in_words, quantiles, write_jsonl
-from benchmarks.tables import format_bytes
+from benchmarks.measuring.arguments import positive
+from benchmarks.measuring.measure import Record, describe_environment, in_words, quantiles, write_jsonl
+from benchmarks.measuring.tables import format_bytes
 from training.scanning import Paths
 
 LIST, BYTES = "list of (path, label)", "Paths and a tensor of labels"

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import Problem, authors_step, fill_bank, make_batches, our_step
+from benchmarks.measuring.cases import Problem, authors_step, fill_bank, make_batches, our_step
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 MMAP_THRESHOLD_BYTES = 64 << 10

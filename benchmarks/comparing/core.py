@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from lightly.models.modules import heads
 from torch import Tensor, nn
 
-from benchmarks.methods_losses import (
+from benchmarks.comparing.losses import (
     cluster_prediction,
     consistent_contrast,
     similarity_distillation,
     spherical_kmeans,
 )
-from benchmarks.methods_recipe import Recipe
+from benchmarks.comparing.recipe import Recipe
 from msf_core import EMATarget, MeanShiftLoss, MemoryBank
 from msf_core.rows import unit_rows
 from training.models import Encoder, mlp

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import time_once
+from benchmarks.measuring.measure import time_once
 from msf_core import MeanShiftLoss, MemoryBank, reference
 
 FILL_CHUNK_ROWS = 16384

@@ -11,8 +11,8 @@ from lightly.loss import BarlowTwinsLoss, DINOLoss, NegativeCosineSimilarity, NT
 from lightly.models.modules import NNMemoryBankModule, heads
 from torch import Tensor, nn
 
-from benchmarks.methods_core import Method
-from benchmarks.methods_recipe import Recipe
+from benchmarks.comparing.core import Method
+from benchmarks.comparing.recipe import Recipe
 
 
 class SimCLR(Method):

@@ -12,13 +12,13 @@ import torch
 from scipy.stats import ttest_rel
 from torch import Tensor, nn
 
-from benchmarks.measure import describe_environment, in_words, quantiles, time_interleaved
-from benchmarks.memory import extra_memory_cpu, extra_memory_cuda
-from benchmarks.methods_core import Method
-from benchmarks.methods_learners import METHODS, UNTRAINED
-from benchmarks.methods_recipe import Recipe, new_backbone
-from benchmarks.methods_runs import Run, optimizer_of, step_of
-from benchmarks.tables import format_seconds
+from benchmarks.comparing.core import Method
+from benchmarks.comparing.learners import METHODS, UNTRAINED
+from benchmarks.comparing.recipe import Recipe, new_backbone
+from benchmarks.comparing.runs import Run, optimizer_of, step_of
+from benchmarks.measuring.measure import describe_environment, in_words, quantiles, time_interleaved
+from benchmarks.measuring.memory import extra_memory_cpu, extra_memory_cuda
+from benchmarks.measuring.tables import format_seconds
 from experimenting.figures import spread_of
 from training.evaluation import COLUMNS
 

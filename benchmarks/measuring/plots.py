@@ -9,8 +9,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.measure import Record
-from benchmarks.tables import PAPER_DIM, PAPER_TABLE_1, format_seconds, is_authors, is_ours, label, timed_searches
+from benchmarks.measuring.measure import Record
+from benchmarks.measuring.tables import (
+    PAPER_DIM,
+    PAPER_TABLE_1,
+    format_seconds,
+    is_authors,
+    is_ours,
+    label,
+    timed_searches,
+)
 
 COLORS = {
     "auto": "#117733",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import cases, memory, peers
-from benchmarks.cases import Problem
-from benchmarks.measure import (
+from benchmarks.measuring import cases, memory, peers
+from benchmarks.measuring.cases import Problem
+from benchmarks.measuring.measure import (
     Record,
     Summary,
     describe_environment,
@@ -22,7 +22,7 @@ from benchmarks.measure import (
     quantiles,
     time_interleaved,
 )
-from benchmarks.tables import PAPER_TABLE_1
+from benchmarks.measuring.tables import PAPER_TABLE_1
 from msf_core import MemoryBank
 from msf_core.search import load_backend
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Problem
+from benchmarks.measuring.cases import Problem
 
 Search = Callable[[Tensor], Tensor]
 PRODUCT_MOST_BYTES = {"cpu": 300 << 20, "cuda": 16 << 30}  # of the Q×N matrix of product-and-topk

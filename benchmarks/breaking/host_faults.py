@@ -2,7 +2,7 @@
 
     python benchmarks/fault_drill.py --hosts      as root on Linux, with iproute2; some twenty minutes on two CPU cores
 
-Two and three hosts (benchmarks/hosts.py), each with a host name, an address and a torchrun of its own
+Two and three hosts (benchmarks/breaking/hosts.py), each with a host name, an address and a torchrun of its own
 (``--nnodes --max-restarts``), train `examples/imagenet_train.py` on the digits by gloo, with ``--timeout 25``. In the
 midst of the second epoch a fault befalls one of them. What must hold: every rank that is left ends with an error that
 names, within the time-out, the missing rank and its host; after the restart the run goes on from the last whole
@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import hosts
-from benchmarks.fault_drill import EPOCH, HOLDS, PLAN, STALL
-from benchmarks.hosts import Host
+from benchmarks.breaking import hosts
+from benchmarks.breaking.hosts import Host
+from benchmarks.breaking.rank import EPOCH, HOLDS, PLAN, STALL
 from training.report import environment
 
 RATE = "20mbit"
@@ -57,7 +57,7 @@ class Run:
         command += ["--nproc-per-node=1", "--max-restarts=9", "--rdzv-id=drill"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={first.name}:29500", f"--local-addr={host.name}"]
         command += ["--rdzv-conf", f"is_host={int(host is first)}"]
-        command += [str(Path(__file__).with_name("fault_drill.py")), "--as-rank", "--steps", str(STEPS)]
+        command += [str(Path(__file__).parents[1] / "fault_drill.py"), "--as-rank", "--steps", str(STEPS)]
         batch = BATCH - BATCH % len(self.machines)  # as many steps an epoch
         command += ["--batch-size", str(batch), "--eval-every", "0", "--checkpoint-every", "1"]
         command += ["--timeout", str(STALL), "--resume", "auto"]

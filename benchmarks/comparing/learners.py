@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from benchmarks.methods_core import BYOL, CO2, ISD, MSF, BYOLAsym, DeepCluster, Method
-from benchmarks.methods_lightly import DINO, NNCLR, BarlowTwins, MoCo, SimCLR, SimSiam, SwAV, VICReg
-from benchmarks.methods_recipe import Recipe
+from benchmarks.comparing.core import BYOL, CO2, ISD, MSF, BYOLAsym, DeepCluster, Method
+from benchmarks.comparing.lightly_methods import DINO, NNCLR, BarlowTwins, MoCo, SimCLR, SimSiam, SwAV, VICReg
+from benchmarks.comparing.recipe import Recipe
 
 
 @dataclass(frozen=True)

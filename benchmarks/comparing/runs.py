@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.measure import describe_environment
-from benchmarks.methods_core import Method
-from benchmarks.methods_learners import METHODS, UNTRAINED
-from benchmarks.methods_recipe import Recipe, new_backbone, open_images
+from benchmarks.comparing.core import Method
+from benchmarks.comparing.learners import METHODS, UNTRAINED
+from benchmarks.comparing.recipe import Recipe, new_backbone, open_images
+from benchmarks.measuring.measure import describe_environment
 from msf_core.distributed import Ranks
 from msf_core.schedules import cosine
 from training.data import DataSource

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from benchmarks.measure import Record, in_words
+from benchmarks.measuring.measure import Record, in_words
 
 
 @dataclass(frozen=True)
