@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from benchmarks.breaking import rank  # noqa: E402
 from benchmarks.breaking.rank import DISK, EPOCH, KILL, OVERFLOW, PLAN, STALL, STALLS, WRITE  # noqa: E402
 from benchmarks.measuring.arguments import positive  # noqa: E402
-from training.report import environment  # noqa: E402
+from pipeline.running.environment import environment  # noqa: E402
 
 RANKS = 2
 LAYOUTS = ("replicated", "sharded")

@@ -53,12 +53,13 @@ from benchmarks.measuring.measure import (
     write_jsonl,
 )
 from benchmarks.measuring.tables import format_seconds
-from training.folders import read_image
-from training.photos import IMAGENET_MEAN, IMAGENET_STD, Crops
-from training.rendering import Rendering
-from training.small import SmallImages, Split
-from training.source import Share, seed_of
-from training.views import PER_VIEW, STRONG, WEAK, crop_boxes, draws, resized_crop, views_of
+from pipeline.data.photos import IMAGENET_MEAN, IMAGENET_STD, Crops
+from pipeline.data.pixels import read_image
+from pipeline.data.small import SmallImages, Split
+from pipeline.data.source import Share
+from pipeline.running.seeds import seed_of
+from pipeline.views.crops import PER_VIEW, STRONG, WEAK, crop_boxes, draws, resized_crop, views_of
+from pipeline.views.rendering import Rendering
 
 BEFORE, NOW = "before: Pillow", "now: worker"
 WHOLE = {"before: Pillow": "before, whole", "now: worker": "now, whole, on the CPU"}

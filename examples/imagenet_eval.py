@@ -12,7 +12,7 @@ Needs: pip install 'msf_core[examples]'
 Each writes a JSON record of the whole protocol, beside the encoder or to --out.
 """
 
-from training import interrupts
+from pipeline.running import interrupts
 
 if __name__ == "__main__":
     interrupts.leave_on_interrupt()
@@ -20,12 +20,12 @@ if __name__ == "__main__":
 import time
 from contextlib import ExitStack
 
-from evaluating.arguments import PROGRAM, build_parser, check_flags
-from evaluating.commands import COMMANDS
-from evaluating.record import record_path, report
-from training.bad_images import LIST, write_list
-from training.ending import status_of, telling
-from training.ranks import joined, shared
+from pipeline.data.bad_images import LIST, write_list
+from pipeline.evaluation.arguments import PROGRAM, build_parser, check_flags
+from pipeline.evaluation.commands import COMMANDS
+from pipeline.evaluation.record import record_path, report
+from pipeline.running.ending import status_of, telling
+from pipeline.running.ranks import joined, shared
 
 
 def main(arguments: list[str] | None = None) -> int:

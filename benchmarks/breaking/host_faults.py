@@ -28,7 +28,7 @@ import torch
 from benchmarks.breaking import hosts
 from benchmarks.breaking.hosts import Host
 from benchmarks.breaking.rank import EPOCH, HOLDS, PLAN, STALL
-from training.report import environment
+from pipeline.running.environment import environment
 
 RATE = "20mbit"
 SLOW, CUT = f"all links slow ({RATE} a second)", "the link of a host is cut, and mended"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import imagenet_train
-from training import checkpoint, trainer
+from pipeline.models import checkpoint
+from pipeline.training import trainer
 
 STALL = 25  # seconds that a rank waits for another
 EPOCH = 1347 // 64  # steps, at the default batch size of the digits

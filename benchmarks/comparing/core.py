@@ -20,7 +20,7 @@ from benchmarks.comparing.losses import (
 from benchmarks.comparing.recipe import Recipe
 from msf_core import EMATarget, MeanShiftLoss, MemoryBank
 from msf_core.rows import unit_rows
-from training.models import Encoder, mlp
+from pipeline.models.backbones import Encoder, mlp
 
 
 class Method(nn.Module):

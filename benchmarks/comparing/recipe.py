@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluating.subsets import share_of_each_class
-from training.data import DataSource, Digits, Photos, Share, open_folder, workers_of
-from training.models import build_backbone, stem_of
-from training.small import SmallImages, Split
-from training.small_sets import VIEWS, open_small
-from training.views import STRONG, WEAK, View, views_of
+from pipeline.data.digits import Digits
+from pipeline.data.photos import Photos, workers_of
+from pipeline.data.small import SmallImages, Split
+from pipeline.data.small_sets import VIEWS, open_small
+from pipeline.data.source import DataSource, Share
+from pipeline.data.trees import open_folder
+from pipeline.evaluation.subsets import share_of_each_class
+from pipeline.models.backbones import build_backbone, stem_of
+from pipeline.views.crops import STRONG, WEAK, View, views_of
 
 VALIDATION = 1 / 6  # of each class's training images, in the sweep: 10,000 of Fashion-MNIST's 60,000
 TEST = 1 / 5  # of each class's images, where a folder has no val/

@@ -29,8 +29,8 @@ from benchmarks.comparing.recipe import Recipe, new_backbone, open_images
 from benchmarks.measuring.measure import describe_environment
 from msf_core.distributed import Ranks
 from msf_core.schedules import cosine
-from training.data import DataSource
-from training.evaluation import evaluate, nearest_neighbours, warmed_up
+from pipeline.data.source import DataSource
+from pipeline.evaluation.scores import evaluate, nearest_neighbours, warmed_up
 
 LAST = 100  # steps at the end whose mean loss is recorded
 OF_THE_RUN = ("lr", "steps", "sweep_steps")  # fields of a recipe that a run has its own of, and in its name

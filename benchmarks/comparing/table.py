@@ -19,8 +19,8 @@ from benchmarks.comparing.runs import Run, optimizer_of, step_of
 from benchmarks.measuring.measure import describe_environment, in_words, quantiles, time_interleaved
 from benchmarks.measuring.memory import extra_memory_cpu, extra_memory_cuda
 from benchmarks.measuring.tables import format_seconds
-from experimenting.figures import spread_of
-from training.evaluation import COLUMNS
+from pipeline.evaluation.scores import COLUMNS
+from pipeline.figures.paper import spread_of
 
 # Table 2 of the MSF paper: ResNet50 on ImageNet, 200 epochs where it has that row; linear, 1-NN and 20-NN, percent.
 PAPER: dict[str, tuple[float | None, float | None, float | None]] = {
