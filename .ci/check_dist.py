@@ -48,7 +48,9 @@ def sdist_wants(files: set[str]) -> set[str]:
         path = PurePosixPath(name)
         if path.parts[0] != "benchmarks":
             return path.parts[0] in PARTS or name in ROOT_FILES
-        return (path.parent.name == "results" and path.suffix in RECORDS) or path.suffix == ".py"
+        if path.parent.name == "results":
+            return path.suffix in RECORDS
+        return path.suffix == ".py" or path.name == "README.md"
 
     return {name for name in files if goes_in(name)} | {"PKG-INFO", ".gitignore"}
 

@@ -59,9 +59,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks.arguments import positive
-from benchmarks.measure import Record, Summary, describe_environment, in_words, quantiles, time_once, write_jsonl
-from benchmarks.tables import format_spread
+from benchmarks.measuring.arguments import positive
+from benchmarks.measuring.measure import (
+    Record,
+    Summary,
+    describe_environment,
+    in_words,
+    quantiles,
+    time_once,
+    write_jsonl,
+)
+from benchmarks.measuring.tables import format_spread
 from msf_core import MeanShiftLoss, MemoryBank
 
 RANKS = (2, 4)

@@ -23,10 +23,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.cases import FILL_CHUNK_ROWS
-from benchmarks.measure import Record, describe_environment, in_words, quantiles, time_interleaved, write_jsonl
-from benchmarks.tables import format_spread
+from benchmarks.measuring.arguments import positive, settle_device_and_folder
+from benchmarks.measuring.cases import FILL_CHUNK_ROWS
+from benchmarks.measuring.measure import (
+    Record,
+    describe_environment,
+    in_words,
+    quantiles,
+    time_interleaved,
+    write_jsonl,
+)
+from benchmarks.measuring.tables import format_spread
 from msf_core import MemoryBank, Neighbors, available_backends
 
 ROWS = (131_072, 1_024_000)

@@ -34,7 +34,7 @@ import torch.multiprocessing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks.measure import describe_environment
+from benchmarks.measuring.measure import describe_environment
 from msf_core import MemoryBank
 
 SIZE, DIM, BATCH, K, STEPS, WARM_UP = 65_536, 256, 256, 5, 20, 8

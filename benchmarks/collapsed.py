@@ -28,9 +28,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.measure import Record, describe_environment, in_words, quantiles, time_interleaved, write_jsonl
-from benchmarks.tables import format_spread
+from benchmarks.measuring.arguments import positive, settle_device_and_folder
+from benchmarks.measuring.measure import (
+    Record,
+    describe_environment,
+    in_words,
+    quantiles,
+    time_interleaved,
+    write_jsonl,
+)
+from benchmarks.measuring.tables import format_spread
 from msf_core.rows import packed
 from msf_core.search import Queries, Rows
 from msf_core.search.screen import screen_pays, screened_search

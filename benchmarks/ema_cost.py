@@ -39,10 +39,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks import memory
-from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.measure import Record, describe_environment, in_words, quantiles, time_interleaved, write_jsonl
-from benchmarks.tables import format_bytes, format_seconds, format_spread
+from benchmarks.measuring import memory
+from benchmarks.measuring.arguments import positive, settle_device_and_folder
+from benchmarks.measuring.measure import (
+    Record,
+    describe_environment,
+    in_words,
+    quantiles,
+    time_interleaved,
+    write_jsonl,
+)
+from benchmarks.measuring.tables import format_bytes, format_seconds, format_spread
 from msf_core import EMATarget
 
 CPU_REPEATS, CUDA_REPEATS = 50, 300

@@ -2,7 +2,7 @@
 
     python benchmarks/fault_drill.py              all faults, 50 kills: about half an hour on two CPU cores
     python benchmarks/fault_drill.py --kills 2    a short one
-    python benchmarks/fault_drill.py --hosts      several hosts instead, which vanish and return: see host_faults.py
+    python benchmarks/fault_drill.py --hosts      several hosts instead: see breaking/host_faults.py
 
 Each fault befalls `examples/imagenet_train.py` on the digits, on two gloo ranks of this machine under torchrun, which
 starts the ranks again (``--max-restarts``). What must hold: the run ends by itself; the losses of all steps are, to the
@@ -17,7 +17,6 @@ import io
 import json
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -31,86 +30,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks.arguments import positive  # noqa: E402
-from training.report import environment  # noqa: E402
+from benchmarks.breaking import rank  # noqa: E402
+from benchmarks.breaking.rank import DISK, EPOCH, KILL, OVERFLOW, PLAN, STALL, STALLS, WRITE  # noqa: E402
+from benchmarks.measuring.arguments import positive  # noqa: E402
+from pipeline.running.environment import environment  # noqa: E402
 
-RANKS, STALL = 2, 25  # STALL: seconds that a rank waits for another
-EPOCH = 1347 // 64  # steps, at the default batch size of the digits
-PLAN = "MSF_FAULT_PLAN"  # the file that tells a rank what is to befall it, and beside which it writes what did
-KILL, WRITE, DISK = "one rank killed", "all ranks killed while a checkpoint is written", "disk full for one checkpoint"
-STALLS, OVERFLOW = "one rank stalls", "images overflow float16 on one rank"
-HOLDS = "one rank waits until its host has had a fault"  # what benchmarks/host_faults.py does to it
+RANKS = 2
 LAYOUTS = ("replicated", "sharded")
-
-
-# In a rank: the trainer, with a fault at a step
-
-
-def rank_main(arguments: list[str]) -> int:
-    """Run the trainer as a rank, with the fault that the plan has for this start of it."""
-    import imagenet_train
-    from training import checkpoint, trainer
-
-    plan, rank = Path(os.environ[PLAN]), int(os.environ["RANK"])
-    fault = json.loads(plan.read_text()).get(
-        os.environ["TORCHELASTIC_RESTART_COUNT"], {"name": "", "after": 0, "rank": 0}
-    )
-    plan.with_suffix(f".pid{rank}").write_text(str(os.getpid()))
-    train_step, write, begin = trainer.Trainer._train_step, checkpoint._write, [-1]
-
-    def note(**what: Any) -> None:
-        with plan.with_suffix(".log").open("a") as file:
-            file.write(json.dumps(what) + "\n")
-
-    def faulty_step(self: Any, views: Any) -> None:
-        if begin[0] < 0:
-            begin[0] = self.step
-            if rank == 0:
-                note(start=self.step)
-        after = self.step - begin[0]
-        if after == fault["after"] and rank == fault["rank"] and fault["name"] in (KILL, STALLS, OVERFLOW):
-            note(fault=fault["name"], rank=rank, step=self.step)
-            if fault["name"] == OVERFLOW:
-                views = [((target.half() * 60_000).square().float(), *rest) for target, *rest in views]
-            else:
-                os.kill(os.getpid(), signal.SIGKILL if fault["name"] == KILL else signal.SIGSTOP)
-        if fault["name"] == HOLDS and after == fault["after"] and rank == fault["rank"]:
-            if not plan.with_suffix(".went_on").exists():
-                note(fault=HOLDS, rank=rank, step=self.step)
-            while not plan.with_suffix(".went_on").exists():
-                time.sleep(0.05)
-        if fault["name"] == DISK and after == fault["after"] + 2 * EPOCH and rank == fault["rank"]:
-            os.kill(os.getpid(), signal.SIGKILL)  # so that the next fault comes
-        train_step(self, views)
-
-    def faulty_write(path: Path, state: dict[str, Any]) -> None:
-        due = begin[0] >= 0 and state["step"] - begin[0] >= fault["after"]
-        temporary = path.with_name(path.name + ".tmp")
-        if due and fault["name"] == WRITE:
-            note(fault=WRITE, rank=-1, step=state["step"])
-            write(path.with_name("whole"), state)
-            content = path.with_name("whole").read_bytes()
-            path.with_name("whole").unlink()
-            temporary.write_bytes(content[: len(content) // 2])
-            for other in reversed(range(int(os.environ["WORLD_SIZE"]))):
-                os.kill(int(plan.with_suffix(f".pid{other}").read_text()), signal.SIGKILL)
-        if due and fault["name"] == DISK and not plan.with_suffix(f".full{begin[0]}").exists():
-            plan.with_suffix(f".full{begin[0]}").touch()
-            note(fault=DISK, rank=0, step=state["step"])
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to("/dev/full")
-            try:
-                write(path, state)
-            finally:
-                temporary.unlink()
-        write(path, state)
-
-    trainer.Trainer._train_step = faulty_step  # type: ignore[method-assign,assignment]
-    checkpoint._write = faulty_write
-    return imagenet_train.main(arguments)
-
-
-# Outside: the plan, the runs, and what is left of them
 
 
 def torchrun(folder: Path, flags: list[str], plan: dict[str, Any]) -> tuple[int, str, list[dict[str, Any]], float]:
@@ -258,7 +184,7 @@ def sound(record: dict[str, Any]) -> bool:
 def main() -> int:
     """Run the drill; return 1 if something did not hold."""
     if sys.argv[1:2] == ["--as-rank"]:
-        return rank_main(sys.argv[2:])
+        return rank.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--kills", type=positive, default=50, help="of one rank at a random step, over both layouts (50)"
@@ -268,7 +194,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the records")
     given = parser.parse_args()
     if given.hosts:
-        from benchmarks import host_faults
+        from benchmarks.breaking import host_faults
 
         return host_faults.run(given.out)
     given.out.mkdir(parents=True, exist_ok=True)

@@ -43,15 +43,23 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.measure import Record, describe_environment, in_words, quantiles, time_interleaved, write_jsonl
-from benchmarks.tables import format_seconds
-from training.folders import read_image
-from training.photos import IMAGENET_MEAN, IMAGENET_STD, Crops
-from training.rendering import Rendering
-from training.small import SmallImages, Split
-from training.source import Share, seed_of
-from training.views import PER_VIEW, STRONG, WEAK, crop_boxes, draws, resized_crop, views_of
+from benchmarks.measuring.arguments import positive, settle_device_and_folder
+from benchmarks.measuring.measure import (
+    Record,
+    describe_environment,
+    in_words,
+    quantiles,
+    time_interleaved,
+    write_jsonl,
+)
+from benchmarks.measuring.tables import format_seconds
+from pipeline.data.photos import IMAGENET_MEAN, IMAGENET_STD, Crops
+from pipeline.data.pixels import read_image
+from pipeline.data.small import SmallImages, Split
+from pipeline.data.source import Share
+from pipeline.running.seeds import seed_of
+from pipeline.views.crops import PER_VIEW, STRONG, WEAK, crop_boxes, draws, resized_crop, views_of
+from pipeline.views.rendering import Rendering
 
 BEFORE, NOW = "before: Pillow", "now: worker"
 WHOLE = {"before: Pillow": "before, whole", "now: worker": "now, whole, on the CPU"}

@@ -19,8 +19,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks.arguments import positive
-from benchmarks.measure import Record, describe_environment, in_words, write_jsonl
+from benchmarks.measuring.arguments import positive
+from benchmarks.measuring.measure import Record, describe_environment, in_words, write_jsonl
 from msf_core import MemoryBank, Neighbors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.int8)

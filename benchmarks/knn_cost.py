@@ -43,10 +43,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks import stages, tables
-from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.cases import Problem
-from benchmarks.measure import write_jsonl
+from benchmarks.measuring import stages, tables
+from benchmarks.measuring.arguments import positive, settle_device_and_folder
+from benchmarks.measuring.cases import Problem
+from benchmarks.measuring.measure import write_jsonl
 from msf_core import available_backends
 
 ALL_ROWS = (16_000, 64_000, 128_000, 256_000, 1_024_000)
@@ -79,7 +79,7 @@ def main() -> None:
 
 def _plot(run: stages.Run) -> str:
     try:
-        from benchmarks import plots
+        from benchmarks.measuring import plots
     except ImportError as error:
         print(f"no plot: it needs matplotlib: {error}")
         return ""

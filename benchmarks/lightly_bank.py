@@ -33,10 +33,17 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from benchmarks import memory
-from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.measure import Record, describe_environment, in_words, quantiles, time_interleaved, write_jsonl
-from benchmarks.tables import format_bytes, format_spread
+from benchmarks.measuring import memory
+from benchmarks.measuring.arguments import positive, settle_device_and_folder
+from benchmarks.measuring.measure import (
+    Record,
+    describe_environment,
+    in_words,
+    quantiles,
+    time_interleaved,
+    write_jsonl,
+)
+from benchmarks.measuring.tables import format_bytes, format_spread
 from msf_core import __version__, available_backends
 
 CPU_REPEATS, CUDA_REPEATS = 51, 301

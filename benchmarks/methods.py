@@ -34,12 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, f
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 try:
-    from benchmarks.arguments import positive, settle_device_and_folder
-    from benchmarks.methods_learners import METHODS, UNTRAINED
-    from benchmarks.methods_recipe import RECIPES, Recipe, new_backbone, open_images
-    from benchmarks.methods_runs import Place, Run, counted, finish
-    from benchmarks.methods_table import measure_cost, passes_of, saved_cost, table
-    from benchmarks.tables import format_seconds
+    from benchmarks.comparing.learners import METHODS, UNTRAINED
+    from benchmarks.comparing.recipe import RECIPES, Recipe, new_backbone, open_images
+    from benchmarks.comparing.runs import Place, Run, counted, finish
+    from benchmarks.comparing.table import measure_cost, passes_of, saved_cost, table
+    from benchmarks.measuring.arguments import positive, settle_device_and_folder
+    from benchmarks.measuring.tables import format_seconds
 except ModuleNotFoundError as missing:
     print(f"methods.py: error: {missing}: pip install 'msf_core[examples,bench,peers,faiss-cpu]'", file=sys.stderr)
     sys.exit(2)

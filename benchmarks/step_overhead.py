@@ -35,10 +35,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks.arguments import positive, settle_device_and_folder
-from benchmarks.cases import Problem, Step, authors_step, fill_bank, make_batches
-from benchmarks.measure import Record, describe_environment, in_words, quantiles, write_jsonl
-from benchmarks.tables import format_spread
+from benchmarks.measuring.arguments import positive, settle_device_and_folder
+from benchmarks.measuring.cases import Problem, Step, authors_step, fill_bank, make_batches
+from benchmarks.measuring.measure import Record, describe_environment, in_words, quantiles, write_jsonl
+from benchmarks.measuring.tables import format_spread
 from msf_core import MeanShiftLoss, ring
 from msf_core.search import Queries, Rows, search_bank
 

@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks.arguments import settle_device_and_folder
-from benchmarks.measure import Record, describe_environment, quantiles, write_jsonl
-from benchmarks.tables import format_seconds, format_spread
+from benchmarks.measuring.arguments import settle_device_and_folder
+from benchmarks.measuring.measure import Record, describe_environment, quantiles, write_jsonl
+from benchmarks.measuring.tables import format_seconds, format_spread
 from msf_core.rows import packed
 from msf_core.search import Queries, Rows, load_backend
 from msf_core.search.trial import try_out

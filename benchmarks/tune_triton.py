@@ -21,10 +21,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks.cases import Problem, fill_bank, make_batches
-from benchmarks.measure import Record, describe_environment, quantiles, time_once, write_jsonl
-from benchmarks.peers import unit_queries
-from benchmarks.tables import format_seconds
+from benchmarks.measuring.cases import Problem, fill_bank, make_batches
+from benchmarks.measuring.measure import Record, describe_environment, quantiles, time_once, write_jsonl
+from benchmarks.measuring.peers import unit_queries
+from benchmarks.measuring.tables import format_seconds
 from msf_core.search import Queries, Rows
 from msf_core.search.triton_plan import Plan, Tiles, plan_for
 

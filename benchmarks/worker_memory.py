@@ -4,9 +4,9 @@
 
 Worker processes are forked, and share their parent's memory until one of them writes to it. Looking at a Python string
 counts a reference, which is a write. Compared are the list of (path, label) that torchvision's ImageFolder keeps, and
-the bytes in tensors of `training.scanning.Paths`, which examples/imagenet_train.py reads from. There are no files: the
-paths are names as ImageNet has them. Measured is, by /proc/PID/smaps_rollup, what a worker of a DataLoader holds for
-itself alone (USS: private pages), before it has looked at any path and after it has looked at all of them.
+the bytes in tensors of `pipeline.data.scanning.Paths`, which examples/imagenet_train.py reads from. There are no files:
+the paths are names as ImageNet has them. Measured is, by /proc/PID/smaps_rollup, what a worker of a DataLoader holds
+for itself alone (USS: private pages), before it has looked at any path and after it has looked at all of them.
 
 Writes worker_memory.jsonl, one record for each way to keep the paths, and worker_memory.md to --out. The figure is the
 growth of a worker; its spread is that over the workers. Beside it is the proportional share (PSS, in which a page that
@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
 
-from benchmarks.arguments import positive
-from benchmarks.measure import Record, describe_environment, in_words, quantiles, write_jsonl
-from benchmarks.tables import format_bytes
-from training.scanning import Paths
+from benchmarks.measuring.arguments import positive
+from benchmarks.measuring.measure import Record, describe_environment, in_words, quantiles, write_jsonl
+from benchmarks.measuring.tables import format_bytes
+from pipeline.data.scanning import Paths
 
 LIST, BYTES = "list of (path, label)", "Paths and a tensor of labels"
 CLASSES, ROOT = 1000, Path("/data/imagenet/train")

@@ -24,16 +24,17 @@ import numpy as np
 import torch
 from sklearn.manifold import TSNE
 
-from evaluating.encoders import load_encoder
-from experimenting.figures import draw_against, draw_bars, draw_over_epochs, draw_points, spread_of
-from experimenting.runs import Run, Runs
 from msf_core.distributed import Ranks
-from training.data import DataSource, Share, open_source, seed_of
-from training.evaluation import COLUMNS
-from training.features import features_of
-from training.pictures import draw_neighbors
-from training.report import environment, in_words
-from training.settings import DATASETS
+from pipeline.data.opening import DATASETS, open_source
+from pipeline.data.source import DataSource, Share
+from pipeline.evaluation.features import features_of
+from pipeline.evaluation.scores import COLUMNS
+from pipeline.experiments.runs import Run, Runs
+from pipeline.figures.paper import draw_against, draw_bars, draw_over_epochs, draw_points, spread_of
+from pipeline.figures.pictures import draw_neighbors
+from pipeline.models.encoders import load_encoder
+from pipeline.running.environment import environment, in_words
+from pipeline.running.seeds import seed_of
 
 Variants = dict[str, tuple[str, ...]]  # name -> flags of the trainer
 SMALL = tuple(name for name in DATASETS if name not in ("digits", "folder"))

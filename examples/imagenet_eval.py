@@ -13,7 +13,7 @@ Each command prints a table, on ImageNet with the paper's results, and writes a 
 protocol next to the encoder or to --out.
 """
 
-from training import interrupts
+from pipeline.running import interrupts
 
 if __name__ == "__main__":
     interrupts.leave_on_interrupt()
@@ -21,12 +21,12 @@ if __name__ == "__main__":
 import time
 from contextlib import ExitStack
 
-from evaluating.arguments import PROGRAM, build_parser, check_flags
-from evaluating.commands import COMMANDS
-from evaluating.record import record_path, report
-from training.bad_images import LIST, write_list
-from training.ending import status_of, telling
-from training.ranks import joined, shared
+from pipeline.data.bad_images import LIST, write_list
+from pipeline.evaluation.arguments import PROGRAM, build_parser, check_flags
+from pipeline.evaluation.commands import COMMANDS
+from pipeline.evaluation.record import record_path, report
+from pipeline.running.ending import status_of, telling
+from pipeline.running.ranks import joined, shared
 
 
 def main(arguments: list[str] | None = None) -> int:

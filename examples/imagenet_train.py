@@ -19,7 +19,7 @@ Differences from the paper:
 is given. A folder of images without labels works too.
 """
 
-from training import interrupts
+from pipeline.running import interrupts
 
 if __name__ == "__main__":
     interrupts.leave_on_interrupt()
@@ -38,24 +38,25 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from msf_core.distributed import Ranks
-from training.bad_images import LIST, write_list
-from training.check import check_images
-from training.checkpoint import check_sharded_checkpoints, load_checkpoint, load_shards, save_checkpoint
-from training.data import BadImages, DataSource, Share, open_source
-from training.ending import OUT_OF_MEMORY, WRONG_INPUT, status_of, telling
-from training.evaluation import nearest_neighbours
-from training.flags import writable_folder
-from training.lock import FolderLock
-from training.loggers import Logger, check_logger, open_logger
-from training.models import stem_of
-from training.ranks import joined, restarted, shared
-from training.report import Row, keep_losses, write_csv, write_losses, written
-from training.run_folder import checkpoint_of, folder_of, has_checkpoint, new_run_folder, occupy
-from training.run_logging import catch_up, log, log_losses, numbers_of
-from training.scanning import printable
-from training.settings import Settings, build_parser, check_division, check_source, complete, is_old, resumed
-from training.showing import add_rows_before, export, redraw_curves, report, rows_after
-from training.trainer import STATE, Diverged, StopRequest, Trainer
+from pipeline.data.bad_images import LIST, BadImages, write_list
+from pipeline.data.check import check_images
+from pipeline.data.opening import open_source
+from pipeline.data.scanning import printable
+from pipeline.data.source import DataSource, Share
+from pipeline.evaluation.scores import nearest_neighbours
+from pipeline.models.backbones import stem_of
+from pipeline.models.checkpoint import check_sharded_checkpoints, load_checkpoint, load_shards, save_checkpoint
+from pipeline.running.ending import OUT_OF_MEMORY, WRONG_INPUT, status_of, telling
+from pipeline.running.flags import writable_folder
+from pipeline.running.ranks import joined, restarted, shared
+from pipeline.training.folder import checkpoint_of, folder_of, has_checkpoint, new_run_folder, occupy
+from pipeline.training.lock import FolderLock
+from pipeline.training.loggers import Logger, check_logger, open_logger
+from pipeline.training.report import Row, keep_losses, write_csv, write_losses, written
+from pipeline.training.run_logging import catch_up, log, log_losses, numbers_of
+from pipeline.training.settings import Settings, build_parser, check_division, check_source, complete, is_old, resumed
+from pipeline.training.showing import add_rows_before, export, redraw_curves, report, rows_after
+from pipeline.training.trainer import STATE, Diverged, StopRequest, Trainer
 
 PROGRAM = "imagenet_train.py"
 REDRAW = 60.0  # seconds between drawings of curves.png, each of which takes one or two

@@ -26,10 +26,11 @@ from torch.utils.data import Dataset
 
 import imagenet_eval
 import imagenet_train
-from training.bad_images import TRIES
-from training.data import UNREADABLE, open_folder
-from training.folders import UnreadableImage, path_of, pixels_of, read_image
-from training.photos import ReaderEnded
+from pipeline.data.bad_images import TRIES
+from pipeline.data.photos import ReaderEnded
+from pipeline.data.pixels import UnreadableImage, path_of, pixels_of, read_image
+from pipeline.data.source import UNREADABLE
+from pipeline.data.trees import open_folder
 
 # Every kind of file, damaged in every way
 
@@ -376,7 +377,9 @@ def test_workers_end_with_the_process_that_reads(tmp_path: Path) -> None:
 import multiprocessing, os, signal, sys
 from pathlib import Path
 import torch
-from training.data import Photos, Share, open_folder
+from pipeline.data.photos import Photos
+from pipeline.data.source import Share
+from pipeline.data.trees import open_folder
 train, val, _ = open_folder(Path(sys.argv[1]))
 options = {"size": 32, "has_labels": True, "share": Share(4), "workers": 1, "seed": 0}
 for how in ("an error", "SIGKILL"):

@@ -17,9 +17,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import ema_cost, memory
+from benchmarks import ema_cost
 from benchmarks.ema_cost import METHODS, Contender, Method, Task
-from benchmarks.measure import Record
+from benchmarks.measuring import memory
+from benchmarks.measuring.measure import Record
 from msf_core import EMATarget
 
 OURS = METHODS[0]

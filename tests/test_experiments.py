@@ -15,8 +15,8 @@ from test_training import blank_pictures
 
 import experiments
 import imagenet_train
-from experimenting.figures import spread_of
-from experimenting.runs import Run, Runs
+from pipeline.experiments.runs import Run, Runs
+from pipeline.figures.paper import spread_of
 
 FAST = ["--jobs", "1", "--", "--steps", "2", "--eval-every", "0"]
 
@@ -38,7 +38,7 @@ def _within_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         with contextlib.redirect_stdout(stdout), blank_pictures():
             return SimpleNamespace(returncode=imagenet_train.main(command[2:]))
 
-    monkeypatch.setattr("experimenting.runs.subprocess", SimpleNamespace(run=called, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr("pipeline.experiments.runs.subprocess", SimpleNamespace(run=called, STDOUT=subprocess.STDOUT))
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_a_grid_is_run_once_and_drawn(
     def forbidden(*arguments: object, **options: object) -> None:
         raise AssertionError("a finished run is repeated")
 
-    monkeypatch.setattr("experimenting.runs.subprocess.run", forbidden)
+    monkeypatch.setattr("pipeline.experiments.runs.subprocess.run", forbidden)
     before = {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("*")}
     assert run(tmp_path, "views", "--seeds", "1", *FAST) == 0
     assert {path: path.stat().st_mtime for path in (tmp_path / "runs").rglob("*")} == before

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import fault_drill
-from training.checkpoint import load_checkpoint
+from pipeline.models.checkpoint import load_checkpoint
 
 
 def test_a_plan_has_every_fault_and_is_the_same_for_the_same_seed() -> None:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import default_loader
 
-from training import folders
-from training.folders import UnreadableImage, pixels_of, read_image
-from training.trees import open_folder
+from pipeline.data import pixels
+from pipeline.data.pixels import UnreadableImage, pixels_of, read_image
+from pipeline.data.trees import open_folder
 
 RGB = np.random.default_rng(0).integers(0, 256, (23, 31, 3), dtype=np.uint8)
 GRAY16 = np.random.default_rng(1).integers(0, 65536, (23, 31), dtype=np.uint16)
@@ -59,7 +59,7 @@ MODES = {
 @pytest.fixture(params=["torchvision", "Pillow alone"])
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "Pillow alone":
-        monkeypatch.setattr(folders, "decode_image", None)
+        monkeypatch.setattr(pixels, "decode_image", None)
 
 
 @pytest.mark.parametrize("name", MODES)

@@ -25,16 +25,17 @@ from torch import Tensor
 
 import imagenet_eval
 import imagenet_train
-from evaluating import subsets
-from evaluating.commands import COMMANDS
-from evaluating.encoders import load_encoder
-from evaluating.linear import Protocol, Standardize, accuracy, batches_of, train_linear
-from evaluating.paper import comparable
-from evaluating.record import tables, write_whole
 from msf_core.distributed import Ranks
-from training.data import Share, open_source
-from training.ending import LONGEST, in_one_line
-from training.features import Batch, nearest_neighbour_accuracy
+from pipeline.data.opening import open_source
+from pipeline.data.source import Share
+from pipeline.evaluation import subsets
+from pipeline.evaluation.commands import COMMANDS
+from pipeline.evaluation.features import Batch, nearest_neighbour_accuracy
+from pipeline.evaluation.linear import Protocol, Standardize, accuracy, batches_of, train_linear
+from pipeline.evaluation.paper import comparable
+from pipeline.evaluation.record import tables, write_whole
+from pipeline.models.encoders import load_encoder
+from pipeline.running.ending import LONGEST, in_one_line
 
 CPU = torch.device("cpu")
 
@@ -385,8 +386,8 @@ def test_wrong_input_is_one_line_before_anything_is_computed(
 ) -> None:
     tree = photo_run.parent / "tree"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("evaluating.commands.features_of", None)
-    monkeypatch.setattr("training.features.features_of", None)
+    monkeypatch.setattr("pipeline.evaluation.commands.features_of", None)
+    monkeypatch.setattr("pipeline.evaluation.features.features_of", None)
     torch.save({"model": torch.ones(1)}, tmp_path / "other.pt")
     for name in ("text.pt", "text.safetensors"):
         (tmp_path / name).write_text("text")
@@ -423,7 +424,7 @@ def test_errors_of_any_kind_are_one_line() -> None:
         "    y\n{}: cannot read image a/0.jpg:\n  no image\n"
     )
     for error, line in (
-        (RuntimeError(worker.format("training.folders.UnreadableImage")), "cannot read image a/0.jpg: no image"),
+        (RuntimeError(worker.format("pipeline.data.pixels.UnreadableImage")), "cannot read image a/0.jpg: no image"),
         (OSError(worker.format("OSError")), "cannot read image a/0.jpg: no image"),
         (RuntimeError(worker.format("KeyError")), "KeyError: cannot read image a/0.jpg: no image"),
         (
@@ -449,7 +450,7 @@ def test_an_error_that_nobody_foresaw_and_ctrl_c_are_one_line_too(
         def fail(*_: Any, error: BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr("evaluating.commands.nearest_neighbour_accuracy", fail)
+        monkeypatch.setattr("pipeline.evaluation.commands.nearest_neighbour_accuracy", fail)
         assert status_of("knn", digits_run, "--out", tmp_path / "record.json") == status
         assert capsys.readouterr().err.split("\n")[-2:] == [line, ""]
 

@@ -29,11 +29,11 @@ import imagenet_train
 from msf_core import MemoryBank, Neighbors, mean_shift_loss
 from msf_core.distributed import Ranks
 from msf_core.rows import unit_rows
-from training import showing
-from training.data import Digits
-from training.health import measure
-from training.settings import build_parser, complete, resumed
-from training.trainer import StopRequest, Trainer
+from pipeline.data.digits import Digits
+from pipeline.training import showing
+from pipeline.training.health import measure
+from pipeline.training.settings import build_parser, complete, resumed
+from pipeline.training.trainer import StopRequest, Trainer
 
 SCRIPT = Path(imagenet_train.__file__)
 TIMES = {"images_per_second", "data_share", "search_share"}
@@ -170,7 +170,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         contextlib.redirect_stderr(printed),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr("training.timing.LOADER_SHARE", -1.0)  # whatever the machine, its loader is the limit
+        patch.setattr("pipeline.training.timing.LOADER_SHARE", -1.0)  # whatever the machine, its loader is the limit
         assert train("--data", tree, *SMALL, "--out", folder / "run", pictures=True) == 0
     return tree, folder / "run", printed.getvalue()
 
@@ -261,7 +261,7 @@ def test_a_run_that_is_stopped_goes_on_exactly(
 def test_tensorboard_has_every_number_once_although_the_run_crashed(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.trainer.LOG_EVERY", 1)
+    monkeypatch.setattr("pipeline.training.trainer.LOG_EVERY", 1)
     monkeypatch.setattr(imagenet_train, "REDRAW", 0.0)
     with pytest.MonkeyPatch.context() as patch:
         train_step = Trainer._train_step
@@ -550,7 +550,7 @@ def test_divergence_is_said_within_50_steps_and_leaves_the_last_sound_checkpoint
 ) -> None:
     """Before the first checkpoint, after it, and where a stop would write another one."""
     monkeypatch.setattr(Trainer, "_train_step", poisoned(step))
-    monkeypatch.setattr("training.trainer.CHECK_EVERY", 10)
+    monkeypatch.setattr("pipeline.training.trainer.CHECK_EVERY", 10)
     if stop:
         stop_at(monkeypatch, stop)
     assert train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run") == 1
@@ -652,7 +652,7 @@ def test_k_may_rise_over_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ks.append(neighbors.index.shape[1])
         return measure(loss, u, neighbors, *more)
 
-    monkeypatch.setattr("training.trainer.measure", watched)
+    monkeypatch.setattr("pipeline.training.trainer.measure", watched)
     assert train("--steps", 6, "--k", 1, "--k-end", 9, "--out", tmp_path / "run") == 0
     assert ks == [1, 2, 4, 5, 6, 8]
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -694,7 +694,7 @@ def test_what_restricts_the_neighbors_in_the_library_does_so_in_the_trainer(
         alike.extend((others == own).tolist())
         return measure(loss, u, found, labels, views, bank)
 
-    monkeypatch.setattr("training.trainer.measure", watched)
+    monkeypatch.setattr("pipeline.training.trainer.measure", watched)
     trainer = prepared(
         tmp_path / "run", "--steps", 24, "--bank-size", 2048, "--bank-dtype", "int8", "--symmetric", option
     )

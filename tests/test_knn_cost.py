@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases, measure, memory, peers, tables
+from benchmarks.measuring import cases, measure, memory, peers, tables
 
 TINY = ["--device", "cpu", "--rows", "2000", "3000", "--dim", "32", "--batch", "16", "--repeats", "3"]
 TINY += ["--backends", "auto", "torch"]

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 pytest.importorskip("lightly", reason="the benchmark compares with lightly: pip install lightly")
 pytest.importorskip("sklearn", reason="the drop-in's example needs scikit-learn")
 
-from benchmarks import lightly_bank, memory
+from benchmarks import lightly_bank
 from benchmarks.lightly_bank import Method, Task
+from benchmarks.measuring import memory
 from msf_core import available_backends
 
 ROWS, DIM, BATCH, REPEATS = 512, 16, 64, 3

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from training import lock
-from training.lock import FolderLock
+from pipeline.training import lock
+from pipeline.training.lock import FolderLock
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from training.lock import FolderLock
+from pipeline.training.lock import FolderLock
 
 FolderLock().take(Path(sys.argv[1]))
 if os.fork():

@@ -17,17 +17,17 @@ pytest.importorskip("faiss", reason="DeepCluster-v2 clusters with FAISS")
 from lightly.loss import NTXentLoss
 
 from benchmarks import methods
-from benchmarks.methods_core import DeepCluster, Method
-from benchmarks.methods_learners import METHODS, UNTRAINED
-from benchmarks.methods_losses import (
+from benchmarks.comparing.core import DeepCluster, Method
+from benchmarks.comparing.learners import METHODS, UNTRAINED
+from benchmarks.comparing.losses import (
     cluster_prediction,
     consistent_contrast,
     similarity_distillation,
     spherical_kmeans,
 )
-from benchmarks.methods_recipe import RECIPES, new_backbone, open_images, parts_of
-from benchmarks.methods_runs import Place, Run, epochs_of, optimizer_of, step_of
-from benchmarks.methods_table import ORDER, PAPER, paired, passes_of
+from benchmarks.comparing.recipe import RECIPES, new_backbone, open_images, parts_of
+from benchmarks.comparing.runs import Place, Run, epochs_of, optimizer_of, step_of
+from benchmarks.comparing.table import ORDER, PAPER, paired, passes_of
 
 CPU = torch.device("cpu")
 TINY = replace(

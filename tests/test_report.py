@@ -13,10 +13,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from experimenting import figures
-from training import pictures, progress
-from training.loggers import check_logger, open_logger
-from training.progress import Progress
+from pipeline.figures import paper, pictures
+from pipeline.running import progress
+from pipeline.running.progress import Progress
+from pipeline.training.loggers import check_logger, open_logger
 
 EPOCH = {"epoch": 1, "step": 20, "loss": 0.5, "purity": float("nan"), "nn20": 0.75, "images_per_second": 1234.4}
 DEVICE = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition; PyTorch 2.14.1; 2026-11-28"
@@ -133,9 +133,9 @@ def labels_of(figure: Figure) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_labels_never_touch_and_are_on_the_picture(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     function, arguments = DRAWINGS[name]
-    for module in (pictures, figures):  # where the labels are is known without writing the pixels
+    for module in (pictures, paper):  # where the labels are is known without writing the pixels
         monkeypatch.setattr(module, "write_picture", lambda figure, path, dpi: figure)
-    figure = getattr(pictures if hasattr(pictures, function) else figures, function)(tmp_path / "x.png", *arguments)
+    figure = getattr(pictures if hasattr(pictures, function) else paper, function)(tmp_path / "x.png", *arguments)
     labels = labels_of(figure)
     assert len(labels) >= 3
     for text, box in labels:

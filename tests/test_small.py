@@ -17,12 +17,13 @@ from test_imagenet_train import assert_same_run, error_of, stop_at, train
 from test_training import CPU, assert_same, batches, joined_of
 
 import imagenet_eval
-from training.models import build_backbone, export_backbone, small_stem, stem_of
-from training.settings import RECIPES, complete
-from training.small import SmallImages, Split, statistics
-from training.small_sets import IDX_FILES, open_small
-from training.source import Share, epoch_order, seed_of
-from training.views import PER_VIEW, SUPERVISED, crop_boxes, draws, resized_crops, views_of
+from pipeline.data.small import SmallImages, Split, statistics
+from pipeline.data.small_sets import IDX_FILES, open_small
+from pipeline.data.source import Share, epoch_order
+from pipeline.models.backbones import build_backbone, export_backbone, small_stem, stem_of
+from pipeline.running.seeds import seed_of
+from pipeline.training.settings import RECIPES, complete
+from pipeline.views.crops import PER_VIEW, SUPERVISED, crop_boxes, draws, resized_crops, views_of
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 GENERATOR = np.random.default_rng(0)

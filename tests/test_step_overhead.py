@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import step_overhead
-from benchmarks.cases import Problem
+from benchmarks.measuring.cases import Problem
 
 TINY = Problem(rows=64, dim=16, batch=8, k=5, dtype="float32", device="cpu")
 

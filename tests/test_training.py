@@ -15,16 +15,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from msf_core.distributed import Ranks
-from training import data, evaluation
-from training.augment import DIGITS_VIEWS, DigitsView
-from training.checkpoint import load_checkpoint, save_checkpoint
-from training.data import BadImages, Digits, Photos, Share, open_folder, seed_of
-from training.features import nearest_neighbour_accuracy
-from training.models import build_backbone, export_backbone
-from training.photos import workers_of
-from training.report import keep_losses, write_losses
-from training.timing import TimedSearch, WaitClock, loader_limit
-from training.views import PER_VIEW, draws
+from pipeline.data.bad_images import BadImages
+from pipeline.data.digits import Digits
+from pipeline.data.photos import Photos, workers_of
+from pipeline.data.source import DataSource, Share, Views
+from pipeline.data.trees import open_folder
+from pipeline.evaluation import scores
+from pipeline.evaluation.features import nearest_neighbour_accuracy
+from pipeline.models.backbones import build_backbone, export_backbone
+from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.running.seeds import seed_of
+from pipeline.training.report import keep_losses, write_losses
+from pipeline.training.timing import TimedSearch, WaitClock, loader_limit
+from pipeline.views.augment import DIGITS_VIEWS, DigitsView
+from pipeline.views.crops import PER_VIEW, draws
 
 CPU = torch.device("cpu")
 
@@ -53,7 +57,7 @@ def blank_pictures() -> Iterator[None]:
     """Empty files in place of the trainer's pictures, which take half the time of a run of some steps."""
     with pytest.MonkeyPatch.context() as patch:
         for draw in ("draw_curves", "draw_neighbors"):
-            patch.setattr(f"training.showing.{draw}", lambda path, *drawn: Image.new("RGB", (8, 8)).save(path))
+            patch.setattr(f"pipeline.training.showing.{draw}", lambda path, *drawn: Image.new("RGB", (8, 8)).save(path))
         yield
 
 
@@ -78,16 +82,16 @@ def photos(
     )
 
 
-def batches(source: data.DataSource, epoch: int, first: int = 0) -> list[data.Views]:
+def batches(source: DataSource, epoch: int, first: int = 0) -> list[Views]:
     return [tuple(part.clone() for part in batch) for batch in source.train_views(epoch, first)]
 
 
-def joined_of(parts: list[data.Views]) -> data.Views:
+def joined_of(parts: list[Views]) -> Views:
     target, online, labels, ids = (torch.cat(part) for part in zip(*parts, strict=True))
     return target, online, labels, ids
 
 
-def assert_same(ours: list[data.Views], theirs: list[data.Views]) -> None:
+def assert_same(ours: list[Views], theirs: list[Views]) -> None:
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -336,8 +340,8 @@ def test_evaluation_counts_what_it_says() -> None:
     features = {"train": (train, labels), "val": (val, val_labels)}
     assert nearest_neighbour_accuracy([features["train"]], 5, [features["val"]])["nn1"] == 0.75
     # k = 2: the nearest other one. Those of rows 0, 2, 3 share the label; of rows 1 and 4 it is each other.
-    assert evaluation.purity(train, labels, k=2) == pytest.approx(3 / 5)
-    assert set(evaluation.evaluate_features(features, k=2)) == set(evaluation.COLUMNS)
+    assert scores.purity(train, labels, k=2) == pytest.approx(3 / 5)
+    assert set(scores.evaluate_features(features, k=2)) == set(scores.COLUMNS)
 
 
 def test_few_labels_uses_that_many_a_class() -> None:
@@ -346,18 +350,18 @@ def test_few_labels_uses_that_many_a_class() -> None:
     centres = torch.randn(4, 8, generator=generator) * 3
     train = centres[labels] + torch.randn(200, 8, generator=generator)
     features = {"train": (train, labels), "val": (centres, torch.arange(4))}
-    assert evaluation.few_labels(features, 1) > 0.6
-    assert evaluation.few_labels(features, 10) == 1.0
-    assert evaluation.linear_probe(features) == 1.0
+    assert scores.few_labels(features, 1) > 0.6
+    assert scores.few_labels(features, 10) == 1.0
+    assert scores.linear_probe(features) == 1.0
     # With one label a class, mislabelled rows would be felt; with the labels shuffled nothing is left to know.
     shuffled = {**features, "train": (train, labels[torch.randperm(200, generator=generator)])}
-    assert evaluation.few_labels(shuffled, 10) < 0.6
+    assert scores.few_labels(shuffled, 10) < 0.6
 
 
 def test_warming_up_gives_batchnorm_statistics_and_leaves_the_encoder_alone() -> None:
     torch.manual_seed(0)
     backbone, _ = build_backbone("digits", (1, 16, 16))
-    warm = evaluation.warmed_up(backbone, Digits("w/s", Share(64), seed=0, device=CPU), Ranks(), batches=3)
+    warm = scores.warmed_up(backbone, Digits("w/s", Share(64), seed=0, device=CPU), Ranks(), batches=3)
     norm, warm_norm = backbone.stem[1], warm.stem[1]
     assert int(norm.num_batches_tracked) == 0
     assert int(warm_norm.num_batches_tracked) == 3
@@ -377,7 +381,7 @@ def test_a_timed_search_finds_the_same_and_counts_its_time() -> None:
 
 def test_the_wait_for_items_is_counted_and_the_work_on_them_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("training.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("pipeline.training.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
     clock = WaitClock(CPU)
 
     def items() -> Iterator[int]:
@@ -392,7 +396,7 @@ def test_the_wait_for_items_is_counted_and_the_work_on_them_is_not(monkeypatch: 
 
 
 def test_workers_are_the_cores_that_a_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.photos.cores", lambda: 16)
+    monkeypatch.setattr("pipeline.data.photos.cores", lambda: 16)
     assert (workers_of(-1), workers_of(0), workers_of(3)) == (16, 0, 3)
     for ranks, expected in ((1, 16), (3, 5), (40, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))

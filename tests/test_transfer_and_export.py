@@ -19,11 +19,11 @@ from sklearn.preprocessing import StandardScaler, normalize
 from test_imagenet_eval import blobs
 
 import imagenet_eval
-from evaluating import transfer
-from evaluating.encoders import LoadedEncoder
-from evaluating.export import check_list, export_to
-from training.data import labels_of
-from training.models import build_backbone, export_backbone
+from pipeline.data.pixels import labels_of
+from pipeline.evaluation import transfer
+from pipeline.models.backbones import build_backbone, export_backbone
+from pipeline.models.encoders import LoadedEncoder
+from pipeline.models.export import check_list, export_to
 
 CLASSES, EACH = 3, 8  # images of a class in every split
 
@@ -270,7 +270,7 @@ def test_features_that_differ_are_an_error(tmp_path: Path, monkeypatch: pytest.M
     def spoiled(path: str) -> dict[str, Any]:
         return {name: value * 1.01 if name == "conv1.weight" else value for name, value in load_file(path).items()}
 
-    monkeypatch.setattr("evaluating.export.load_file", spoiled)
+    monkeypatch.setattr("pipeline.models.export.load_file", spoiled)
     with pytest.raises(RuntimeError, match="features in torchvision differ"):
         export_to("torchvision", encoder("resnet18"), tmp_path, 64)
     assert not list(tmp_path.iterdir())

@@ -16,9 +16,11 @@ from torchvision.datasets import ImageFolder
 
 import imagenet_eval
 import imagenet_train
-from training.data import DataSource, Share, labels_of, open_source
-from training.scanning import SHOWN
-from training.trees import ImageTree, open_folder
+from pipeline.data.opening import open_source
+from pipeline.data.pixels import labels_of
+from pipeline.data.scanning import SHOWN
+from pipeline.data.source import DataSource, Share
+from pipeline.data.trees import ImageTree, open_folder
 
 
 def grow(root: Path, *paths: str) -> Path:

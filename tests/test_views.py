@@ -17,10 +17,25 @@ from torch.utils._pytree import tree_leaves
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
-from training import views
-from training.photos import _Centred
-from training.rendering import _SLOTS, _TURN, Parameters, Rendering, blur_width
-from training.views import PER_VIEW, STRONG, WEAK, View, crop_boxes, draws, resized_crop, resized_crops
+from pipeline.data.photos import _Centred
+from pipeline.views.crops import (
+    BLUR,
+    BRIGHTNESS,
+    FLIP,
+    GRAY,
+    JITTER,
+    PER_VIEW,
+    SIGMA,
+    STRONG,
+    WEAK,
+    View,
+    crop_boxes,
+    draws,
+    resized_crop,
+    resized_crops,
+    views_of,
+)
+from pipeline.views.rendering import _SLOTS, _TURN, Parameters, Rendering, blur_width
 
 CPU = torch.device("cpu")
 MANY = 12_000
@@ -134,8 +149,8 @@ def test_a_weak_view_is_crop_and_flip_and_the_two_views_of_an_image_are_drawn_ap
     assert drawn.slots(slice(None)) == ()
     assert 0.45 < drawn.flip.double().mean() < 0.55
     both = draws(0, 0, 0, MANY)
-    assert abs(torch.corrcoef(torch.stack([both[:, views.FLIP], both[:, PER_VIEW + views.FLIP]]))[0, 1]) < 0.05
-    assert views.views_of("w/s", blur=0.0) == (WEAK, replace(STRONG, blur=0.0))
+    assert abs(torch.corrcoef(torch.stack([both[:, FLIP], both[:, PER_VIEW + FLIP]]))[0, 1]) < 0.05
+    assert views_of("w/s", blur=0.0) == (WEAK, replace(STRONG, blur=0.0))
 
 
 # What is made of them
@@ -149,7 +164,7 @@ def test_each_jitter_is_torchvisions(kind: int) -> None:
     crops[0], crops[1, 1:] = 77, 0  # gray, and red alone
     found = rendering(view, 33)(crops, drawn)
     for crop, row, ours in zip(crops.float() / 255, drawn.double(), found, strict=True):
-        change = float(strength * (2 * row[views.BRIGHTNESS + kind] - 1))
+        change = float(strength * (2 * row[BRIGHTNESS + kind] - 1))
         expected = JITTERS[kind](crop, change if kind == 3 else 1 + change)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
@@ -165,24 +180,24 @@ def test_blur_grayscale_and_flip_are_torchvisions(size: int) -> None:
     width = max(3, size // 10 // 2 * 2 + 1)
     assert width == blur_width(size)
     for image, row, ours in zip(images, drawn.double(), soft, strict=True):
-        sigma = float(0.1 + 1.9 * row[views.SIGMA])
+        sigma = float(0.1 + 1.9 * row[SIGMA])
         torch.testing.assert_close(ours, transforms.gaussian_blur(image, [width] * 2, [sigma] * 2), rtol=0, atol=1e-5)
 
 
 def by_torchvision(crop: Tensor, row: Tensor, size: int) -> Tensor:
     """A strong view [3, H, W], one operation after another, in the order that the row says."""
     image = crop.float() / 255
-    if row[views.FLIP] < 0.5:
+    if row[FLIP] < 0.5:
         image = image.flip(2)
     parameters = Parameters.of(row[None].float(), replace(STRONG, jitter=1.0))
-    if row[views.JITTER] < 0.8:
+    if row[JITTER] < 0.8:
         for kind in orders_of(parameters.blends)[0]:
-            change = float((0.4, 0.4, 0.4, 0.1)[kind] * (2 * row[views.BRIGHTNESS + kind] - 1))
+            change = float((0.4, 0.4, 0.4, 0.1)[kind] * (2 * row[BRIGHTNESS + kind] - 1))
             image = JITTERS[kind](image, change if kind == 3 else 1 + change)
-    if row[views.GRAY] < 0.2:
+    if row[GRAY] < 0.2:
         image = transforms.rgb_to_grayscale(image, 3)
-    if row[views.BLUR] < 0.5:
-        image = transforms.gaussian_blur(image, [blur_width(size)] * 2, [float(0.1 + 1.9 * row[views.SIGMA])] * 2)
+    if row[BLUR] < 0.5:
+        image = transforms.gaussian_blur(image, [blur_width(size)] * 2, [float(0.1 + 1.9 * row[SIGMA])] * 2)
     return image
 
 
@@ -313,7 +328,7 @@ def test_the_blur_is_near_the_authors_which_is_pillows() -> None:
     row = rows(1)
     apart = []
     for sigma in np.linspace(0.1, 2.0, 8).tolist():
-        row[0, views.SIGMA] = (sigma - 0.1) / 1.9
+        row[0, SIGMA] = (sigma - 0.1) / 1.9
         ours = rendering(replace(PLAIN, blur=1.0), 224)(crop, row)[0].permute(1, 2, 0).numpy() * 255
         theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(radius=sigma))).astype(float)
         apart.append(np.abs(ours - theirs).mean())

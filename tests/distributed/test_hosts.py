@@ -1,4 +1,4 @@
-"""Hosts in network namespaces: one drill of benchmarks/host_faults.py, which has more, and the end of the hosts."""
+"""Hosts in network namespaces: one drill of breaking/host_faults.py, which has more, and the end of the hosts."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from test_torchrun import losses
 from test_trainer_ranks import train
 
-from benchmarks import host_faults, hosts
+from benchmarks.breaking import host_faults, hosts
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_a_host_vanishes_and_returns_and_the_losses_are_those_of_a_quiet_run(two
 APART = """
 import sys, time
 from pathlib import Path
-from benchmarks import hosts
+from benchmarks.breaking import hosts
 with hosts.joined(2) as (first, second):
     log = Path(sys.argv[1])
     say = "import socket; print(socket.gethostname(), socket.gethostbyname('host2'), flush=True)"
@@ -50,7 +50,7 @@ with hosts.joined(2) as (first, second):
 def test_hosts_know_each_other_by_name_and_are_gone_when_the_process_is_told_to_end(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", APART, str(log)]
-    with subprocess.Popen(command, cwd=Path(hosts.__file__).parents[1], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=Path(hosts.__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
         name = process.stdout.readline().strip()
         assert name in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
         process.terminate()
@@ -79,7 +79,7 @@ def test_what_does_not_hold_is_noticed(change: dict[str, Any], holds: bool) -> N
 
 
 def test_the_committed_record_has_all_faults_on_two_and_three_hosts_and_all_of_it_holds() -> None:
-    file = Path(host_faults.__file__).parent / "results" / "host_faults.jsonl"
+    file = Path(host_faults.__file__).parents[1] / "results" / "host_faults.jsonl"
     if not file.exists():
         pytest.skip("no record of the drill beside the benchmarks")
     records = [json.loads(line) for line in file.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""examples/training/peers.py: who is missing, by number and host. That hosts do vanish is in test_hosts.py."""
+"""examples/pipeline/running/peers.py: who is missing, by number and host. That hosts do vanish is in test_hosts.py."""
 
 import threading
 import time
@@ -8,9 +8,9 @@ import pytest
 import torch.distributed as dist
 
 from msf_core.distributed import Ranks
-from training.ending import status_of, telling
-from training.peers import LostRank, Peers, lost_touch
-from training.ranks import joined
+from pipeline.running.ending import status_of, telling
+from pipeline.running.peers import LostRank, Peers, lost_touch
+from pipeline.running.ranks import joined
 
 SILENCE = 1.5
 ERROR = RuntimeError("gloo: Timed out\nand more")
@@ -38,7 +38,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Peers]]:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    monkeypatch.setattr("training.peers.socket.gethostname", lambda: threading.current_thread().name)
+    monkeypatch.setattr("pipeline.running.peers.socket.gethostname", lambda: threading.current_thread().name)
     made = on_each([0, 1, 2], lambda place: Peers(place, 3, "start", SILENCE))
     found = [made[place] for place in range(3)]
     assert all(one.hosts == NAMES and one.keepers == [0] for one in found)

@@ -16,14 +16,18 @@ from test_training import make_tree
 from torch import Tensor, nn
 
 import imagenet_train
-from evaluating.linear import Protocol, Standardize, accuracy, train_linear
 from msf_core.distributed import Ranks
-from training import evaluation
-from training.data import BadImages, Digits, Photos, Share, open_folder
-from training.lock import FolderLock
-from training.ranks import SyncBatchNormAnywhere, shuffled, synchronized
-from training.settings import build_parser
-from training.trainer import Diverged, StopRequest, Trainer
+from pipeline.data.bad_images import BadImages
+from pipeline.data.digits import Digits
+from pipeline.data.photos import Photos
+from pipeline.data.source import Share
+from pipeline.data.trees import open_folder
+from pipeline.evaluation import scores
+from pipeline.evaluation.linear import Protocol, Standardize, accuracy, train_linear
+from pipeline.running.ranks import SyncBatchNormAnywhere, shuffled, synchronized
+from pipeline.training.lock import FolderLock
+from pipeline.training.settings import build_parser
+from pipeline.training.trainer import Diverged, StopRequest, Trainer
 
 STEPS = 10
 RECIPE = ["--steps", STEPS, "--batch-size", 16, "--lr", 0.005, "--batchnorm", "sync"]
@@ -229,7 +233,7 @@ def evaluated(rank: int) -> tuple[dict[str, float], dict[str, float]]:
     source = Digits("w/s", Share(64, rank=rank, ranks=ranks.size), seed=0, device=torch.device("cpu"))
     backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(256))
     backbone(torch.randn(64, 1, 16, 16) * torch.rand(256).view(1, 1, 16, 16))
-    return evaluation.evaluate(backbone, source, 5, ranks), evaluation.nearest_neighbours(backbone, source, ranks)
+    return scores.evaluate(backbone, source, 5, ranks), scores.nearest_neighbours(backbone, source, ranks)
 
 
 def test_all_ranks_evaluate_together_and_get_what_one_process_gets(ranks: Any) -> None:
@@ -285,9 +289,9 @@ def meets_an_unreadable_image(rank: int, folder: str) -> None:
     ranks, backbone = Ranks(), small_backbone()
     source = damaged_photos(folder, rank, 2, "error")
     for evaluates in (
-        lambda: evaluation.evaluate(backbone, source, 5, ranks),
-        lambda: evaluation.nearest_neighbours(backbone, source, ranks),
-        lambda: evaluation.warmed_up(backbone, source, ranks),
+        lambda: scores.evaluate(backbone, source, 5, ranks),
+        lambda: scores.nearest_neighbours(backbone, source, ranks),
+        lambda: scores.warmed_up(backbone, source, ranks),
     ):
         with pytest.raises(OSError, match=r"cannot read image .*0\.jpg"):
             evaluates()
@@ -297,7 +301,7 @@ def meets_an_unreadable_image(rank: int, folder: str) -> None:
 def does_without(rank: int, folder: str) -> tuple[dict[str, float], Tensor, set[str]]:
     ranks = Ranks()
     source = damaged_photos(folder, rank, ranks.size, "skip")
-    accuracy = evaluation.nearest_neighbours(small_backbone(), source, ranks)
+    accuracy = scores.nearest_neighbours(small_backbone(), source, ranks)
     views = torch.cat([target for target, *_ in source.train_views(0, 0)])
     return accuracy, views, set(source.bad.of_all(ranks))
 
@@ -389,7 +393,7 @@ def diverges(rank: int, folder: str) -> int:
 
     trainer._train_step = spoiled
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("training.trainer.CHECK_EVERY", 5)
+        monkeypatch.setattr("pipeline.training.trainer.CHECK_EVERY", 5)
         with pytest.raises(Diverged, match="the loss became nan by step 5 of 12"):
             trainer.train(StopRequest(), lambda row: None)
     return trainer.step

@@ -8,13 +8,13 @@ from test_small import idx_folder, noise
 from test_training import make_tree
 
 import imagenet_train
-from training.prefetch import SideStream
-from training.rendering import Rendering
-from training.small import SmallImages
-from training.source import Share
-from training.timing import WaitClock
-from training.trainer import Trainer
-from training.views import PER_VIEW, STRONG, draws
+from pipeline.data.prefetch import SideStream
+from pipeline.data.small import SmallImages
+from pipeline.data.source import Share
+from pipeline.training.timing import WaitClock
+from pipeline.training.trainer import Trainer
+from pipeline.views.crops import PER_VIEW, STRONG, draws
+from pipeline.views.rendering import Rendering
 
 pytestmark = pytest.mark.gpu
 
@@ -86,7 +86,7 @@ def test_the_wait_is_the_gpus_and_not_the_hosts() -> None:
 def test_a_set_that_does_not_fit_stays_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = []
     for share in (0.5, 0.0):
-        monkeypatch.setattr("training.small.FREE_SHARE", share)
+        monkeypatch.setattr("pipeline.data.small.FREE_SHARE", share)
         split = noise()
         options = {"size": 12, "share": Share(8), "seed": 0}
         sources.append(SmallImages(split, split, device=torch.device("cuda"), **options))

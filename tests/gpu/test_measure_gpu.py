@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks.measuring import measure
 
 pytestmark = pytest.mark.gpu
 

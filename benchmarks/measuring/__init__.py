@@ -1,0 +1,1 @@
+"""What the benchmarks' commands measure with: timing, memory, cases, peers, records and tables."""

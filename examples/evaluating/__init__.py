@@ -1,1 +1,0 @@
-"""What examples/imagenet_eval.py is made of."""

@@ -1,0 +1,127 @@
+"""Images that cannot be read: which they are, and what stands in for them."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import Dataset, default_collate
+
+from msf_core.distributed import Ranks
+from pipeline.data.pixels import UnreadableImage
+from pipeline.running.seeds import seed_of
+
+ACTIONS = ("error", "skip")
+TRIES = 100  # images drawn in place of one before the data set is given up
+LIST = "bad_images.txt"
+Item = tuple[Any, list[UnreadableImage]]  # what a data set gives, or None, and what could not be read on the way
+
+
+class BadImages:
+    """What this rank could not read so far, as path -> reason, and whether it does without (``skip``)."""
+
+    def __init__(self, action: str = "error") -> None:
+        self.skip = action == "skip"
+        self.found: dict[str, str] = {}
+
+    def note(self, met: list[UnreadableImage], *, lost: bool) -> None:
+        """Keep in mind what a batch met.
+
+        Args:
+            met: what could not be read.
+            lost: whether the batch could not be made without it.
+
+        Raises:
+            UnreadableImage: images are not to be skipped, or nothing readable was found in place of one.
+        """
+        if met and not self.skip:
+            reason = f"{met[0].reason}; mend or replace the file, or do without it: --on-bad-image skip"
+            raise UnreadableImage(met[0].path, reason)
+        if lost:
+            reason = f"{met[-1].reason}; nor could {TRIES} others that were drawn in place of an image, one by one"
+            raise UnreadableImage(met[-1].path, reason)
+        self.found |= {error.path: error.reason for error in met}
+
+    @contextmanager
+    def tolerated(self) -> Iterator[None]:
+        """Skip in this block whatever was asked for: a picture is not worth a run."""
+        before, self.skip = self.skip, True
+        try:
+            yield
+        finally:
+            self.skip = before
+
+    def of_all(self, ranks: Ranks) -> dict[str, str]:
+        """Return what any of the ranks has found, which all of them ask for."""
+        if ranks.size == 1:
+            return dict(self.found)
+        parts: list[Any] = [None] * ranks.size
+        dist.all_gather_object(parts, self.found, group=ranks.group)
+        return {path: reason for part in parts for path, reason in part.items()}
+
+
+class Noting(Dataset[Item]):
+    """The items of a data set, each with what could not be read for it: no `UnreadableImage` leaves a worker.
+
+    Args:
+        items: a data set that raises it.
+        bad: what to do then.
+        instead: of a key, the keys of other items to take in its place, the first that can be read.
+        blank: the item where there is none.
+    """
+
+    def __init__(
+        self,
+        items: Dataset[Any],
+        bad: BadImages,
+        instead: Callable[[Any], Iterable[Any]] = lambda key: (),
+        blank: Any = None,
+    ) -> None:
+        self.items, self.bad, self.instead, self.blank = items, bad, instead, blank
+
+    def __len__(self) -> int:
+        return len(self.items)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Any) -> Item:
+        met: list[UnreadableImage] = []
+        try:
+            return self.items[key], met
+        except UnreadableImage as error:
+            met.append(error)
+        for other in self.instead(key) if self.bad.skip else ():
+            try:
+                return self.items[other], met
+            except UnreadableImage as error:
+                met.append(error)
+        return (self.blank if self.bad.skip else None), met
+
+
+class Drawn:
+    """The keys of the images that stand in for one, a pure function of (seed, epoch, index)."""
+
+    def __init__(self, seed: int, places: range | list[int]) -> None:
+        self.seed, self.places = seed, places
+
+    def __call__(self, key: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
+        """Yield (epoch, index, place to read): the views stay those of the index."""
+        for number in range(TRIES):
+            yield (*key, self.places[seed_of(self.seed, *key, number) % len(self.places)])
+
+
+def collated(items: list[Item]) -> Item:
+    """Return a batch of items, or None where one is missing, and all that could not be read for it."""
+    made = [item for item, _ in items]
+    batch = None if any(item is None for item in made) else default_collate(made)
+    return batch, [error for _, met in items for error in met]
+
+
+def write_list(path: Path, found: dict[str, str]) -> None:
+    """Write a line for each: its path, as the file system has it, a tab, and the reason."""
+    lines = [
+        os.fsencode(name).replace(b"\n", b"\\n") + f"\t{reason}\n".encode() for name, reason in sorted(found.items())
+    ]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(lines))
+    temporary.replace(path)

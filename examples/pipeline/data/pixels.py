@@ -1,0 +1,135 @@
+"""Image files: their pixels as uint8 RGB, of any color mode and format. Which files there are is in `trees`."""
+
+import contextlib
+import io
+import os
+import stat
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from pipeline.data.scanning import printable
+
+try:
+    from torchvision.io import ImageReadMode, decode_image
+except ImportError:  # torchvision 0.29 calls its decoders deprecated; Pillow reads the same pixels, more slowly
+    decode_image = None
+
+
+# What torchvision decodes: MPO is a JPEG with more pictures behind it. Its decoder of PNG (0.29) crashes the process on
+# a damaged file, and that of GIF takes memory for all pictures of an animation.
+FAST = {"JPEG", "MPO", "WEBP"}
+# Pillow's limit for an image is an error at twice this size; below that it only warns.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class UnreadableImage(OSError):
+    """An image file that is not one, or cannot be read; the message names it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"cannot read image {printable(path)}: {reason}")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> Any:
+        return UnreadableImage, (self.path, self.reason)
+
+
+def read_image(path: str) -> Tensor:
+    """Return the pixels [3, H, W] uint8 of an image file, as RGB; of an animation, its first picture.
+
+    Grayscale, palettes and CMYK are converted, an alpha channel is dropped, and 16 bits of gray are scaled to 8, of
+    color cut off. JPEG and WebP are decoded by torchvision, everything else, and what it refuses, by Pillow. Images are
+    not turned as their EXIF data say, except for TIFF, which Pillow turns: torchvision's ImageFolder does the same.
+
+    Raises:
+        OSError: not a regular file, no image, or one of pixels (floats, 32-bit integers) whose range is not known.
+        Exception: whatever a decoder raises on a damaged file; `pixels_of` makes one kind of them all.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for someone to write
+        raise OSError("not a regular file")
+    data = np.fromfile(path, dtype=np.uint8)
+    try:
+        image = Image.open(io.BytesIO(data.data))  # the header, and whether there is memory for so many pixels
+    except UnidentifiedImageError as error:
+        start = data[:16].tobytes()
+        what = f"not an image, or too little of one: it begins with {start!r}" if start else "the file is empty"
+        raise OSError(what) from error
+    with image:
+        if decode_image is not None and image.format in FAST:
+            with contextlib.suppress(RuntimeError):  # Pillow reads some of these, or says what is wrong
+                pixels: Tensor = decode_image(torch.from_numpy(data), mode=ImageReadMode.RGB)
+                return pixels
+        return as_rgb(image)
+
+
+def as_rgb(image: Image.Image | Tensor) -> Tensor:
+    """Return [3, H, W] uint8 of a Pillow image; a tensor is one already.
+
+    Raises:
+        OSError: its pixels are floats or 32-bit integers.
+    """
+    if isinstance(image, Tensor):
+        return image
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not sixteen:  # "I" holds 32 bits, which only these formats do not have
+        raise OSError(f"pixels of mode {image.mode} have no known range: save it with 8 or 16 bits a channel")
+    if sixteen:
+        return _eight_bits(torch.from_numpy(np.array(image).astype(np.float64)))[None].expand(3, -1, -1)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _eight_bits(values: Tensor) -> Tensor:
+    return values.double().div(257).round().to(torch.uint8)
+
+
+def pixels_of(images: Dataset[Any], index: int) -> tuple[Tensor, int]:
+    """Return (pixels [3, H, W] uint8, label) of an image of a data set, whose images are tensors or Pillow's.
+
+    Raises:
+        UnreadableImage: with its path.
+    """
+    try:
+        image, label = images[index]
+        return as_rgb(image), label
+    except Exception as error:  # on damaged files decoders raise whatever befalls them, MemoryError too
+        raise UnreadableImage(path_of(images, index), _in_one_line(error)) from error
+
+
+def path_of(images: Dataset[Any], index: int) -> str:
+    """Return the file of an image, as far as the data set tells."""
+    if isinstance(images, Subset):
+        return path_of(images.dataset, images.indices[index])
+    for name in ("paths", "samples", "_samples", "_image_files", "_images"):
+        if hasattr(images, name):
+            found = getattr(images, name)[index]
+            return str(found[0] if isinstance(found, tuple) else found)
+    return f"{index} of {type(images).__name__}"
+
+
+def _in_one_line(error: Exception) -> str:
+    """Say why something could not be read, without its path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    return text if text and type(error) is OSError else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def labels_of(images: Dataset[Any]) -> Tensor:
+    """Return the labels [n] of a data set of torchvision's, or of a part of one, without reading an image."""
+    if isinstance(images, Subset):
+        return labels_of(images.dataset)[list(images.indices)]
+    for name in ("targets", "labels", "_labels", "y"):
+        if hasattr(images, name):
+            labels = torch.as_tensor(getattr(images, name))
+            break
+    else:
+        if not hasattr(images, "_samples"):
+            raise ValueError(f"{type(images).__name__} does not tell its labels")
+        labels = torch.tensor([label for _, label in images._samples])
+    places = getattr(images, "target_transform", None)
+    return labels if places is None else torch.tensor([places(int(label)) for label in labels])

@@ -1,0 +1,1 @@
+"""Backbones by name, checkpoints, trained encoders, and their export to other libraries."""

@@ -1,0 +1,1 @@
+"""How a script runs: its flags, its ranks, Ctrl-C, how it ends, and on what machine."""

@@ -1,0 +1,211 @@
+"""What changes when torchrun starts several of these processes: the group, BatchNorm, and who speaks."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from msf_core.distributed import Ranks
+from pipeline.running.peers import Peers, lost_touch
+from pipeline.running.seeds import seed_of
+
+SILENCE = 3.0  # seconds without a sign of life after which a rank that others wait for counts as lost
+
+
+@contextmanager
+def shared(ranks: Ranks) -> Iterator[None]:
+    """Make an error of one rank an error of all, who wait for one another at the end of the block."""
+    if ranks.size == 1:
+        yield
+        return
+    with ranks.sharing_errors("prepare"):
+        yield
+    ranks.agree("prepare", same={})
+
+
+@contextmanager
+def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the ranks that torchrun has started, if it was torchrun, and leave them at the end.
+
+    Args:
+        device: a device of PyTorch's by name; "auto" is the GPU if there is one, each rank's own under torchrun.
+        timeout: seconds that a rank waits for another.
+
+    Yields:
+        The ranks, and the device of this one.
+
+    Raises:
+        ValueError: no such device here, or torchrun's restarts would not find each other.
+        LostRank: a rank that this one waits for does not answer, within the time-out.
+    """
+    chosen = device_of(device)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Ranks(), chosen
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    # The hosts talk by gloo beside NCCL: no GPU has to be asked how many rows a rank brings.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if agent_store and may_restart() and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "torchrun --max-restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: "
+            "each host counts its restarts alone, and ranks of different counts would not find each other"
+        )
+    silence = min(SILENCE, timeout / 8)
+    patience = timedelta(seconds=timeout - 3 * silence)  # the rest is to find out whom it has waited for, and to end
+    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+    # torchrun's own store outlives a start: what an earlier one left in it are addresses of processes that are gone.
+    prefix = f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if agent_store else "start"
+    store = dist.PrefixStore(prefix, store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    peers = Peers(rank, size, prefix, silence)
+    try:
+        yield Ranks(), chosen
+    except RuntimeError as error:
+        if not lost_touch(error):
+            raise
+        raise peers.find(error) from error
+    finally:
+        peers.stop()
+        dist.destroy_process_group()
+
+
+def device_of(name: str) -> torch.device:
+    """Return a device of PyTorch's by name, or for "auto" the GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or a GPU as cuda:0, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch sees no GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here, the first is cuda:0")
+    if device.type != "cuda":  # a GPU is not touched: each rank will have its own
+        try:
+            torch.zeros(1, device=device).tolist()
+        except Exception as error:  # each kind of device has another
+            raise ValueError(f"--device {name}: PyTorch cannot compute on it here ({type(error).__name__})") from None
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def restarted() -> bool:
+    """Tell whether torchrun has started this again, after a rank had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def may_restart() -> bool:
+    """Tell whether torchrun would."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def synchronized(module: nn.Sequential, device: torch.device) -> nn.Sequential:
+    """Return the module with BatchNorm over the images of all ranks."""
+    if device.type == "cuda":
+        converted: nn.Sequential = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return converted
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            part.__class__ = SyncBatchNormAnywhere
+    return module
+
+
+def parallel(module: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> DistributedDataParallel:
+    """Return the module in DDP, with gradients that are added in the same order in the first step as in all others.
+
+    After its first backward pass DDP divides the gradients into other buckets, so that three or more ranks add them in
+    another order: a run that is resumed would not be that which went on. Here that pass comes before the training, over
+    two empty images, and leaves no trace in parameters, buffers, gradients and random numbers.
+
+    Args:
+        module: from images [B, *image_shape] to anything that has a sum.
+        image_shape: [C, H, W] of the images to come.
+        device: where the module is.
+    """
+    wrapped = DistributedDataParallel(module)
+    before = [buffer.clone() for buffer in module.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        wrapped(torch.zeros(2, *image_shape, device=device)).sum().backward()
+    wrapped.zero_grad()
+    with torch.no_grad():
+        for buffer, value in zip(module.buffers(), before, strict=True):
+            buffer.copy_(value)
+    return wrapped
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; so is its gradient."""
+
+    @staticmethod
+    def forward(context: Any, part: Tensor) -> Tensor:
+        """Return the sum."""
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        """Return the sum of the gradients."""
+        return SumOverRanks.forward(context, gradient)
+
+
+class SyncBatchNormAnywhere(_BatchNorm):
+    """PyTorch's SyncBatchNorm runs on GPUs only; this one runs where all_reduce does. All ranks bring equal shapes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input`` [B, C, …] normalized over the batches of all ranks."""
+        if not self.training:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        dtype, input = input.dtype, input.float()  # as BatchNorm under autocast
+        others = [dimension for dimension in range(input.ndim) if dimension != 1]
+        count = input.numel() // input.shape[1] * dist.get_world_size()
+        mean: Tensor = SumOverRanks.apply(input.mean(dim=others, keepdim=True)) / dist.get_world_size()  # [1, C, …]
+        centred = input - mean
+        variance: Tensor = SumOverRanks.apply(centred.square().sum(dim=others, keepdim=True)) / count
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                weight = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.flatten(), weight)
+                self.running_var.lerp_(variance.flatten() * count / (count - 1), weight)
+        normal = centred * (variance + self.eps).rsqrt()
+        if self.weight is None or self.bias is None:
+            return normal.to(dtype)
+        return (normal * self.weight.view(mean.shape) + self.bias.view(mean.shape)).to(dtype)
+
+
+def shuffled(module: Callable[[Tensor], Tensor], images: Tensor, ranks: Ranks, *seeds: int) -> Tensor:
+    """Return ``module(images)``, each rank having run the images of a random share of all ranks (MoCo's shuffled BN).
+
+    Args:
+        module: images [B, …] to embeddings [B, D].
+        images: this rank's, as many as every other rank's.
+        ranks: those that take part.
+        seeds: of the order, the same on all ranks.
+    """
+    counts = [len(images)] * ranks.size
+    everyones = ranks.gather(images, counts)
+    order = torch.randperm(len(everyones), generator=torch.Generator().manual_seed(seed_of(*seeds)))
+    mine = everyones[order.chunk(ranks.size)[ranks.rank].to(images.device, non_blocking=True)]
+    if images.is_contiguous(memory_format=torch.channels_last):
+        mine = mine.contiguous(memory_format=torch.channels_last)
+    embeddings = ranks.gather(module(mine), counts)
+    own = order.argsort().chunk(ranks.size)[ranks.rank]
+    return embeddings[own.to(images.device, non_blocking=True)]

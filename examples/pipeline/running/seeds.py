@@ -1,0 +1,8 @@
+"""Where randomness comes from: every draw has a seed made of what it depends on."""
+
+import numpy as np
+
+
+def seed_of(*parts: int) -> int:
+    """Return a 63-bit seed that depends on all parts."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
