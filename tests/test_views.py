@@ -207,7 +207,7 @@ def test_a_whole_strong_view_is_torchvisions_for_every_order() -> None:
     found = Rendering(STRONG, 32, mean, std, CPU)(crops, drawn)
     expected = torch.stack([by_torchvision(crop, row, 32) for crop, row in zip(crops, drawn.double(), strict=True)])
     torch.testing.assert_close(found, transforms.normalize(expected, list(mean), list(std)), rtol=0, atol=5e-5)
-    assert found.is_contiguous()
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @given(
