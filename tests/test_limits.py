@@ -228,7 +228,7 @@ Z = torch.ones(2, 3)
 NO_VIEWS = {
     "no prediction": (([], Z), ValueError, "prediction .* empty list"),
     "no target": ((Z, []), ValueError, "target .* empty list"),
-    "nothing to pair": (([Z], [Z]), ValueError, "nothing to pair"),
+    "nothing to pair": (([Z], [Z]), ValueError, "leave no pair"),
     "another batch": (([Z, Z[:1]], [Z, Z]), ValueError, r"prediction\[1\] must be \[2, 3\] .* got \[1, 3\]"),
     "another dim": (([Z, Z], [Z, Z[:, :2]]), ValueError, r"target\[1\] must be \[2, 3\] .* got \[2, 2\]"),
     "a whole view": (([Z, Z], [Z, Z.long()]), TypeError, r"target\[1\] must be floating"),

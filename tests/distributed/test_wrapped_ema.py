@@ -102,7 +102,7 @@ def sharded_wrongly(rank: int) -> None:
         target.update(online)
     assert all(torch.equal(one, other) for one, other in zip(before, target.parameters(), strict=True))
     assert target.updates == 0
-    with pytest.raises(ValueError, match="make the EMATarget first"):
+    with pytest.raises(ValueError, match="create the EMATarget first"):
         EMATarget(online)
 
 
