@@ -326,7 +326,7 @@ def announce(trainer: Trainer, folder: Path) -> None:
     readers = "" if source.workers is None else f", read by {source.workers} workers"
     if trainer.ranks.size > 1 and readers:
         readers += " a rank"
-    length = f"{trainer.total_epochs} epochs, {trainer.total_steps:,} steps"
+    length = f"{trainer.total_epochs} epoch{'s' * (trainer.total_epochs != 1)}, {trainer.total_steps:,} steps"
     print(f"{source.train_size:,} training images {labels}{readers}; {length}")
     print(f"writes to {folder}" + (f", from step {trainer.step}" if trainer.step else ""), flush=True)
 
