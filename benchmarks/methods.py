@@ -12,7 +12,8 @@ learning rates, on a part of the training images that is held out; with its best
 them, with several seeds, and judged on the test images. A folder without val/ is divided: a fifth is tested on.
 
 Each run leaves a record in OUT/runs. A run that has its record is not repeated, so the same command goes on after a
-stop, and more --methods or --seeds add to what there is. OUT/table.md has the table, OUT/records.jsonl all records.
+stop, and more --methods or --seeds add to what there is. OUT/table.md has the table, OUT/records.jsonl all records; a
+records.jsonl from elsewhere, put into OUT, counts too.
 
 --budget passes is a second comparison: a method that sends both views through the encoder with gradient, which takes
 about twice the time, gets half the steps.
@@ -36,7 +37,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 try:
     from benchmarks.comparing.learners import METHODS, UNTRAINED
     from benchmarks.comparing.recipe import RECIPES, Recipe, new_backbone, open_images
-    from benchmarks.comparing.runs import Place, Run, counted, finish
+    from benchmarks.comparing.runs import Place, Run, counted, finish, unpack
     from benchmarks.comparing.table import measure_cost, passes_of, saved_cost, table
     from benchmarks.measuring.arguments import positive, settle_device_and_folder
     from benchmarks.measuring.tables import format_seconds
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         place, shape = prepare(args, recipe)
         if args.cost:
             return cost(args, recipe, place, shape)
+        unpack(place)
         compare(args, recipe, place, shape)
     except (ValueError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -228,6 +228,16 @@ def test_a_comparison_takes_each_methods_best_rate_and_repeats_nothing(
     again = json.loads(stopped.read_text())
     assert (again["results"], again["loss"]) == (msf["results"], msf["loss"]), "a run is its settings and its seed"
 
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (tmp_path / "records.jsonl").rename(moved / "records.jsonl")
+    assert call(*flags, "1", "--out", str(moved)) == 0
+    assert "comparison: 3 runs, 3 of them finished before" in capsys.readouterr().out
+    assert (moved / "table.md").read_text() == (tmp_path / "table.md").read_text()
+    (moved / "records.jsonl").write_text('{"run": 1}\n')
+    assert call(*flags, "1", "--out", str(moved)) == 2
+    assert "records.jsonl, line 1, is no record of a run" in capsys.readouterr().err
+
     assert call(*flags, "1", "--budget", "passes", "--lr", "0.05") == 0
     halved = (tmp_path / "table-passes.md").read_text()
     assert "| SimCLR | s/s | 0.05 | 5 |" in halved

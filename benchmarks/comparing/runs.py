@@ -52,8 +52,7 @@ class Run:
     @property
     def name(self) -> str:
         """What its record is called."""
-        part = "-validation" if self.validation else ""
-        return f"{self.method}-lr-{self.lr:g}-steps-{self.steps}{part}-seed-{self.seed}"
+        return name_of({name: getattr(self, name) for name in ("method", "lr", "steps", "seed", "validation")})
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,32 @@ class Place:
     def path_of(self, run: Run) -> Path:
         """Return where the record of a run is or will be."""
         return self.folder / "runs" / f"{run.name}.json"
+
+
+def name_of(run: dict[str, Any]) -> str:
+    """Return what the record of a run is called, given the fields of a `Run`."""
+    part = "-validation" if run["validation"] else ""
+    return f"{run['method']}-lr-{run['lr']:g}-steps-{run['steps']}{part}-seed-{run['seed']}"
+
+
+def unpack(place: Place) -> None:
+    """Turn the lines of records.jsonl into the files of their runs, unless these are there.
+
+    Raises:
+        ValueError: a line is no record.
+    """
+    path = place.folder / "records.jsonl"
+    if not path.exists():
+        return
+    (place.folder / "runs").mkdir(exist_ok=True)
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            file = place.folder / "runs" / f"{name_of(record['run'])}.json"
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}, is no record of a run: {error!r}") from error
+        if not file.exists():
+            file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def counted(source: DataSource) -> dict[str, int]:
