@@ -43,7 +43,7 @@ from pipeline.data.check import check_images
 from pipeline.data.opening import open_source
 from pipeline.data.scanning import printable
 from pipeline.data.source import DataSource, Share
-from pipeline.evaluation.scores import nearest_neighbours
+from pipeline.evaluation.scores import nearest_neighbors
 from pipeline.models.backbones import stem_of
 from pipeline.models.checkpoint import check_sharded_checkpoints, load_checkpoint, load_shards, save_checkpoint
 from pipeline.running.ending import OUT_OF_MEMORY, WRONG_INPUT, status_of, telling
@@ -199,7 +199,7 @@ def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> in
         last, every = trainer.step == trainer.total_steps, settings.eval_every
         due = every and (row["epoch"] == 1 or not row["epoch"] % every)
         if source.has_val and not trainer.stopped and not last and due:
-            row |= nearest_neighbours(trainer.backbone, source, trainer.ranks)
+            row |= nearest_neighbors(trainer.backbone, source, trainer.ranks)
         with shared(trainer.ranks):
             log(logger, trainer)
             if trainer.leads:

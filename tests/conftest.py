@@ -1,4 +1,4 @@
-"""What all tests share: seeds, the hypothesis profile, the gpu marker, and the judge of neighbours."""
+"""What all tests share: seeds, the hypothesis profile, the gpu marker, and the judge of neighbors."""
 
 import os
 from collections.abc import Callable
@@ -79,4 +79,4 @@ def _assert_k_nearest(
     found = truth.gather(1, index.clamp(min=0)).masked_fill(absent, -torch.inf)
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     slots = index.sort(dim=1).values
-    assert not ((slots[:, 1:] == slots[:, :-1]) & (slots[:, 1:] >= 0)).any(), "a neighbour comes twice"
+    assert not ((slots[:, 1:] == slots[:, :-1]) & (slots[:, 1:] >= 0)).any(), "a neighbor comes twice"

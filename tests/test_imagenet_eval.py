@@ -30,7 +30,7 @@ from pipeline.data.opening import open_source
 from pipeline.data.source import Share
 from pipeline.evaluation import subsets
 from pipeline.evaluation.commands import COMMANDS
-from pipeline.evaluation.features import Batch, nearest_neighbour_accuracy
+from pipeline.evaluation.features import Batch, nearest_neighbor_accuracy
 from pipeline.evaluation.linear import Protocol, Standardize, accuracy, batches_of, train_linear
 from pipeline.evaluation.paper import comparable
 from pipeline.evaluation.record import tables, write_whole
@@ -57,7 +57,7 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a small tree whose classes have colours of their own."""
+    """A run on a small tree whose classes have colors of their own."""
     folder = tmp_path_factory.mktemp("runs")
     tree = make_tree(folder / "tree", train=10, val=4)
     flags = [*SMALL_NETWORK, "--batch-size", "10", "--workers", "0", "--steps", "6", "--out", str(folder / "run")]
@@ -76,9 +76,9 @@ def measured(*arguments: object) -> tuple[dict[str, float], dict[str, Any]]:
 # The numbers, against scikit-learn on the same features
 
 
-def test_nearest_neighbours_are_those_of_scikit_learn() -> None:
+def test_nearest_neighbors_are_those_of_scikit_learn() -> None:
     (train, labels), (val, val_labels) = blobs(300, noise=4), blobs(120, seed=1, noise=4)
-    result = nearest_neighbour_accuracy(
+    result = nearest_neighbor_accuracy(
         [(train[:100], labels[:100]), (train[100:], labels[100:])], 300, [(val, val_labels)]
     )
     for name, k in (("nn1", 1), ("nn20", 20)):
@@ -151,7 +151,7 @@ def test_random_features_give_chance_and_the_labels_themselves_all() -> None:
     truth = ((F.one_hot(labels).float(), labels), (F.one_hot(val_labels).float(), val_labels))
     protocol = Protocol(epochs=5)
     for (train, val), low, high in ((noise, 0.06, 0.14), (truth, 1, 1)):
-        found = nearest_neighbour_accuracy([train], 2000, [val])
+        found = nearest_neighbor_accuracy([train], 2000, [val])
         (linear,) = probe(train, val, protocol, Ranks())
         assert all(low <= value <= high for value in (*found.values(), linear["top1"]))
         assert 5 * low <= linear["top5"] * (5 if low == 1 else 1) <= 5 * high
@@ -450,7 +450,7 @@ def test_an_error_that_nobody_foresaw_and_ctrl_c_are_one_line_too(
         def fail(*_: Any, error: BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr("pipeline.evaluation.commands.nearest_neighbour_accuracy", fail)
+        monkeypatch.setattr("pipeline.evaluation.commands.nearest_neighbor_accuracy", fail)
         assert status_of("knn", digits_run, "--out", tmp_path / "record.json") == status
         assert capsys.readouterr().err.split("\n")[-2:] == [line, ""]
 

@@ -176,9 +176,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
 
 
 @pytest.fixture(scope="module")
-def unlabelled(photos: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def unlabeled(photos: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The same of a run on the same images without their classes."""
-    folder = tmp_path_factory.mktemp("unlabelled")
+    folder = tmp_path_factory.mktemp("unlabeled")
     for i, image in enumerate(sorted((photos[0] / "train").rglob("*.jpg"))):
         shutil.copy(image, folder / f"{i:03}.jpg")
     printed = io.StringIO()
@@ -341,24 +341,24 @@ def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path, caps
     torchvision.models.resnet50().load_state_dict(load_file(tmp_path / "run" / "backbone.safetensors"), strict=True)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labeled", [True, False])
 def test_a_folder_trains_with_labels_and_without(
-    photos: tuple[Path, Path, str], unlabelled: tuple[Path, str], labelled: bool
+    photos: tuple[Path, Path, str], unlabeled: tuple[Path, str], labeled: bool
 ) -> None:
-    run, printed = photos[1:] if labelled else unlabelled
-    assert ("| MSF, k = 5 |" in printed) == labelled
-    assert ("no labeled test images to evaluate on" in printed) != labelled
+    run, printed = photos[1:] if labeled else unlabeled
+    assert ("| MSF, k = 5 |" in printed) == labeled
+    assert ("no labeled test images to evaluate on" in printed) != labeled
     assert "read by 0 workers" in printed
-    if labelled:
+    if labeled:
         assert printed.count("the loader is the limit") == 1, "once, in two epochs"
-    assert all((row["purity"] != "") == labelled for row in metrics(run))
+    assert all((row["purity"] != "") == labeled for row in metrics(run))
     assert {path.name for path in run.iterdir()} >= FILES
     for name in ("curves.png", "neighbors.png"):
         assert min(Image.open(run / name).size) > 400
 
 
-def test_labels_never_reach_the_weights(photos: tuple[Path, Path, str], unlabelled: tuple[Path, str]) -> None:
-    one, other = (load_file(folder / "backbone.safetensors") for folder in (photos[1], unlabelled[0]))
+def test_labels_never_reach_the_weights(photos: tuple[Path, Path, str], unlabeled: tuple[Path, str]) -> None:
+    one, other = (load_file(folder / "backbone.safetensors") for folder in (photos[1], unlabeled[0]))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -193,7 +193,7 @@ def check_neighbors(bank: MemoryBank, u: Tensor, labels: Tensor, k: int, first: 
 
 
 def reference_of(v: Tensor, u: Tensor, neighbors: Tensor) -> Tensor:
-    """The reference, for every query with a bank of its own neighbours."""
+    """The reference, for every query with a bank of its own neighbors."""
     k = neighbors.shape[1]
     each = [reference.mean_shift_loss(v[i : i + 1], u[i : i + 1], neighbors[i], k) for i in range(v.shape[0])]
     return torch.stack(each).mean()
@@ -359,7 +359,7 @@ def test_backends_agree_bit_for_bit_on_the_loss_of_the_same_neighbors() -> None:
     assert torch.equal(losses[0], losses[1])
 
 
-# u is its own first neighbour by construction.
+# u is its own first neighbor by construction.
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -87,18 +87,18 @@ class BankBesideDeque(RuleBasedStateMachine):
     @rule(
         count=st.integers(0, 17),
         bad=st.dictionaries(st.integers(0, 16), st.sampled_from(sorted(BAD)), max_size=3),
-        labelled=st.booleans(),
+        labeled=st.booleans(),
         dtype=st.sampled_from([*DTYPES, torch.float64]),
         seed=SEEDS,
     )
-    def push(self, count: int, bad: dict[int, str], labelled: bool, dtype: torch.dtype, seed: int) -> None:
+    def push(self, count: int, bad: dict[int, str], labeled: bool, dtype: torch.dtype, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         batch = 10 * torch.randn(count, self.dim, generator=generator)
         bad = {i: kind for i, kind in bad.items() if i < count}
         for i, kind in bad.items():
             batch[i, 0 if kind != "overflow" else slice(None)] = BAD[kind]
         batch = batch.to(dtype)
-        labels = torch.randint(0, 1000, (count,), generator=generator) if labelled else None
+        labels = torch.randint(0, 1000, (count,), generator=generator) if labeled else None
         given = batch.clone()
         slots = self.bank.push(batch, labels)
         assert_bits_equal(batch, given)
@@ -110,7 +110,7 @@ class BankBesideDeque(RuleBasedStateMachine):
         assert slots.dtype == torch.int64
         assert slots.tolist() == expected
         for i in range(count):
-            self.model.append((rows[i], int(labels[i]) if labelled else -1, (self.pushed + i) % size))
+            self.model.append((rows[i], int(labels[i]) if labeled else -1, (self.pushed + i) % size))
         self.pushed += count
         self.nonfinite += len(bad)
 
@@ -513,7 +513,7 @@ def test_an_empty_bank_has_nothing_to_search() -> None:
         MemoryBank(4, 2).search(torch.ones(1, 2), 1)
 
 
-def test_more_neighbours_than_the_backend_finds_are_refused() -> None:
+def test_more_neighbors_than_the_backend_finds_are_refused() -> None:
     backend = load_backend("torch").__class__()
     backend.most_neighbors = {"cpu": 2}
     bank = filled_bank(backend=backend)

@@ -1,4 +1,4 @@
-"""Purity, spread and nearest-neighbour classification against plain loops."""
+"""Purity, spread and nearest-neighbor classification against plain loops."""
 
 import math
 from collections.abc import Callable

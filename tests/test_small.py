@@ -135,7 +135,7 @@ def test_cifar_is_read_through_torchvision(tmp_path: Path, monkeypatch: pytest.M
     assert learned.labels.tolist() == [0, 1, 2, 3] * 5
 
 
-def test_stl10_learns_from_its_unlabelled_images_and_evaluates_on_the_others(
+def test_stl10_learns_from_its_unlabeled_images_and_evaluates_on_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "stl10_binary"

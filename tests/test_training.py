@@ -21,7 +21,7 @@ from pipeline.data.photos import Photos, workers_of
 from pipeline.data.source import DataSource, Share, Views
 from pipeline.data.trees import open_folder
 from pipeline.evaluation import scores
-from pipeline.evaluation.features import nearest_neighbour_accuracy
+from pipeline.evaluation.features import nearest_neighbor_accuracy
 from pipeline.models.backbones import build_backbone, export_backbone
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.running.seeds import seed_of
@@ -338,7 +338,7 @@ def test_evaluation_counts_what_it_says() -> None:
     labels = torch.tensor([0, 0, 1, 1, 1])
     val, val_labels = torch.tensor([[1.0, 0.01], [0.01, 1.0], [1.0, 0.19], [0.0, 1.0]]), torch.tensor([0, 1, 0, 1])
     features = {"train": (train, labels), "val": (val, val_labels)}
-    assert nearest_neighbour_accuracy([features["train"]], 5, [features["val"]])["nn1"] == 0.75
+    assert nearest_neighbor_accuracy([features["train"]], 5, [features["val"]])["nn1"] == 0.75
     # k = 2: the nearest other one. Those of rows 0, 2, 3 share the label; of rows 1 and 4 it is each other.
     assert scores.purity(train, labels, k=2) == pytest.approx(3 / 5)
     assert set(scores.evaluate_features(features, k=2)) == set(scores.COLUMNS)
@@ -353,7 +353,7 @@ def test_few_labels_uses_that_many_a_class() -> None:
     assert scores.few_labels(features, 1) > 0.6
     assert scores.few_labels(features, 10) == 1.0
     assert scores.linear_probe(features) == 1.0
-    # With one label a class, mislabelled rows would be felt; with the labels shuffled nothing is left to know.
+    # With one label a class, mislabeled rows would be felt; with the labels shuffled nothing is left to know.
     shuffled = {**features, "train": (train, labels[torch.randperm(200, generator=generator)])}
     assert scores.few_labels(shuffled, 10) < 0.6
 

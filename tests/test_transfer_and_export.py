@@ -29,7 +29,7 @@ CLASSES, EACH = 3, 8  # images of a class in every split
 
 
 def picture(path: Path, label: int, number: int) -> None:
-    """Noise of the class's colour."""
+    """Noise of the class's color."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng((label, number)).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     pixels[..., label] //= 4
@@ -189,7 +189,7 @@ def test_the_ten_data_sets_are_divided_as_is_the_custom_and_measured(
     names = [one.name for one in transfer.SETS]
     assert list(results) == [*names, "mean"]
     assert results["mean"] == pytest.approx(sum(results[name] for name in names) / 10)
-    assert results["Food101"] > 0.9, "the classes have colours of their own"
+    assert results["Food101"] > 0.9, "the classes have colors of their own"
     assert record["protocol"]["sets"]["DTD"]["metric"] == "top-1"
     assert record["protocol"]["sets"]["Flowers102"]["metric"] == "mean per class"
     assert "paper, ImageNet: MSF w/s (128K)" in capsys.readouterr().out

@@ -30,7 +30,7 @@ from benchmarks.measuring.measure import describe_environment
 from msf_core.distributed import Ranks
 from msf_core.schedules import cosine
 from pipeline.data.source import DataSource
-from pipeline.evaluation.scores import evaluate, nearest_neighbours, warmed_up
+from pipeline.evaluation.scores import evaluate, nearest_neighbors, warmed_up
 
 LAST = 100  # steps at the end whose mean loss is recorded
 OF_THE_RUN = ("lr", "steps", "sweep_steps")  # fields of a recipe that a run has its own of, and in its name
@@ -231,7 +231,7 @@ def do(run: Run, place: Place, stepped: Callable[[], None]) -> dict[str, Any]:
     diverged = any(not math.isfinite(loss) for loss in losses)
     results: dict[str, float] = {}
     if not diverged and run.validation:
-        results = nearest_neighbours(backbone, source, Ranks())
+        results = nearest_neighbors(backbone, source, Ranks())
     elif not diverged:
         results = evaluate(backbone, source, recipe.k, Ranks())
     return {

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes of one search: N ``rows`` of ``dim`` D, ``batch`` queries, ``k`` neighbours."""
+    """The sizes of one search: N ``rows`` of ``dim`` D, ``batch`` queries, ``k`` neighbors."""
 
     rows: int
     dim: int

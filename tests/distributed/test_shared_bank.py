@@ -58,7 +58,7 @@ def assert_same_neighbors(found: Neighbors, expected: Neighbors, single: MemoryB
         clear = [s > similarity[-1] + 2e-6 for s in similarity]  # what ties with the last may be another
         missed = {i for i, c in zip(theirs, clear, strict=True) if c} - set(mine)
         assert not missed, (mine, theirs)
-        assert len({i for i in mine if i >= 0}) == sum(i >= 0 for i in mine), "a neighbour comes twice"
+        assert len({i for i in mine if i >= 0}) == sum(i >= 0 for i in mine), "a neighbor comes twice"
     ring = single._ring
     there = single.neighbors(Found(found.similarity, found.index, ring.embeddings(found.index)))
     assert torch.equal(found.label, there.label)
@@ -79,12 +79,12 @@ def push_all(bank: MemoryBank, single: Single, rank: int, steps: int, dtype: tor
     for step in range(single.calls, single.calls + steps):
         counts = pushes[step % len(pushes)]
         rows, labels = batch(step, counts, dtype)
-        unlabelled = step % 3 == 2
-        mine = None if unlabelled or (step % 3 == 1 and rank == 0) else part(labels, counts, rank)
+        unlabeled = step % 3 == 2
+        mine = None if unlabeled or (step % 3 == 1 and rank == 0) else part(labels, counts, rank)
         if step % 3 == 1:
             labels[: counts[0]] = -1  # rank 0 has none
         slots = bank.push(part(rows, counts, rank), mine)
-        expected = single.push(rows, None if unlabelled else labels)
+        expected = single.push(rows, None if unlabeled else labels)
         assert torch.equal(slots, part(expected, counts, rank))
         assert len(bank) == len(single)
         assert bank.full == single.full

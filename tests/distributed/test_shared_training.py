@@ -211,7 +211,7 @@ def nan_batches(rank: int, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["replicated", "sharded"])
-def test_a_batch_that_overflowed_on_one_rank_is_nobodys_neighbour(two_ranks: Any, layout: str) -> None:
+def test_a_batch_that_overflowed_on_one_rank_is_nobodys_neighbor(two_ranks: Any, layout: str) -> None:
     two_ranks.run(nan_batches, layout)
 
 

@@ -233,7 +233,7 @@ def evaluated(rank: int) -> tuple[dict[str, float], dict[str, float]]:
     source = Digits("w/s", Share(64, rank=rank, ranks=ranks.size), seed=0, device=torch.device("cpu"))
     backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(256))
     backbone(torch.randn(64, 1, 16, 16) * torch.rand(256).view(1, 1, 16, 16))
-    return scores.evaluate(backbone, source, 5, ranks), scores.nearest_neighbours(backbone, source, ranks)
+    return scores.evaluate(backbone, source, 5, ranks), scores.nearest_neighbors(backbone, source, ranks)
 
 
 def test_all_ranks_evaluate_together_and_get_what_one_process_gets(ranks: Any) -> None:
@@ -290,7 +290,7 @@ def meets_an_unreadable_image(rank: int, folder: str) -> None:
     source = damaged_photos(folder, rank, 2, "error")
     for evaluates in (
         lambda: scores.evaluate(backbone, source, 5, ranks),
-        lambda: scores.nearest_neighbours(backbone, source, ranks),
+        lambda: scores.nearest_neighbors(backbone, source, ranks),
         lambda: scores.warmed_up(backbone, source, ranks),
     ):
         with pytest.raises(OSError, match=r"cannot read image .*0\.jpg"):
@@ -301,7 +301,7 @@ def meets_an_unreadable_image(rank: int, folder: str) -> None:
 def does_without(rank: int, folder: str) -> tuple[dict[str, float], Tensor, set[str]]:
     ranks = Ranks()
     source = damaged_photos(folder, rank, ranks.size, "skip")
-    accuracy = scores.nearest_neighbours(small_backbone(), source, ranks)
+    accuracy = scores.nearest_neighbors(small_backbone(), source, ranks)
     views = torch.cat([target for target, *_ in source.train_views(0, 0)])
     return accuracy, views, set(source.bad.of_all(ranks))
 

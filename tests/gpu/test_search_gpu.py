@@ -130,7 +130,7 @@ def test_queries_on_the_cpu_are_refused_for_rows_on_cuda(backend: SearchBackend)
         backend.topk(torch.ones(1, 4), torch.ones(5, 4, device="cuda"), 1)
 
 
-def test_faiss_says_how_many_neighbours_it_finds_at_most() -> None:
+def test_faiss_says_how_many_neighbors_it_finds_at_most() -> None:
     if available_backends("cuda")["faiss"] is not None:
         pytest.skip(available_backends("cuda")["faiss"])
     rows = unit_rows(3000, 4, torch.float32, seed=0)

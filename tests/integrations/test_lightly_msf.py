@@ -166,7 +166,7 @@ def test_each_step_moves_the_target_first_and_each_side_sees_its_own_view(
     assert {id(parameter) for parameter in made["optimizer"].state} == {id(parameter) for parameter in trained}
 
 
-def test_the_targets_view_keeps_the_colours(run: Run) -> None:
+def test_the_targets_view_keeps_the_colors(run: Run) -> None:
     transform = run(EXAMPLE)["transform"]
     views = [transform(Image.new("RGB", (40, 40), (200, 30, 90))) for _ in range(20)]
     assert all(torch.allclose(weak, views[0][0]) for weak, _ in views)

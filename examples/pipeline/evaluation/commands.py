@@ -21,7 +21,7 @@ from pipeline.evaluation.features import (
     Batch,
     extract,
     features_of,
-    nearest_neighbour_accuracy,
+    nearest_neighbor_accuracy,
     part_of_images,
     readable,
 )
@@ -130,7 +130,7 @@ def knn(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
     dtype = getattr(torch, evaluation.flags.dtype)
     size = evaluation.source.size("train")
     train, val = evaluation.part("train"), evaluation.part("val")
-    row = nearest_neighbour_accuracy(train, size, val, evaluation.ranks, dtype)
+    row = nearest_neighbor_accuracy(train, size, val, evaluation.ranks, dtype)
     protocol: dict[str, Any] = {"view": view(evaluation), "similarity": "cosine", "vote": "majority"}
     protocol["dtype"] = evaluation.flags.dtype
     # Of k > n the search knows no more than n: that would be another classifier under this name.

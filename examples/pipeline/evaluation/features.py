@@ -88,7 +88,7 @@ def extract(
     return ranks.gather(features, counts), ranks.gather(labels, counts)
 
 
-def nearest_neighbour_accuracy(
+def nearest_neighbor_accuracy(
     train: Iterable[Batch],
     size: int,
     val: Iterable[Batch],

@@ -11,7 +11,7 @@ from msf_core import knn_classify, neighbor_purity
 from msf_core.distributed import Ranks
 from msf_core.search import find_backend
 from pipeline.data.source import DataSource
-from pipeline.evaluation.features import extract, nearest_neighbour_accuracy, part_of_images
+from pipeline.evaluation.features import extract, nearest_neighbor_accuracy, part_of_images
 from pipeline.running.ranks import shared
 
 Features = dict[str, tuple[Tensor, Tensor]]  # "train" and "val" -> features [n, F] float32, labels [n]
@@ -50,10 +50,10 @@ def warmed_up(backbone: nn.Module, source: DataSource, ranks: Ranks, batches: in
     return backbone
 
 
-def nearest_neighbours(backbone: nn.Module, source: DataSource, ranks: Ranks) -> dict[str, float]:
+def nearest_neighbors(backbone: nn.Module, source: DataSource, ranks: Ranks) -> dict[str, float]:
     """Return the accuracy of 1-NN and 20-NN on the test images (paper section 3.2); all ranks work on it."""
     train, val = (part_of_images(backbone, source, split, ranks) for split in ("train", "val"))
-    return nearest_neighbour_accuracy(train, source.size("train"), val, ranks)
+    return nearest_neighbor_accuracy(train, source.size("train"), val, ranks)
 
 
 def evaluate(backbone: nn.Module, source: DataSource, k: int, ranks: Ranks) -> dict[str, float]:
@@ -64,7 +64,7 @@ def evaluate(backbone: nn.Module, source: DataSource, k: int, ranks: Ranks) -> d
     one_label, ten_labels: 1-NN from that many labeled images a class, mean of 10 draws.
     """
     if source.size("train") > PROBE_LIMIT:
-        return nearest_neighbours(backbone, source, ranks)
+        return nearest_neighbors(backbone, source, ranks)
     features = {split: extract(backbone, source, split, ranks) for split in ("train", "val")}
     row: dict[str, float] = {}
     with shared(ranks):
@@ -76,7 +76,7 @@ def evaluate(backbone: nn.Module, source: DataSource, k: int, ranks: Ranks) -> d
 def evaluate_features(features: Features, k: int) -> dict[str, float]:
     """Return the row of `evaluate` for features that are all here."""
     train, val = features["train"], features["val"]
-    row = nearest_neighbour_accuracy([train], len(train[0]), [val])
+    row = nearest_neighbor_accuracy([train], len(train[0]), [val])
     row["linear"] = linear_probe(features)
     row["one_label"] = few_labels(features, 1)
     row["ten_labels"] = few_labels(features, 10)
