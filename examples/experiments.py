@@ -12,7 +12,6 @@ Each experiment is a grid of runs of imagenet_train.py. Finished runs below --ou
 resumed. Experiments share the runs that they have in common.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -34,6 +33,7 @@ from pipeline.figures.paper import draw_against, draw_bars, draw_over_epochs, dr
 from pipeline.figures.pictures import draw_neighbors
 from pipeline.models.encoders import load_encoder
 from pipeline.running.environment import environment, in_words
+from pipeline.running.flags import Parser
 from pipeline.running.seeds import seed_of
 
 Variants = dict[str, tuple[str, ...]]  # name -> flags of the trainer
@@ -302,9 +302,9 @@ def kept_features(folder: Path, source: DataSource, split: str, places: list[int
 PICTURES = {"tsne": draw_tsne, "neighbors": draw_fig_2}
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of the flags."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("experiment", nargs="*", help=f"{', '.join(EXPERIMENTS)} (default: quick)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
     parser.add_argument("--dataset", choices=DATASETS, help="data set (default: folder with --data, otherwise digits)")

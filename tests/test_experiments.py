@@ -108,6 +108,7 @@ def test_every_experiment_is_a_grid_of_flags_that_the_trainer_takes(tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["k", "--data", ""], "argument --data: must not be empty"),
         (["nosuch"], "no experiment 'nosuch': there are k, quick"),
         (["k", "--seeds", "0"], "--seeds must be at least 1"),
         (["k", "--", "--lr", "-1"], "--lr: must be at least 0"),

@@ -315,6 +315,7 @@ def test_subsets_are_balanced_and_seeded() -> None:
 # Wrong input
 
 WRONG: dict[str, tuple[str, str]] = {
+    "no folder to write to": ("knn {run} --out=", "argument --out: must not be empty"),
     "no such run": ("knn runs/nowhere", "no run, file or model 'runs/nowhere'"),
     "no such path": ("knn /nonexistent", "no run, file or model '/nonexistent'"),
     "a checkpoint that is not there": ("knn nowhere/checkpoint.pt", "no checkpoint at nowhere/checkpoint.pt"),

@@ -7,10 +7,11 @@ on one machine's disk need not be on another's.
 
 import argparse
 import math
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pipeline.running.ending import let_the_first_speak
 
@@ -18,7 +19,23 @@ MOST = 2**31 - 1  # of a whole number, unless said otherwise: more than any batc
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, said once where torchrun has started several of these processes."""
+    """A parser whose errors are one line, said once where torchrun has started several of these processes.
+
+    It refuses empty values: an unset variable of a shell script must not pass as the folder ``.``.
+
+    >>> Parser(prog="script", add_help=False).parse_args(["--data", ""])
+    Traceback (most recent call last):
+    SystemExit: 2
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See `argparse.ArgumentParser`."""
+        words = list(sys.argv[1:] if args is None else args)
+        for before, word in zip(["", *words], words, strict=False):
+            flag, given, value = word.partition("=")
+            if not word or (flag.startswith("--") and given and not value):
+                self.error(f"argument {flag or before}: must not be empty")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with status 2."""
@@ -82,18 +99,6 @@ def finite(
         return value
 
     return parse
-
-
-def not_empty(text: str) -> str:
-    """Return the text: the type of a flag for which an unset variable of a shell script must not pass as ``.``.
-
-    >>> not_empty("")
-    Traceback (most recent call last):
-    argparse.ArgumentTypeError: must not be empty
-    """
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
 
 
 def existing_folder(flag: str, text: str) -> Path:

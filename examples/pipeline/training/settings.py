@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.data.bad_images import ACTIONS, LIST
 from pipeline.data.opening import DATASETS
 from pipeline.data.source import DataSource
-from pipeline.running.flags import Parser, finite, not_empty, whole
+from pipeline.running.flags import Parser, finite, whole
 from pipeline.training.loggers import LOGGERS
 from pipeline.views.augment import AUGMENTATIONS
 
@@ -212,7 +212,6 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("lr", "sgd_momentum", "weight_decay"), finite(0)),
     **dict.fromkeys(("momentum", "blur"), finite(0, 1)),
     "image_size": whole(8, 4096),
-    **dict.fromkeys(("data", "out", "resume"), not_empty),
     "workers": whole(-1),
     "seed": whole(0, 2**63 - 1),
 }
