@@ -13,7 +13,7 @@ them, with several seeds, and judged on the test images. A folder without val/ i
 
 Each run leaves a record in OUT/runs. A run that has its record is not repeated, so the same command goes on after a
 stop, and more --methods or --seeds add to what there is. OUT/table.md has the table, OUT/records.jsonl all records; a
-records.jsonl from elsewhere, put into OUT, counts too.
+records.jsonl from elsewhere, put into a new OUT, counts too.
 
 --budget passes is a second comparison: a method that sends both views through the encoder with gradient, which takes
 about twice the time, gets half the steps.

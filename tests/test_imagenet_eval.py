@@ -461,6 +461,7 @@ def test_ctrl_c_amid_the_imports_is_one_line(tmp_path: Path, program: ModuleType
     """A module that is imported early interrupts the process, and swallows a KeyboardInterrupt."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'torch':\n"

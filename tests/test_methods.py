@@ -234,8 +234,10 @@ def test_a_comparison_takes_each_methods_best_rate_and_repeats_nothing(
     assert call(*flags, "1", "--out", str(moved)) == 0
     assert "comparison: 3 runs, 3 of them finished before" in capsys.readouterr().out
     assert (moved / "table.md").read_text() == (tmp_path / "table.md").read_text()
-    (moved / "records.jsonl").write_text('{"run": 1}\n')
-    assert call(*flags, "1", "--out", str(moved)) == 2
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "records.jsonl").write_text('{"run": 1}\n')
+    assert call(*flags, "1", "--out", str(wrong)) == 2
     assert "records.jsonl, line 1, is no record of a run" in capsys.readouterr().err
 
     assert call(*flags, "1", "--budget", "passes", "--lr", "0.05") == 0

@@ -98,23 +98,25 @@ def name_of(run: dict[str, Any]) -> str:
 
 
 def unpack(place: Place) -> None:
-    """Turn the lines of records.jsonl into the files of their runs, unless these are there.
+    """Turn the lines of a records.jsonl from elsewhere into the files of their runs, in a folder that has no runs yet.
 
     Raises:
         ValueError: a line is no record.
     """
     path = place.folder / "records.jsonl"
-    if not path.exists():
+    folder = place.folder / "runs"
+    if folder.exists() or not path.exists():
         return
-    (place.folder / "runs").mkdir(exist_ok=True)
+    records = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             record = json.loads(line)
-            file = place.folder / "runs" / f"{name_of(record['run'])}.json"
+            records[name_of(record["run"])] = record
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}, is no record of a run: {error!r}") from error
-        if not file.exists():
-            file.write_text(json.dumps(record, indent=1) + "\n")
+    folder.mkdir()
+    for name, record in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def counted(source: DataSource) -> dict[str, int]:
