@@ -18,6 +18,7 @@ from pipeline.data.source import DataSource, Share
 from pipeline.data.trees import open_folder
 from pipeline.evaluation.subsets import share_of_each_class
 from pipeline.models.backbones import build_backbone, stem_of
+from pipeline.training.settings import PRESETS
 from pipeline.views.crops import STRONG, WEAK, View, views_of
 
 VALIDATION = 1 / 6  # of each class's training images, in the sweep: 10,000 of Fashion-MNIST's 60,000
@@ -61,6 +62,14 @@ _SMALL: dict[str, Any] = {
     "wide": 512,
     "prototypes": 128,
 }
+
+
+def _trainers(dataset: str) -> dict[str, Any]:
+    """Return the settings that a comparison shares with the trainer's own recipe for a data set."""
+    shared = ("batch_size", "lr", "momentum", "bank_size", "hidden", "dim", "weight_decay")
+    return {name: PRESETS[dataset][name] for name in shared}
+
+
 RECIPES = {
     "digits": Recipe(
         "digits",
@@ -84,7 +93,7 @@ RECIPES = {
         image_size=28,
         weak=VIEWS["fashion-mnist"][0],
         strong=VIEWS["fashion-mnist"][1],
-        **{**_SMALL, "batch_size": 64, "steps": 4000, "sweep_steps": 800, "lr": 0.1},  # the trainer's, for shorter
+        **{**_SMALL, **_trainers("fashion-mnist"), "steps": 4000, "sweep_steps": 800},
     ),
     "cifar10": Recipe("cifar10", arch="resnet18", image_size=32, strong=View(blur=0.0), **_SMALL),
     "folder": Recipe("folder", arch="resnet18", image_size=96, stem="imagenet", **_SMALL),

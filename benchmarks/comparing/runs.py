@@ -52,7 +52,7 @@ class Run:
     @property
     def name(self) -> str:
         """What its record is called."""
-        return name_of({name: getattr(self, name) for name in ("method", "lr", "steps", "seed", "validation")})
+        return name_of(vars(self))
 
 
 @dataclass(frozen=True)
