@@ -362,6 +362,23 @@ def test_a_worker_that_is_killed_is_an_error_where_its_images_are_waited_for(tmp
         list(views)
 
 
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers must inherit the patch")
+def test_a_file_that_crashes_its_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = make_tree(tmp_path)
+
+    def crashing(path: str) -> torch.Tensor:
+        if path.endswith("class1/1.jpg"):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return read_image(path)
+
+    monkeypatch.setattr("pipeline.data.trees.read_image", crashing)
+    source = photos(tree, workers=2)
+    for split, reading in (("train", source.train_views(0, 0)), ("val", source.images("val"))):
+        said = f"has ended: SIGSEGV while it read {tree}/{split}/class1/1.jpg: mend or remove the file"
+        with pytest.raises(ReaderEnded, match=re.escape(said)):
+            list(reading)
+
+
 def ended(pid: int) -> bool:
     """Whether it is gone, or waits for nothing but its parent to notice."""
     try:

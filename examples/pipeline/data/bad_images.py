@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from msf_core.distributed import Ranks
 from pipeline.data.pixels import UnreadableImage
@@ -16,6 +17,7 @@ from pipeline.running.seeds import seed_of
 ACTIONS = ("error", "skip")
 TRIES = 100  # images drawn in place of one before the data set is given up
 LIST = "bad_images.txt"
+IDLE = -1  # in place of an image's place: a worker is not reading one
 Item = tuple[Any, list[UnreadableImage]]  # what a data set gives, or None, and what could not be read on the way
 
 
@@ -66,10 +68,11 @@ class Noting(Dataset[Item]):
     """The items of a data set, each with what could not be read for it: no `UnreadableImage` leaves a worker.
 
     Args:
-        items: a data set that raises it.
+        items: a data set that raises it; a key, or the end of one that is a tuple, is an image's place.
         bad: what to do then.
         instead: of a key, the keys of other items to take in its place, the first that can be read.
         blank: the item where there is none.
+        workers: how many processes read.
     """
 
     def __init__(
@@ -78,8 +81,10 @@ class Noting(Dataset[Item]):
         bad: BadImages,
         instead: Callable[[Any], Iterable[Any]] = lambda key: (),
         blank: Any = None,
+        workers: int = 0,
     ) -> None:
         self.items, self.bad, self.instead, self.blank = items, bad, instead, blank
+        self._reading = torch.full((workers,), IDLE).share_memory_()
 
     def __len__(self) -> int:
         return len(self.items)  # type: ignore[arg-type]
@@ -87,15 +92,30 @@ class Noting(Dataset[Item]):
     def __getitem__(self, key: Any) -> Item:
         met: list[UnreadableImage] = []
         try:
-            return self.items[key], met
+            return self._read(key), met
         except UnreadableImage as error:
             met.append(error)
         for other in self.instead(key) if self.bad.skip else ():
             try:
-                return self.items[other], met
+                return self._read(other), met
             except UnreadableImage as error:
                 met.append(error)
         return (self.blank if self.bad.skip else None), met
+
+    def read_by(self, worker: int) -> int | None:
+        """Return the place of the image that a worker process is reading, also after its crash; None between images."""
+        place = int(self._reading[worker])
+        return None if place == IDLE else place
+
+    def _read(self, key: Any) -> Any:
+        worker = get_worker_info()
+        if worker is None:
+            return self.items[key]
+        self._reading[worker.id] = key[-1] if isinstance(key, tuple) else key
+        try:
+            return self.items[key]
+        finally:
+            self._reading[worker.id] = IDLE
 
 
 class Drawn:

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import functional as transforms
 
 from pipeline.data.bad_images import BadImages, Drawn, Noting, collated
-from pipeline.data.pixels import labels_of, pixels_of
+from pipeline.data.pixels import labels_of, path_of, pixels_of
 from pipeline.data.prefetch import SideStream
+from pipeline.data.scanning import printable
 from pipeline.data.source import UNREADABLE, Found, Share, Views, epoch_order
 from pipeline.data.trees import ImageTree
 from pipeline.running.seeds import seed_of
@@ -87,7 +88,9 @@ class Photos:
         self._order = _EpochOrder(self.train_size, seed, share)
         self._seed = seed
         self._loader = DataLoader(
-            Noting(Crops(train, list(views), size, seed), self.bad, Drawn(seed, range(self.train_size))),
+            Noting(
+                Crops(train, list(views), size, seed), self.bad, Drawn(seed, range(self.train_size)), workers=workers
+            ),
             sampler=self._order,
             drop_last=True,
             persistent_workers=workers > 0,
@@ -102,7 +105,8 @@ class Photos:
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """See `DataSource`."""
         blank = (torch.zeros(self.image_shape, dtype=torch.uint8), UNREADABLE)
-        loader = DataLoader(Noting(self._sets[split], self.bad, blank=blank), sampler=indices, **self._options)
+        items = Noting(self._sets[split], self.bad, blank=blank, workers=self._options["num_workers"])
+        loader = DataLoader(items, sampler=indices, **self._options)
         for images, labels in self._batches(loader):
             yield self._normalized(self._to_device(images)), labels
 
@@ -111,13 +115,13 @@ class Photos:
         keys = [[(epoch, index) for index in chosen] for chosen in batches]
         options = {name: value for name, value in self._options.items() if name != "batch_size"}
         chosen = Drawn(self._seed, sorted(index for batch in batches for index in batch))
-        crops_of = Noting(self._supervised, self.bad, chosen)
+        crops_of = Noting(self._supervised, self.bad, chosen, workers=options["num_workers"])
         for crops, rows, labels, _ in self._batches(DataLoader(crops_of, batch_sampler=keys, **options)):
             yield self._classifier(self._to_device(crops), rows[:, :PER_VIEW]), self._to_device(labels)
 
     def check(self, split: str, indices: list[int], bad: BadImages) -> Iterator[int]:
         """Read these images of "train" or "val" for ``bad`` to note; yield how many more have been read."""
-        looks = Noting(_Looks(self._sets[split].images), bad, blank=1)
+        looks = Noting(_Looks(self._sets[split].images), bad, blank=1, workers=self._options["num_workers"])
         for read in self._batches(DataLoader(looks, sampler=indices, **{**self._options, "batch_size": 16}), bad):
             yield len(read)
 
@@ -277,17 +281,23 @@ def _noted(batches: Iterator[Any], bad: BadImages) -> Iterator[Any]:
 
 
 def _why_ended(batches: Any) -> str:
-    """Say how a worker came to its end."""
+    """Say how a worker came to its end, and which image a crash of its decoder happened on."""
     closed = connection.wait([worker.sentinel for worker in batches._workers], timeout=1)
     for worker in batches._workers:
         if worker.sentinel in closed:
             worker.join(1)
-    codes = [worker.exitcode for worker in batches._workers if worker.exitcode]
-    if not codes:
+    ends = [(number, worker.exitcode) for number, worker in enumerate(batches._workers) if worker.exitcode]
+    if not ends:
         return "a process that reads images has ended"
-    what = signal.Signals(-codes[0]).name if codes[0] < 0 else f"exit status {codes[0]}"
-    advice = ", as when memory runs out: try fewer --workers" if what == "SIGKILL" else ""
-    return f"a process that reads images has ended: {what}{advice}"
+    number, code = ends[0]
+    what = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    place = batches._dataset.read_by(number)
+    if what == "SIGKILL":
+        what += ", as when memory runs out: try fewer --workers"
+    elif place is not None:
+        path = path_of(batches._dataset.items.images, place)
+        what += f" while it read {printable(path)}: mend or remove the file"
+    return f"a process that reads images has ended: {what}"
 
 
 @contextmanager
