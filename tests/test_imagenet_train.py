@@ -313,10 +313,9 @@ def test_a_run_may_be_resumed_with_another_logger(
 
 
 @pytest.mark.slow
-def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tree = make_tree(tmp_path / "tree", train=4, val=1)
-    flags = ["--data", tree, "--image-size", "32", "--stem", "imagenet", "--batch-size", "4", "--epochs", "2"]
-    flags += ["--bank-size", "64", "--hidden", "128", "--workers", "1"]
+    flags = ["--data", tree, *SMALL, "--workers", "1"]
     assert train(*flags, "--out", tmp_path / "whole") == 0
 
     command = [sys.executable, SCRIPT, *flags]
@@ -336,6 +335,11 @@ def test_resnet50_on_a_folder_is_killed_and_goes_on_exactly(tmp_path: Path, caps
         stopped == 0 or f"from step {stopped}" in capsys.readouterr().out
     )  # the signal may come before the first step
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_paper_s_resnet50_trains_on_a_folder(tmp_path: Path) -> None:
+    few = ["--image-size", 32, "--batch-size", 4, "--bank-size", 64, "--hidden", 128, "--workers", 0, "--steps", 1]
+    assert train("--data", make_tree(tmp_path / "tree"), *few, "--out", tmp_path / "run") == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["arch"], config["k"], config["momentum"], config["dim"]) == ("resnet50", 5, 0.99, 512)
     torchvision.models.resnet50().load_state_dict(load_file(tmp_path / "run" / "backbone.safetensors"), strict=True)

@@ -80,11 +80,11 @@ def test_a_run_whose_ranks_are_killed_ends_as_if_nothing_had_happened(two_ranks:
 
 
 @pytest.mark.slow
-def test_ranks_whose_workers_meet_a_bad_file_end_and_are_started_again(tmp_path: Path) -> None:
+def test_ranks_whose_workers_meet_a_bad_file_end(tmp_path: Path) -> None:
     """Every rank has a worker alive when one of them fails."""
     tree = make_tree(tmp_path / "tree", train=8, val=1)
     (tree / "train" / "class0" / "0.jpg").write_bytes(b"")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     flags = [*SMALL_NETWORK, "--batch-size", "4", "--epochs", "1", "--workers", "1"]
     done = subprocess.run(
         [*command, SCRIPT, "--data", str(tree), *flags, "--out", str(tmp_path / "run")],
@@ -95,8 +95,6 @@ def test_ranks_whose_workers_meet_a_bad_file_end_and_are_started_again(tmp_path:
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert done.stdout.count("writes to") == 2, "it was started twice"
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2
-    assert all("class0/0.jpg: the file is empty; mend or replace the file" in line for line in errors)
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "class0/0.jpg: the file is empty; mend or replace the file" in error
     assert "Original Traceback" not in done.stderr
