@@ -41,16 +41,26 @@ LAYOUTS = ("replicated", "sharded")
 
 def torchrun(folder: Path, flags: list[str], plan: dict[str, Any]) -> tuple[int, str, list[dict[str, Any]], float]:
     """Train to the end; return the exit status, what was said, what befell, and seconds."""
+    started = time.perf_counter()
+    with start(folder, flags, plan) as process:
+        said, _ = process.communicate()
+    return process.returncode, said, events_of(folder), time.perf_counter() - started
+
+
+def start(folder: Path, flags: list[str], plan: dict[str, Any]) -> "subprocess.Popen[str]":
+    """Start a run under torchrun, with the faults of a plan."""
     file = folder.with_suffix(".plan")
     file.write_text(json.dumps(plan))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += [f"--max-restarts={len(plan) + 3}", __file__, "--as-rank", *flags, "--out", str(folder)]
     environment = os.environ | {PLAN: str(file), "OMP_NUM_THREADS": "1"}
-    started = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    log = file.with_suffix(".log")
-    events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return done.returncode, done.stdout + done.stderr, events, time.perf_counter() - started
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the starts and the faults of a run so far."""
+    log = folder.with_suffix(".log")
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def make_plan(kills: int, seed: int) -> dict[str, Any]:

@@ -34,8 +34,7 @@ CPU = torch.device("cpu")
 
 
 # Flags of a ResNet18 that trains on photographs within seconds.
-SMALL_NETWORK = ["--arch", "resnet18", "--stem", "imagenet", "--image-size", "32"]
-SMALL_NETWORK += ["--hidden", "32", "--dim", "16", "--bank-size", "32"]
+SMALL_NETWORK = ["--arch", "digits", "--image-size", "32", "--hidden", "32", "--dim", "16", "--bank-size", "32"]
 
 
 def make_tree(root: Path, train: int = 6, val: int = 2, classes: int = 3, size: int = 40) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer_ranks import train
+from test_trainer_ranks import Stop, prepared
 from test_training import SMALL_NETWORK, blank_pictures, make_tree
 
 import imagenet_train
@@ -27,56 +27,55 @@ def losses(folder: Path) -> list[float]:
     return [float(row["loss"]) for row in rows]
 
 
+def train_until(rank: int, folder: str, stop: int, flags: list[str]) -> list[float]:
+    """The losses of the first steps of a run that nothing disturbs."""
+    trainer, _ = prepared(folder, *flags)
+    request = Stop(stop)
+    trainer._train_step = request.after(trainer._train_step)  # type: ignore[method-assign]
+    trainer.train(request, lambda row: None)
+    return trainer.average_losses()
+
+
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_ranks_and_another_layout(tmp_path: Path) -> None:
-    """Stopped on two ranks with a sharded bank, and finished by one process with a replicated one."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT]
-    flags = ["--batchnorm", "sync", "--bank-layout", "sharded", "--steps", "2400", "--checkpoint-every", "1"]
-    flags += ["--eval-every", "0"]
+def test_ranks_that_are_killed_and_stopped_change_nothing_and_one_process_ends_their_run(
+    two_ranks: Any, tmp_path: Path
+) -> None:
+    """All are killed while a checkpoint is written; a single rank is lost in test_hosts.py, and both in the drill."""
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [*command, *flags, "--out", str(folder)], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
-    )
-    try:
-        until = time.monotonic() + 100
-        while not (folder / "checkpoint.pt").exists():
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < until
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)  # torchrun hands it to the ranks
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
+    flags = ["--batchnorm", "sync", "--bank-layout", "sharded", "--steps", "2400", "--checkpoint-every", "1"]
+    flags += ["--eval-every", "0", "--timeout", "60"]
+    plan = {"0": {"name": fault_drill.WRITE, "rank": 0, "after": 22}}
+    with fault_drill.start(folder, flags, plan) as process:
+        try:
+            until = time.monotonic() + 200
+            while not [event for event in fault_drill.events_of(folder) if event.get("start")]:
+                assert process.poll() is None, process.stdout.read()
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)  # torchrun hands it to the ranks
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    events = fault_drill.events_of(folder)
+    assert [event["start"] for event in events if "start" in event] == [0, 21], said
+    assert [(event["fault"], event["step"]) for event in events if "fault" in event] == [(fault_drill.WRITE, 42)]
     stopped = len(losses(folder))
-    assert 21 <= stopped < 2400
+    assert 21 < stopped < 2400
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert state["step"] == stopped
-    assert len(state["sums"]) == 2
-    before = losses(folder)
+    assert (state["step"], len(state["sums"])) == (stopped, 2)
+    expected, _ = two_ranks.run(train_until, str(tmp_path / "undisturbed"), stopped, flags)
+    assert losses(folder) == expected, "to the last bit"
 
     state["settings"]["steps"] = stopped + 3
     torch.save(state, folder / "checkpoint.pt")
     with blank_pictures():
         assert imagenet_train.main(["--resume", str(folder), "--bank-layout", "replicated"]) == 0
-    assert losses(folder)[:stopped] == before
+    assert losses(folder)[:stopped] == expected
     assert len(losses(folder)) == stopped + 3
     after = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert after["criterion"]["bank.rows"].shape == (1024, 64)
     assert int(after["criterion"]["bank.pushed"]) == 64 * (stopped + 3)
     assert not list(folder.glob("bank-shards-*")), "the shards of the earlier checkpoint are not needed any more"
-
-
-@pytest.mark.slow
-def test_a_run_whose_ranks_are_killed_ends_as_if_nothing_had_happened(two_ranks: Any, tmp_path: Path) -> None:
-    """All of them, while a checkpoint is written. A single rank is lost in test_hosts.py, and both in the drill."""
-    flags = ["--steps", "63", "--eval-every", "0", "--checkpoint-every", "1", "--bank-layout", "sharded"]
-    plan = {"0": {"name": fault_drill.WRITE, "rank": 0, "after": 22}}
-    status, said, events, _ = fault_drill.torchrun(tmp_path / "faulty", [*flags, "--timeout", "60"], plan)
-    assert status == 0, said
-    assert [event["start"] for event in events if "start" in event] == [0, 21]
-    assert [(event["fault"], event["step"]) for event in events if "fault" in event] == [(fault_drill.WRITE, 42)]
-    expected, _ = two_ranks.run(train, str(tmp_path / "undisturbed"), *flags)[0]
-    assert losses(tmp_path / "faulty") == expected, "to the last bit"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_imagenet_eval import blobs, views_of
-from test_training import make_tree
+from test_training import SMALL_NETWORK, make_tree
 from torch import Tensor, nn
 
 import imagenet_train
@@ -117,23 +117,8 @@ def test_so_have_those_that_accumulate(two_ranks: Any, tmp_path: Path) -> None:
 
 def test_photos_with_accumulation_move_the_target_once_a_step(two_ranks: Any, tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", train=4)
-    flags = [
-        "--data",
-        tree,
-        "--arch",
-        "resnet18",
-        "--stem",
-        "imagenet",
-        "--image-size",
-        32,
-        "--hidden",
-        32,
-        "--dim",
-        16,
-        "--bank-size",
-        32,
-    ]
-    flags += ["--batch-size", 8, "--accumulate", 2, "--workers", 0, "--epochs", 2, "--batchnorm", "shuffle"]
+    flags = ["--data", tree, *SMALL_NETWORK, "--batch-size", 8, "--accumulate", 2, "--workers", 0, "--epochs", 2]
+    flags += ["--batchnorm", "shuffle"]
     for losses, updates in two_ranks.run(train, str(tmp_path / "run"), *flags):
         assert (len(losses), updates) == (2, 2)
 
