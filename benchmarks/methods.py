@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, f
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 try:
-    from benchmarks.comparing.learners import METHODS, UNTRAINED
+    from benchmarks.comparing.learners import BASELINES, METHODS, RAW_PIXELS
     from benchmarks.comparing.recipe import RECIPES, Recipe, new_backbone, open_images
     from benchmarks.comparing.runs import Place, Run, counted, finish, unpack
     from benchmarks.comparing.table import measure_cost, passes_of, saved_cost, table
@@ -47,6 +47,7 @@ except ModuleNotFoundError as missing:
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the recipe's learning rate: the sweep, the same for all methods
 CHOSEN_BY = "nn20"
+MOST_RAW_VALUES = 2 * 10**8  # of the training images, each a float32 when raw pixels are evaluated
 COST_ROUNDS = 50
 OWN_FLAGS = ("dataset", "k", "weak", "strong", "steps", "sweep_steps")  # fields of a recipe that are no plain flags
 
@@ -114,7 +115,10 @@ def prepare(args: argparse.Namespace, recipe: Recipe) -> tuple[Place, tuple[int,
 def compare(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple[int, int, int]) -> None:
     """Sweep, train, and print the table."""
     names = list(dict.fromkeys(args.methods))
-    trained = [name for name in names if name != UNTRAINED]
+    if RAW_PIXELS in names and (values := place.images["train"] * math.prod(shape)) > MOST_RAW_VALUES:
+        print(f"raw pixels are left out: the training images have {values:,} values\n")
+        names.remove(RAW_PIXELS)
+    trained = [name for name in names if name not in BASELINES]
     rates, how = dict.fromkeys(trained, args.lr), f"{args.lr:g} for all, as given." if args.lr else ""
     passes = {name: passes_of(name, recipe, shape) for name in names}  # whatever a method refuses, it refuses here
     if args.lr is None and trained:
@@ -135,10 +139,11 @@ def compare(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple
     runs: dict[str, list[Run]] = {}
     for name in names:
         steps = recipe.steps
-        if args.budget == "passes" and name != UNTRAINED:
+        if args.budget == "passes" and name in trained:
             steps = max(1, round(recipe.steps / passes[name][0]))
-        lr, steps = (rates[name], steps) if name != UNTRAINED else (0.0, 0)
-        runs[name] = [Run(name, lr, steps, seed, False, recipe) for seed in range(args.seeds)]
+        lr, steps = (rates[name], steps) if name in trained else (0.0, 0)
+        seeds = 1 if name == RAW_PIXELS else args.seeds  # nothing of them is random
+        runs[name] = [Run(name, lr, steps, seed, False, recipe) for seed in range(seeds)]
     wanted = [run for of_method in runs.values() for run in of_method]
     announce("comparison", wanted, place)
     finish(wanted, place, args.jobs)
@@ -199,7 +204,7 @@ def sweep_table(swept: dict[str, list[Run]], place: Place) -> str:
 
 def cost(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple[int, int, int]) -> int:
     """Measure what a step of each method costs, print it, and keep it for the table."""
-    names = [name for name in dict.fromkeys(args.methods) if name != UNTRAINED]
+    names = [name for name in dict.fromkeys(args.methods) if name not in BASELINES]
     found = measure_cost(names, recipe, shape, torch.device(args.device), COST_ROUNDS)
     place.folder.mkdir(parents=True, exist_ok=True)
     (place.folder / "cost.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -18,7 +18,7 @@ from lightly.loss import NTXentLoss
 
 from benchmarks import methods
 from benchmarks.comparing.core import DeepCluster, Method
-from benchmarks.comparing.learners import METHODS, UNTRAINED
+from benchmarks.comparing.learners import BASELINES, METHODS, RAW_PIXELS, UNTRAINED
 from benchmarks.comparing.losses import (
     cluster_prediction,
     consistent_contrast,
@@ -28,6 +28,7 @@ from benchmarks.comparing.losses import (
 from benchmarks.comparing.recipe import RECIPES, new_backbone, open_images, parts_of
 from benchmarks.comparing.runs import Place, Run, epochs_of, optimizer_of, step_of
 from benchmarks.comparing.table import ORDER, PAPER, paired, passes_of
+from pipeline.figures.paper import spread_of
 
 CPU = torch.device("cpu")
 TINY = replace(
@@ -114,7 +115,7 @@ def test_kmeans_gives_unit_centroids_and_the_nearest_to_each_row() -> None:
 # Every method, trained.
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != UNTRAINED])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in BASELINES])
 def test_each_method_trains_its_backbone_and_moves_its_target_and_its_bank(name: str) -> None:
     run = Run(name, 0.05, 3, 0, True, TINY)
     entry = METHODS[name]
@@ -176,8 +177,8 @@ def test_passes_are_counted() -> None:
     one = {"msf", "msf-ss", "msf-ww", "byol-asym", "byol-asym-ws", "isd", "co2", "moco-v2"}
     assert {name for name, passes in found.items() if passes == (1, 1)} == one
     assert {name for name, passes in found.items() if passes == (2, 2)} == {"byol", "dino"}
-    assert found[UNTRAINED] == (0, 0)
-    assert all(found[name] == (2, 0) for name in found.keys() - one - {"byol", "dino", UNTRAINED})
+    assert {name for name, passes in found.items() if passes == (0, 0)} == set(BASELINES)
+    assert all(found[name] == (2, 0) for name in found.keys() - one - {"byol", "dino", *BASELINES})
 
 
 # The command.
@@ -252,12 +253,19 @@ def test_a_rate_at_which_a_method_diverges_is_not_chosen_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(methods, "FACTORS", (1e30, 1e31))
-    flags = [*FLAGS, "--out", str(tmp_path), "--methods", "vicreg", UNTRAINED, "--steps", "105", "--seeds", "1"]
+    flags = [*FLAGS, "--out", str(tmp_path), "--methods", "vicreg", *BASELINES, "--steps", "105", "--seeds", "2"]
     assert call(*flags) == 0
     printed = capsys.readouterr().out
     assert "| VICReg | diverged | diverged |" in printed
     assert "VICReg diverged at all of these learning rates: left out, give a lower --lr" in printed
     assert "| untrained |" in printed
+    assert "| raw pixels | – | – | – | 97.6 | 98.4 | 97.1 | 63.2 | 91.1 | " in printed, "as the trainer has them"
+    assert len(list((tmp_path / "runs").glob(f"{RAW_PIXELS}-*"))) == 1, "another seed would be the same"
+    monkeypatch.setattr(methods, "MOST_RAW_VALUES", 1347 * 256 - 1)
+    assert call(*flags) == 0
+    printed = capsys.readouterr().out
+    assert "raw pixels are left out: the training images have 344,832 values" in printed
+    assert "| raw pixels |" not in printed
 
 
 def test_runs_side_by_side_leave_the_same_records_and_failures_are_named(tmp_path: Path) -> None:
@@ -370,3 +378,22 @@ def test_k_5_and_k_1_are_compared_seed_by_seed_and_diverged_runs_left_out() -> N
 def test_the_papers_rows_are_those_of_methods_that_are_there() -> None:
     assert PAPER.keys() <= METHODS.keys()
     assert METHODS["msf"].augmentation == "w/s"
+
+
+def test_the_committed_comparison_is_that_of_its_records() -> None:
+    file = Path(methods.__file__).parent / "results" / "methods_fashion_mnist.jsonl"
+    if not file.exists():
+        pytest.skip("no records beside the benchmarks")
+    found: dict[str, dict[int, dict]] = {}
+    for record in map(json.loads, file.read_text().splitlines()):
+        if not record["run"]["validation"]:
+            found.setdefault(record["run"]["method"], {})[record["run"]["seed"]] = record
+    three = {name: [seeds[seed]["results"] for seed in range(3)] for name, seeds in found.items() if len(seeds) >= 3}
+    cells = {
+        name: [METHODS[name].title, *(spread_of([row[key] for row in rows]) for key in ORDER)]
+        for name, rows in three.items()
+    }
+    page = [line.strip("| ").split(" | ") for line in file.with_suffix(".md").read_text().splitlines()]
+    assert {tuple(of) for of in cells.values()} <= {(row[0], *row[3:]) for row in page}
+    five = {name: [seeds[seed] for seed in sorted(seeds)] for name, seeds in found.items()}
+    assert "\n\n".join(paired(five)) in file.with_suffix(".md").read_text()

@@ -19,7 +19,8 @@ class Entry:
     augmentation: str  # views of the target / of the online encoder
 
 
-UNTRAINED = "untrained"
+UNTRAINED, RAW_PIXELS = "untrained", "raw-pixels"
+BASELINES = (UNTRAINED, RAW_PIXELS)  # rows that are not trained
 METHODS = {
     "msf": Entry("MSF w/s", MSF, "w/s"),
     "msf-ss": Entry("MSF", MSF, "s/s"),
@@ -39,4 +40,5 @@ METHODS = {
     "vicreg": Entry("VICReg", VICReg, "s/s"),
     "dino": Entry("DINO", DINO, "s/s"),
     UNTRAINED: Entry("untrained", MSF, "w/s"),
+    RAW_PIXELS: Entry("raw pixels", MSF, "w/s"),
 }

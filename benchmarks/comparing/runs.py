@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.comparing.core import Method
-from benchmarks.comparing.learners import METHODS, UNTRAINED
+from benchmarks.comparing.learners import METHODS, RAW_PIXELS, UNTRAINED
 from benchmarks.comparing.recipe import Recipe, new_backbone, open_images
 from benchmarks.measuring.measure import describe_environment
 from msf_core.distributed import Ranks
@@ -227,6 +227,8 @@ def do(run: Run, place: Place, stepped: Callable[[], None]) -> dict[str, Any]:
     losses: list[float] = []
     if run.method == UNTRAINED:
         backbone = warmed_up(backbone, source, Ranks())
+    elif run.method == RAW_PIXELS:
+        backbone = nn.Identity()
     else:
         losses = fit(entry.build(backbone, features, recipe).to(device), source, run, stepped)
     trained = time.perf_counter()

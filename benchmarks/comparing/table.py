@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel
 from torch import Tensor, nn
 
 from benchmarks.comparing.core import Method
-from benchmarks.comparing.learners import METHODS, UNTRAINED
+from benchmarks.comparing.learners import BASELINES, METHODS, UNTRAINED
 from benchmarks.comparing.recipe import Recipe, new_backbone
 from benchmarks.comparing.runs import Run, optimizer_of, step_of
 from benchmarks.measuring.measure import describe_environment, in_words, quantiles, time_interleaved
@@ -88,7 +88,7 @@ def table(
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     for name, of_method in runs.items():
         first, entry = of_method[0], METHODS[name]
-        trained = name != UNTRAINED
+        trained = name not in BASELINES
         cells = [entry.title, *([entry.augmentation, f"{first.lr:g}", f"{first.steps:,}"] if trained else ["–"] * 3)]
         found = [record["results"] for record in records[name] if record["results"]]
         cells += [spread_of([row[key] for row in found if key in row]) for key in measured]
@@ -195,7 +195,7 @@ def _in_mb(count: float | None) -> str:
 
 def passes_of(name: str, recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[int, int]:
     """Count how often one step sends an image through an encoder, with gradient and without, on a batch of noise."""
-    if name == UNTRAINED:
+    if name in BASELINES:
         return 0, 0
     torch.manual_seed(0)
     backbone, features = new_backbone(recipe, image_shape)
