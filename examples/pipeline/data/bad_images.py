@@ -15,21 +15,24 @@ from pipeline.data.pixels import UnreadableImage
 from pipeline.running.seeds import seed_of
 
 ACTIONS = ("error", "skip")
-TRIES = 100  # images drawn in place of one before the data set is given up
+TRIES = 100  # replacements to try for an unreadable image before the data set is given up
 LIST = "bad_images.txt"
 IDLE = -1  # in place of an image's place: a worker is not reading one
 Item = tuple[Any, list[UnreadableImage]]  # what a data set gives, or None, and what could not be read on the way
 
 
 class BadImages:
-    """What this rank could not read so far, as path -> reason, and whether it does without (``skip``)."""
+    """Unreadable images that this rank has found, as path -> reason.
+
+    With ``skip`` they are replaced or left out. Otherwise the first one is an error.
+    """
 
     def __init__(self, action: str = "error") -> None:
         self.skip = action == "skip"
         self.found: dict[str, str] = {}
 
     def note(self, met: list[UnreadableImage], *, lost: bool) -> None:
-        """Keep in mind what a batch met.
+        """Record the unreadable images of a batch.
 
         Args:
             met: what could not be read.
@@ -48,7 +51,7 @@ class BadImages:
 
     @contextmanager
     def tolerated(self) -> Iterator[None]:
-        """Skip in this block whatever was asked for: a picture is not worth a run."""
+        """Skip unreadable images in this block, even if they are errors otherwise: a figure must not end a run."""
         before, self.skip = self.skip, True
         try:
             yield
@@ -56,7 +59,7 @@ class BadImages:
             self.skip = before
 
     def of_all(self, ranks: Ranks) -> dict[str, str]:
-        """Return what any of the ranks has found, which all of them ask for."""
+        """Return the unreadable images of all ranks. Every rank must call this."""
         if ranks.size == 1:
             return dict(self.found)
         parts: list[Any] = [None] * ranks.size
@@ -140,7 +143,8 @@ def collated(items: list[Item]) -> Item:
 def write_list(path: Path, found: dict[str, str]) -> None:
     """Write a line for each: its path, as the file system has it, a tab, and the reason."""
     lines = [
-        os.fsencode(name).replace(b"\n", b"\\n") + f"\t{reason}\n".encode() for name, reason in sorted(found.items())
+        os.fsencode(name).replace(b"\n", b"\\n") + os.fsencode(f"\t{reason}\n")
+        for name, reason in sorted(found.items())
     ]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(b"".join(lines))

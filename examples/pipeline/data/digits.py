@@ -17,7 +17,10 @@ from pipeline.views.augment import DIGITS_VIEWS
 
 
 class Digits:
-    """scikit-learn's optical digits: 1,797 real scans, as 16×16, 1,347 to train on and 450 to test on."""
+    """scikit-learn's optical digits: 1,797 real scans, resized to 16×16, 1,347 to train on and 450 to test on.
+
+    With ``validation``, this part of the 1,347 is held out and tested on, and the 450 are not used.
+    """
 
     image_shape = (1, 16, 16)
     has_labels = has_val = True

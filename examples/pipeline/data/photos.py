@@ -26,7 +26,7 @@ from pipeline.running.seeds import seed_of
 from pipeline.views.crops import PAPERS, PER_VIEW, SUPERVISED, View, crop_boxes, draws, resized_crop
 from pipeline.views.rendering import Normalization, Rendering
 
-LONGEST = 16  # times as long as wide may an image be that evaluation resizes as a whole
+LONGEST = 16  # images are cut to between this and 4 more times as long as wide before evaluation resizes them
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -196,11 +196,11 @@ class _Centred(Dataset[tuple[Tensor, int]]):
 
 
 def middle(image: Tensor) -> Tensor:
-    """Return the middle of an image [3, H, W] that is more than `LONGEST` times as long as wide; others as they are.
+    """Return the middle of a very long image [3, H, W], less than 20 times as long as wide; others as they are.
 
-    Resized until its short side is 256, an image of 1 x 5,000 pixels would take a gigabyte, of which the center crop
-    sees a square. As many short sides are cut off at each end as leave the resized pixels where they are: an even
-    number of them, so that they make a whole number of pixels also after resizing, and the center does not move.
+    If its short side is resized to 256, an image of 1 x 5,000 pixels takes a gigabyte, and the center crop keeps one
+    square of it. So the ends are cut off first. Each end loses a whole and even number of short sides, which keeps the
+    center and the resized pixels where they are.
     """
     short = min(image.shape[1:])
     top, left = (max(0, side // short - LONGEST) // 4 * 2 * short for side in image.shape[1:])
@@ -208,7 +208,7 @@ def middle(image: Tensor) -> Tensor:
 
 
 class _Looks(Dataset[int]):
-    """1 for each image that can be read."""
+    """The number 1 for each image that can be read."""
 
     def __init__(self, images: Dataset[Any]) -> None:
         self.images = images
@@ -302,10 +302,11 @@ def _why_ended(batches: Any) -> str:
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Start workers in this block: none is lost to a signal before it ignores it, and none brings one by its end.
+    """Block SIGINT and SIGTERM while workers start in this block, and restore the handler of SIGCHLD afterwards.
 
-    PyTorch would have a worker's death (SIGCHLD) raise an error wherever we are, be it within a step. Without that
-    the error comes within seconds from where we wait for the worker's images, and a step is whole or not there.
+    So no signal can end a worker before it ignores signals. PyTorch's handler of SIGCHLD would raise an error when a
+    worker dies, even in the middle of a step. Without it, the error is raised within seconds where the worker's images
+    are waited for, and no step is left half done.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -321,7 +322,7 @@ def _signals_kept() -> Iterator[None]:
 
 
 def _end_workers() -> None:
-    """End the workers at once: they ignore SIGTERM, by which Python would end them and then wait without end."""
+    """Kill the workers. They ignore SIGTERM, so Python's own cleanup would wait for them forever."""
     for batches in list(_reading):
         if hasattr(batches, "_pin_memory_thread_done_event"):
             batches._pin_memory_thread_done_event.set()
