@@ -1,4 +1,4 @@
-"""How the scripts end: with a status, and in one line, from one of the ranks alone, for what their user can mend.
+"""How the scripts end: with an exit status and, for errors that users can fix, one line from one rank.
 
 Ctrl-C is in `interrupts`, which has to be imported earlier.
 """
@@ -59,7 +59,7 @@ def telling(
     kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
     status: int = 2,
 ) -> Iterator[None]:
-    """Tell errors of the block in a line, and end the script with a status. A lost rank is left for `joined` to find.
+    """Print errors of the block in one line and end the script with a status. `joined` handles a lost rank.
 
     Args:
         program: the name that the line begins with.
@@ -83,7 +83,7 @@ def telling(
 
 
 def let_the_first_speak() -> None:
-    """Before ranks know one another: wait, unless this is the first process of this machine.
+    """Wait before the ranks have joined, unless this is the first process of this machine.
 
     An error that all of them have is told by the first, and once that has ended, torchrun ends the others here. Whoever
     is not ended has an error of its own to tell. Without waiting, torchrun would end the first if another were faster.
@@ -99,7 +99,7 @@ def tell(program: str, error: BaseException) -> None:
 
 
 def _is_first() -> bool:
-    """Tell whether no other rank has asked before."""
+    """Return whether this is the first rank to call this."""
     try:
         return _get_default_store().add("errors told", 1) == 1
     except (RuntimeError, ValueError):  # the rank that kept the store has gone, and not without an error

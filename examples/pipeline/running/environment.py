@@ -1,4 +1,4 @@
-"""What numbers were obtained with: the device, the versions and the date."""
+"""The device, versions and date that results were obtained with."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import msf_core
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers were obtained with."""
+    """Return the device, the versions and the date."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),

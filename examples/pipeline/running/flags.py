@@ -1,4 +1,4 @@
-"""What the scripts' flags have in common: their types and ranges, and errors in one line that names the flag.
+"""Types and ranges of the scripts' flags, and errors in one line that names the flag.
 
 `whole` and `finite` make types for ``add_argument``. The checks of files (`existing_folder`, `existing_file`,
 `writable_file`) are no such types but called later, with the flag's name, once the ranks can share an error: what is

@@ -1,4 +1,4 @@
-"""Which rank is gone, when ranks wait for one another in vain: its number, and the name of its host.
+"""Finds out which rank is gone, and on which host, when ranks wait for one another in vain.
 
 A backend knows of sockets and of time alone. So a thread of each rank counts in the store in which torchrun's ranks
 have found each other; whoever is waiting in vain says so there, and looks who neither counts on nor waits.
@@ -21,11 +21,11 @@ _SIGNS = re.compile(r"gloo|caused pair closure|not all ranks came to|NCCL")
 
 
 class LostRank(RuntimeError):
-    """Ranks that this one waited for do not answer; the message names them and their hosts."""
+    """Ranks that this one waited for do not answer. The message names them and their hosts."""
 
 
 def lost_touch(error: BaseException) -> bool:
-    """Tell whether an error may come from another rank that is gone, or from the network between them."""
+    """Return whether an error can come from a lost rank or from the network."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, (LostRank, dist.DistError)) or bool(_SIGNS.search(str(error)))
     )
@@ -135,7 +135,7 @@ class Peers:
 
 
 def _is_here(address: str) -> bool:
-    """Tell whether an address is one of this host's."""
+    """Return whether an address belongs to this host."""
     with suppress(OSError):
         for family, kind, protocol, _, where in socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM):
             with suppress(OSError), socket.socket(family, kind, protocol) as attempt:

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a line an epoch, and a progress bar in a terminal."""
+"""The output of a run during training: one line per epoch, and a progress bar in a terminal."""
 
 import math
 import sys
@@ -48,7 +48,7 @@ class Progress:
         self._bar.close()
 
     def after_step(self, step: int, epoch: int, means: Callable[[], dict[str, float]]) -> None:
-        """Move the bar, or say something after a long silence.
+        """Move the bar, or print a line after a long silence.
 
         Args:
             step: the steps of the run so far.
@@ -96,7 +96,7 @@ def duration(seconds: float) -> str:
 
 
 def _measures(measured: dict[str, Any]) -> list[str]:
-    """Return those of the averages that are shown, in words."""
+    """Return the averages to show, as text."""
     found = {name: measured.get(key, math.nan) for key, name in SHOWN.items()}
     return [f"{name} {value:.3f}" for name, value in found.items() if not math.isnan(value)]
 

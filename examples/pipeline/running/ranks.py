@@ -1,4 +1,4 @@
-"""What changes when torchrun starts several of these processes: the group, BatchNorm, and who speaks."""
+"""Several processes under torchrun: the process group, BatchNorm, and errors that all ranks share."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ SILENCE = 3.0  # seconds without a sign of life after which a rank that others w
 
 @contextmanager
 def shared(ranks: Ranks) -> Iterator[None]:
-    """Make an error of one rank an error of all, who wait for one another at the end of the block."""
+    """Raise an error of one rank on all ranks, which wait for one another at the end of the block."""
     if ranks.size == 1:
         yield
         return
@@ -33,7 +33,7 @@ def shared(ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the ranks that torchrun has started, if it was torchrun, and leave them at the end.
+    """Join the ranks that torchrun started, if there are any, and leave them at the end.
 
     Args:
         device: a device of PyTorch's by name; "auto" is the GPU if there is one, each rank's own under torchrun.
@@ -105,12 +105,12 @@ def device_of(name: str) -> torch.device:
 
 
 def restarted() -> bool:
-    """Tell whether torchrun has started this again, after a rank had failed."""
+    """Return whether torchrun restarted this process after a rank failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def may_restart() -> bool:
-    """Tell whether torchrun would."""
+    """Return whether torchrun would restart this process."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 

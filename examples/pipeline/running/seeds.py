@@ -1,4 +1,4 @@
-"""Where randomness comes from: every draw has a seed made of what it depends on."""
+"""Seeds: every random draw has a seed computed from what it depends on."""
 
 import numpy as np
 

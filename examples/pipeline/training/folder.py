@@ -1,4 +1,4 @@
-"""Where a run is: its folder, which no other run may use, and the checkpoint that it goes on from."""
+"""The folder of a run, which no other run may use, and the checkpoint that it resumes from."""
 
 import itertools
 from pathlib import Path
@@ -9,7 +9,7 @@ from pipeline.training.lock import FolderLock
 
 
 def checkpoint_of(given: dict[str, Any]) -> Path | None:
-    """Return the checkpoint to go on from: the one of --resume, by its file or its folder, or the one in --out.
+    """Return the checkpoint to resume from: the file or folder given by --resume, or the one in --out.
 
     Raises:
         ValueError: there is none, or a run that may be restarted has no --out to find its checkpoint in.
@@ -31,7 +31,7 @@ def checkpoint_of(given: dict[str, Any]) -> Path | None:
 
 
 def folder_of(given: dict[str, Any], checkpoint: Path | None) -> Path | None:
-    """Return the folder of the run; None is a new one below runs/."""
+    """Return the folder of the run; None means a new folder below runs/."""
     if given.get("out"):
         return Path(given["out"])
     return None if checkpoint is None else checkpoint.parent
@@ -56,7 +56,7 @@ def new_run_folder(dataset: str) -> Path:
 
 
 def occupy(folder: Path, checkpoint: Path | None, lock: FolderLock | None) -> None:
-    """Make the folder of the run, unless it is there, and lock it.
+    """Create the folder of the run if it does not exist, and lock it.
 
     Args:
         folder: of the run.
@@ -78,5 +78,5 @@ def occupy(folder: Path, checkpoint: Path | None, lock: FolderLock | None) -> No
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Return whether there is one to go on from."""
+    """Return whether there is a checkpoint to resume from."""
     return (folder / "checkpoint.pt").exists()

@@ -1,4 +1,4 @@
-"""How a run is doing: averages over an epoch that never make the GPU wait, and words when it goes wrong."""
+"""The health of a run: averages over an epoch, computed without waiting for the GPU, and warnings."""
 
 import math
 from typing import Any
@@ -45,7 +45,7 @@ def measure(
 
 
 def warnings_of(row: dict[str, Any]) -> list[str]:
-    """Say in words what an epoch's averages tell of a failure; nothing of a healthy run."""
+    """Return warnings for an epoch's averages; none for a healthy run."""
     said = []
     if row["spread"] < COLLAPSING or row["rank"] < LINE:
         said.append(
@@ -62,7 +62,7 @@ def warnings_of(row: dict[str, Any]) -> list[str]:
 
 
 class Averages:
-    """Sums of measures and how many of them there were; a loss that is not finite spoils its average on purpose."""
+    """Sums and counts of measures. A loss that is not finite makes its average NaN or infinite on purpose."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, len(MEASURES), dtype=torch.float64, device=device)
@@ -77,7 +77,7 @@ class Averages:
         self.sums += torch.stack([torch.where(counts, measures, 0.0), counts])
 
     def means(self) -> dict[str, float]:
-        """Return the averages as they were some steps ago, without waiting for the GPU."""
+        """Return the averages of a few steps ago, so that nothing waits for the GPU."""
         if not self.sums.is_cuda:
             return means_of(self.sums)
         if self._copied is None:

@@ -1,4 +1,4 @@
-"""One run a folder: a lock that the system drops with the process that holds it."""
+"""A lock that allows one run per folder; the system releases it when the process ends."""
 
 import contextlib
 import errno
@@ -53,11 +53,11 @@ class FolderLock:
 
     @staticmethod
     def is_in(folder: Path) -> bool:
-        """Return whether a run has been there; it may still be."""
+        """Return whether a run has used this folder; it may still be running."""
         return (folder / ".lock").exists()
 
     def take(self, folder: Path) -> None:
-        """Lock the folder, which must exist, or do nothing if this lock has been taken already.
+        """Lock the folder, which must exist. If this lock is taken already, do nothing.
 
         Raises:
             ValueError: another run is there.

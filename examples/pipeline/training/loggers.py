@@ -1,6 +1,6 @@
-"""Where a run's numbers go beside its CSV files: to TensorBoard, to Weights & Biases, or nowhere else.
+"""Loggers that record a run's numbers besides its CSV files: TensorBoard, Weights & Biases, or none.
 
-metrics.csv and losses.csv are written in any case. The libraries are imported when they are asked for.
+metrics.csv and losses.csv are always written. The libraries are imported only if they are used.
 """
 
 import math
@@ -34,7 +34,7 @@ class Logger:
         """Log the averages of an epoch that has ended with this step."""
 
     def result(self, step: int, row: Numbers, final: Numbers, settings: dict[str, Any], pictures: list[Path]) -> None:
-        """Log what the run has come to.
+        """Log the result of the run.
 
         Args:
             step: the last.
@@ -45,7 +45,7 @@ class Logger:
         """
 
     def flush(self) -> None:
-        """Write what has been logged, so that the checkpoint written next knows of nothing that may be lost."""
+        """Write what has been logged, so that nothing recorded in the next checkpoint can be lost."""
 
     def close(self) -> None:
         """Write everything."""
@@ -147,7 +147,7 @@ class WandB(Logger):
 
 
 def check_logger(name: str) -> None:
-    """See that a logger can be used, before anything begins.
+    """Check that a logger can be used, before the run begins.
 
     Raises:
         ImportError: its library is missing.

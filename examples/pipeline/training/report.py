@@ -1,4 +1,4 @@
-"""What a run leaves behind in words and numbers: metrics as CSV, the losses, and the table."""
+"""The files and the table that a run writes: metrics as CSV, the losses, and the results."""
 
 import csv
 import io
@@ -40,7 +40,7 @@ def write_losses(path: Path, losses: list[float], last_step: int) -> None:
 
 
 def keep_losses(path: Path, last_step: int) -> None:
-    """Drop what was written after ``last_step``, of which a resumed run knows nothing."""
+    """Drop the losses after ``last_step``, which a resumed run computes again."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)[1:]
         kept = [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= last_step]

@@ -1,4 +1,4 @@
-"""When a run's numbers go to its logger: each step and epoch once, also after a resume with another logger."""
+"""Passes a run's numbers to its logger: each step and epoch once, also after a resume with another logger."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from pipeline.training.trainer import Trainer
 
 
 def log(logger: Logger, trainer: Trainer) -> None:
-    """Log the loss and the learning rate of every step since the last time; all ranks call it."""
+    """Log the loss and the learning rate of every step since the last call. All ranks must call it."""
     losses = trainer.average_losses()
     if trainer.leads:
         log_losses(logger, trainer, losses, trainer.step)
@@ -23,7 +23,7 @@ def log_losses(logger: Logger, trainer: Trainer, losses: list[float], last_step:
 
 
 def catch_up(logger: Logger, trainer: Trainer, folder: Path) -> None:
-    """Log what the run has come to so far, if it is resumed with a logger that it did not have."""
+    """Log the whole run so far, if it is resumed with a logger that it did not use before."""
     if logger.new and trainer.step:
         losses = read_losses(folder / "losses.csv")
         first = trainer.step - len(losses)

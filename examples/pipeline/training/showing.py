@@ -1,4 +1,4 @@
-"""What a run shows of its encoder: rows of the table before and after, pictures, the exported weights, a verdict."""
+"""What a run reports about its encoder: rows of the table before and after training, pictures, weights, a verdict."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
 
 
 def add_rows_before(trainer: Trainer) -> None:
-    """Note what there is before training: the table's rows, raw pixels where they are few, and the first neighbors."""
+    """Record the baselines before training: rows of the table (raw pixels only for small sets), and the neighbors."""
     source, k = trainer.source, neighbors_of(trainer)
     if trainer.step:
         return
@@ -44,14 +44,14 @@ def add_rows_before(trainer: Trainer) -> None:
 
 
 def rows_after(trainer: Trainer) -> dict[str, float]:
-    """Return the table's last row: what the trained encoder is worth; nothing where there is nothing to test on."""
+    """Return the table's row for the trained encoder; empty if there are no test images."""
     if not trainer.source.has_val:
         return {}
     return evaluate(trainer.backbone, trainer.source, neighbors_of(trainer), trainer.ranks)
 
 
 def neighbors_of(trainer: Trainer) -> int:
-    """Return how many of its nearest an image's purity is measured with."""
+    """Return the number of neighbors that purity is measured with."""
     return min(max(trainer.settings.k, 5), trainer.source.size("train"))
 
 
@@ -82,14 +82,14 @@ def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: flo
 
 
 def export(trainer: Trainer, path: Path) -> None:
-    """Write the backbone, and what imagenet_eval.py needs to know of it."""
+    """Write the backbone, with the metadata that imagenet_eval.py needs."""
     s = trainer.settings
     facts = trainer.source.facts
     export_backbone(trainer.backbone, path, arch=s.arch, dataset=s.dataset, image_size=s.image_size, **facts)
 
 
 def redraw_curves(trainer: Trainer, folder: Path) -> None:
-    """Draw the curves of a run that is not at its end; a picture is not worth a run."""
+    """Draw the curves of a run in progress. A failure only prints a warning: a picture must not end a run."""
     try:
         if trainer.history:
             draw_curves(folder / "curves.png", trainer.history, title_of(trainer))

@@ -1,4 +1,4 @@
-"""Where the time of an epoch goes, measured without making the GPU wait."""
+"""Measures where the time of an epoch goes, without making the GPU wait."""
 
 import time
 from collections.abc import Iterator
@@ -95,7 +95,7 @@ def _seconds_between(pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> 
 
 
 def loader_limit(row: dict[str, Any], workers: int, cores: int) -> str:
-    """Say in words that workers which read images are what an epoch waited for; nothing where it did not.
+    """Return a warning if an epoch mostly waited for the processes that read images; else an empty string.
 
     Args:
         row: of the epoch, with its "data_share" and "images_per_second".

@@ -1,4 +1,4 @@
-"""The training loop: two encoders, one loss, and a state that can stop and go on at any step."""
+"""The training loop: two encoders, one loss, and a state from which a run can resume at any step."""
 
 import contextlib
 import itertools
@@ -65,9 +65,9 @@ class StopRequest:
 
 
 class Trainer:
-    """All that a run consists of. `state_dict` holds everything that a later `train` needs to go on exactly.
+    """A training run. `state_dict` holds everything that `train` needs to continue exactly.
 
-    With several ranks each has a trainer; all of them call the same methods together.
+    Each rank has its own trainer; all ranks must call the same methods in the same order.
     """
 
     def __init__(self, settings: Settings, source: DataSource, device: torch.device, ranks: Ranks) -> None:
@@ -206,7 +206,7 @@ class Trainer:
         return micro_batches
 
     def _agree(self, stop: StopRequest, problem: OSError | None = None) -> None:
-        """Stop all ranks, at the same step, when one of them is asked to or cannot go on."""
+        """Stop all ranks at the same step if one of them received a signal or failed."""
         if self.ranks.size == 1:
             self.stopped = stop.signal
             if problem is not None:
@@ -280,7 +280,7 @@ class Trainer:
         raise Diverged(f"{what} by step {self.step} of {self.total_steps}: {advice}")
 
     def average_losses(self) -> list[float]:
-        """Return the loss of every step since `losses_written`, averaged over all ranks; all of them ask for it."""
+        """Return the loss of every step since `losses_written`, averaged over all ranks. All ranks must call it."""
         if self.losses:
             losses = torch.stack(self.losses)[None]
             self.losses = []
@@ -317,7 +317,7 @@ class Trainer:
         return "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights, bank, optimizer, counters and metrics under the keys `STATE`; all ranks ask for it."""
+        """Return weights, bank, optimizer, counters and metrics under the keys `STATE`. All ranks must call it."""
         return {
             "settings": asdict(self.settings),
             "train_size": self.source.train_size,
