@@ -1,1 +1,1 @@
-"""What an encoder is worth: features, protocols, and the commands of examples/imagenet_eval.py."""
+"""Evaluates an encoder: features, protocols, and the commands of examples/imagenet_eval.py."""

@@ -1,4 +1,4 @@
-"""The flags of examples/imagenet_eval.py, and which of them do not go together."""
+"""The flags of examples/imagenet_eval.py, and the checks of their combinations."""
 
 import argparse
 from collections.abc import Callable
@@ -33,7 +33,7 @@ _MOST_SEED = 2**63 - 1
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Help that shows defaults which are numbers or strings that are not empty."""
+    """Help that shows the defaults that are numbers or nonempty strings."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_number = isinstance(action.default, int | float) and not isinstance(action.default, bool)

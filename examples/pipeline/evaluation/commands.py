@@ -1,4 +1,4 @@
-"""The commands of examples/imagenet_eval.py: each returns the protocol that it followed, and what came out."""
+"""The commands of examples/imagenet_eval.py: each returns its protocol and its results."""
 
 import argparse
 import sys
@@ -38,7 +38,7 @@ from pipeline.running.ranks import shared
 
 
 class Subject:
-    """The encoder that a command is about, and the ranks that do it."""
+    """The encoder that a command evaluates, and the ranks that take part."""
 
     def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         self.flags, self.ranks, self.device = flags, ranks, device
@@ -84,7 +84,7 @@ class Evaluation(Subject):
         self.classes = int(labels.max()) + 1
 
     def _check(self) -> None:
-        """Raise ValueError for images that are not there, or that the encoder does not take."""
+        """Raise ValueError for missing images, or images that the encoder does not accept."""
         flags = self.flags
         if self.dataset == "digits":
             if not self.gray:
@@ -250,7 +250,7 @@ class Transfer(Subject):
 
 
 def transfer(subject: Transfer) -> tuple[dict[str, Any], dict[str, float]]:
-    """Logistic regression on the ten data sets of the paper, as far as they are on disk."""
+    """Logistic regression on those of the paper's ten data sets that are on disk."""
     flags, ranks = subject.flags, subject.ranks
     chosen = [one for one in SETS if one.name in flags.sets]
     protocol: dict[str, Any] = {
@@ -295,7 +295,7 @@ def transfer(subject: Transfer) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 def opened(one: TransferSet, subject: Subject) -> Parts | str:
-    """Return the images of a data set, or why there are none."""
+    """Return the images of a data set, or the reason why they are missing."""
     flags, ranks = subject.flags, subject.ranks
     found: Parts | str = ""
     for first in (True, False):  # rank 0 may download, and then the others look
@@ -311,7 +311,7 @@ def opened(one: TransferSet, subject: Subject) -> Parts | str:
 
 
 def photos_of(subject: Subject, images: Dataset[Any]) -> Photos:
-    """Return a data set of torchvision's as evaluation sees it."""
+    """Return one of torchvision's data sets with the evaluation view."""
     return Photos(
         images,
         None,

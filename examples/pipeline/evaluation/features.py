@@ -1,4 +1,4 @@
-"""The features of images, each rank seeing its part of them, and nearest-neighbor classification by them."""
+"""Features of images, extracted by each rank for its part, and nearest-neighbor classification."""
 
 from collections.abc import Iterable, Iterator
 
@@ -131,7 +131,7 @@ def nearest_neighbor_accuracy(
 
 
 def together(batches: Iterable[Batch], ranks: Ranks | None) -> Iterator[Batch]:
-    """Yield batches until every rank has run out; who has earlier goes on with empty ones. An error is one of all."""
+    """Yield batches until every rank has none left; a rank that is done yields empty ones. All ranks share errors."""
     if ranks is None or ranks.size == 1:
         yield from batches
         return

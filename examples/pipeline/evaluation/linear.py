@@ -59,7 +59,7 @@ class Standardize(nn.Module):
 
 
 def batches_of(count: int, epoch: int, protocol: Protocol, ranks: Ranks) -> list[list[int]]:
-    """Return this rank's places of an epoch's batches; a last batch with fewer images than ranks is left out."""
+    """Return the images of an epoch's batches for this rank; a last batch with fewer images than ranks is dropped."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(protocol.seed, epoch))).tolist()
     whole = [order[first : first + protocol.batch_size] for first in range(0, count, protocol.batch_size)]
     return [batch[ranks.rank :: ranks.size] for batch in whole if len(batch) >= ranks.size]

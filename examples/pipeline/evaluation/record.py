@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a table, with the paper's rows where they can be compared, and a JSON record."""
+"""The output of an evaluation: a table, with the paper's rows where they are comparable, and a JSON record."""
 
 import argparse
 import json
@@ -89,7 +89,7 @@ def tables(name: str, row: dict[str, float], paper: Rows) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file as a whole, or leave what is there; a device, as /dev/stdout, is written to as it is."""
+    """Write a file completely or keep the old one. A device such as /dev/stdout is written directly."""
     if path.exists() and not path.is_file():
         path.write_text(text)
         return

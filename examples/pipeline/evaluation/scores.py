@@ -1,4 +1,4 @@
-"""What a representation is worth: nearest neighbors, a linear probe, few labels, and purity."""
+"""Scores of a representation: nearest neighbors, a linear probe, few labels, and purity."""
 
 import copy
 
@@ -33,7 +33,7 @@ COLUMNS = {
 def warmed_up(backbone: nn.Module, source: DataSource, ranks: Ranks, batches: int = 20) -> nn.Module:
     """Return a copy whose BatchNorm statistics come from training views: the fair untrained baseline.
 
-    All ranks ask for it together: their BatchNorm may be one.
+    All ranks must call it together, because their BatchNorm may be synchronized.
     """
     backbone = copy.deepcopy(backbone).train()
     for module in backbone.modules():
@@ -57,7 +57,7 @@ def nearest_neighbors(backbone: nn.Module, source: DataSource, ranks: Ranks) -> 
 
 
 def evaluate(backbone: nn.Module, source: DataSource, k: int, ranks: Ranks) -> dict[str, float]:
-    """Return a row of the table, with the keys of `COLUMNS`. All ranks extract; the first does what is small.
+    """Return a row of the table, with the keys of `COLUMNS`. All ranks extract the features; rank 0 computes the row.
 
     purity: of each training image's k nearest in the training set, itself the first and left out.
     linear: logistic regression on normalized, then standardized features (the paper's, section 3.2).
@@ -74,7 +74,7 @@ def evaluate(backbone: nn.Module, source: DataSource, k: int, ranks: Ranks) -> d
 
 
 def evaluate_features(features: Features, k: int) -> dict[str, float]:
-    """Return the row of `evaluate` for features that are all here."""
+    """Return the row of `evaluate` for given features."""
     train, val = features["train"], features["val"]
     row = nearest_neighbor_accuracy([train], len(train[0]), [val])
     row["linear"] = linear_probe(features)

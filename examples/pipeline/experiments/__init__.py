@@ -1,1 +1,1 @@
-"""What examples/experiments.py is made of."""
+"""Helpers of examples/experiments.py."""

@@ -1,4 +1,4 @@
-"""Runs of the trainer, each in a folder that its flags and its seed name: one that is finished is not repeated."""
+"""Runs of the trainer, each in a folder named after its flags and seed. Finished runs are not repeated."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What its folder is called."""
+        """The name of its folder."""
         words = "-".join(flag.removeprefix("--").replace("/", "") for flag in self.flags)
         return re.sub(r"[^A-Za-z0-9.]+", "-", f"{words or 'default'}-seed-{self.seed}").strip("-")
 
@@ -48,15 +48,15 @@ class Runs:
         complete(vars(build_parser("").parse_args(self._command(run))))
 
     def finished(self, run: Run) -> bool:
-        """Tell whether it has come to its end, with the very flags that it would have now."""
+        """Return whether the run is finished, with exactly the flags that it would have now."""
         folder = self.folder_of(run)
         return (folder / "neighbors.png").exists() and self._command(run) == _read(folder / "command.json")
 
     def finish(self, wanted: Iterable[Run]) -> None:
-        """Do the runs that are not finished, or go on with them.
+        """Start or resume the runs that are not finished.
 
         Raises:
-            RuntimeError: one failed; those beside it have come to their end.
+            RuntimeError: a run failed; those that ran at the same time were finished.
         """
         missing = [run for run in dict.fromkeys(wanted) if not self.finished(run)]
         if not missing:
@@ -102,7 +102,7 @@ class Runs:
         return f"{run.name} ended with status {status}: {''.join(last)} ({folder / 'log.txt'})"
 
     def results(self, run: Run) -> dict[str, float]:
-        """Return what a finished run came to: the row of its table, and the last epoch's averages."""
+        """Return the results of a finished run: the row of its table, and the last epoch's averages."""
         folder = self.folder_of(run)
         last = {name: value for name, value in self.history(run)[-1].items() if name in ("loss", "spread", "rank")}
         record = _read(folder / "results.json")

@@ -1,4 +1,4 @@
-"""The pictures of a run: its metrics over the epochs, and what some images' nearest neighbors have become."""
+"""The pictures of a run: its metrics over the epochs, and the nearest neighbors of some images."""
 
 import math
 import textwrap
@@ -42,7 +42,7 @@ def wrapped(text: str, inches: float, size: float) -> str:
 
 
 def write_picture(figure: Figure, path: Path, dpi: int) -> Figure:
-    """Write a picture whole or not at all, and return its figure."""
+    """Write a picture completely or not at all, and return its figure."""
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, dpi=dpi, format="png")
     temporary.replace(path)

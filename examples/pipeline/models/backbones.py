@@ -17,7 +17,7 @@ _RESNETS = ("resnet", "resnext", "wide_resnet")
 
 
 class DigitsResNet(nn.Module):
-    """A residual network for small images, as the digits of 16×16: 96 features, 173 thousand parameters."""
+    """A residual network for small images, such as 16×16 digits: 96 features, 173 thousand parameters."""
 
     def __init__(self, channels: int = 1) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int], stem: str = "im
 
     Args:
         arch: "digits", or a classification model of torchvision or timm by its name there.
-        image_shape: (channels, height, width) of what it will see; it is tried on such images.
+        image_shape: (channels, height, width) of its images; it is tried on a few of them.
         stem: "imagenet" leaves the model as it is, "small" gives one of torchvision's ResNets `small_stem`.
 
     Raises:
@@ -86,7 +86,7 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int], stem: str = "im
 def count_features(
     backbone: nn.Module, arch: str, image_shape: tuple[int, int, int], *, in_training: bool = True
 ) -> int:
-    """Return the number of features that a backbone makes of an image, having tried it on a few.
+    """Return the number of features per image, after trying the backbone on a few images.
 
     Args:
         backbone: images [B, C, H, W] to features [B, F].
@@ -115,7 +115,7 @@ def count_features(
 
 
 def usual_size(arch: str, channels: int, stem: str = "imagenet") -> int:
-    """Return the first of `USUAL_SIZES` of which a model takes images, or 0 where there is none."""
+    """Return the first of `USUAL_SIZES` that the model accepts, or 0 if it accepts none."""
     for size in USUAL_SIZES:
         with contextlib.suppress(ValueError):
             build_backbone(arch, (channels, size, size), stem)
@@ -124,7 +124,7 @@ def usual_size(arch: str, channels: int, stem: str = "imagenet") -> int:
 
 
 def stem_of(stem: str, arch: str, image_size: int) -> str:
-    """Return the stem that is meant: "auto" is "small" for a ResNet of torchvision's on images of at most 64 pixels."""
+    """Return the stem to use: "auto" means "small" for torchvision's ResNets on images of at most 64 pixels."""
     if stem != "auto":
         return stem
     resnet = arch in torchvision.models.list_models(module=torchvision.models) and arch.startswith(_RESNETS)
@@ -132,7 +132,7 @@ def stem_of(stem: str, arch: str, image_size: int) -> str:
 
 
 def small_stem(model: ResNet) -> ResNet:
-    """Give a ResNet the field's stem for small images: a 3×3 convolution of stride 1, and no max-pool; return it."""
+    """Give a ResNet the usual stem for small images (3×3 convolution of stride 1, no max-pool), and return it."""
     model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
@@ -158,7 +158,7 @@ def export_backbone(backbone: nn.Module, path: Path, **facts: object) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, as a whole or not at all, with the permissions of any new file.
+    """Write a safetensors file completely or not at all, with the permissions of any new file.
 
     safetensors' own `save_file` leaves it readable by its owner alone.
 

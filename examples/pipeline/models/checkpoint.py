@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and that say what is wrong with them.
+"""Checkpoints that are written completely or not at all, with errors that say what is wrong.
 
 ``checkpoint.pt`` is rank 0's. Of a sharded bank each rank writes its part as safetensors into a folder beside it
 (torch.distributed.checkpoint), which ``checkpoint.pt`` names; renaming that file is what makes both of them count.
@@ -24,7 +24,7 @@ _PREFIX = "bank-shards-"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
-    """Write the state to a temporary file beside ``path``, and rename it: a crash leaves the earlier one.
+    """Write the state to a temporary file and rename it to ``path``, so that a crash keeps the earlier checkpoint.
 
     Raises:
         OSError: it could not be written, on all ranks; the earlier one is still there.
@@ -109,7 +109,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def _save_shards(path: Path, shards: dict[str, Tensor], ranks: Ranks) -> dict[str, Any]:
-    """Write every rank's part, and return what `load_checkpoint` and `load_shards` need to know of them."""
+    """Write every rank's part, and return the description that `load_checkpoint` and `load_shards` need."""
     import torch.distributed.checkpoint as dcp
 
     made, problem = [""], None
@@ -135,7 +135,7 @@ def _save_shards(path: Path, shards: dict[str, Tensor], ranks: Ranks) -> dict[st
 
 
 def check_sharded_checkpoints() -> None:
-    """Raise ImportError unless those of a sharded bank can be written here."""
+    """Raise ImportError if checkpoints of a sharded bank cannot be written here."""
     _storage()
     import safetensors  # noqa: F401
 

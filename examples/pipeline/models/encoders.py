@@ -1,4 +1,4 @@
-"""The encoder to evaluate: of a run of the trainer, of an exported backbone, or a model of torchvision or timm."""
+"""The encoder to evaluate: from a run of the trainer, an exported backbone, torchvision or timm."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ class LoadedEncoder:
 
     @property
     def gray(self) -> bool:
-        """Whether it takes images of one channel."""
+        """Whether its images have one channel."""
         return isinstance(self.backbone, DigitsResNet) and self.backbone.channels == 1
 
 
@@ -128,7 +128,7 @@ def _by_name(name: str, weights: str, image_size: int) -> LoadedEncoder:
 
 
 def _built(arch: str, image_size: int, stem: str = "imagenet", tensors: dict[str, Tensor] | None = None) -> nn.Module:
-    """Return a backbone at random, which takes images of as many channels as the one with these weights did."""
+    """Return a randomly initialized backbone for as many image channels as these weights have."""
     channels = 3
     if arch == "digits":
         first = (tensors or {}).get("stem.0.weight")
@@ -138,7 +138,7 @@ def _built(arch: str, image_size: int, stem: str = "imagenet", tensors: dict[str
 
 
 def _load(backbone: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise ValueError unless these are the backbone's tensors, by name and shape, and all of their values numbers."""
+    """Load the weights; raise ValueError if names or shapes differ from the backbone's, or values are not finite."""
     wanted = {name: list(tensor.shape) for name, tensor in backbone.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

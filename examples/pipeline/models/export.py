@@ -1,4 +1,4 @@
-"""A trained backbone in the layouts of other libraries, each looked at before it is called done."""
+"""Exports a trained backbone in the layouts of other libraries, and verifies each file."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ class Layout:
 def export_to(layout: str, encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
     """Write the backbone in a layout of `LAYOUTS`, load it where that library is installed, and compare.
 
-    The files come to their place when all of that has gone well.
+    The files are moved to their place only if all of this succeeded.
 
     Raises:
         ValueError: that layout has no such model.
@@ -227,7 +227,7 @@ def resnet_of(encoder: LoadedEncoder, *, plain: bool) -> ResNet:
 
 
 def has_small_stem(encoder: LoadedEncoder) -> bool:
-    """Tell whether the backbone has the stem for small images."""
+    """Return whether the backbone has the stem for small images."""
     return getattr(encoder.backbone, "stem_name", "imagenet") == "small"
 
 

@@ -1,4 +1,4 @@
-"""Random views of photographs and small images: how they are drawn, a row of numbers for each image, and their crops.
+"""Random views of photographs and small images: the random numbers of each image, and the crops.
 
 `draws` gives each image of an epoch a row of numbers that holds all randomness of its views. The crop follows from it
 here, everything else in `pipeline.views.rendering`. So a view is a pure function of (seed, epoch, index), whatever the
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ATTEMPTS = 10  # at a crop that fits into the image, as torchvision has it
+ATTEMPTS = 10  # at a crop that fits into the image, as in torchvision
 # Columns of the draws [n, PER_VIEW] of one view, each uniform in [0, 1).
 AREA, RATIO = slice(0, ATTEMPTS), slice(ATTEMPTS, 2 * ATTEMPTS)
 TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SIGMA = range(20, 32)

@@ -1,4 +1,4 @@
-"""What is made of crops on the device of the training: jitter, grayscale, blur, flip and normalization, in batches.
+"""Turns crops into views on the training device, in batches: jitter, grayscale, blur, flip, normalization.
 
 Each image has its own factors and its own order of jitter, from its row of `crops.draws`. They are distributed
 as torchvision's ColorJitter, RandomGrayscale, GaussianBlur and RandomHorizontalFlip draw them, and each operation
@@ -24,7 +24,7 @@ _CPU_PIXELS = 1 << 16
 
 @dataclass
 class Parameters:
-    """What the draws of one view come to for each of n images, on the CPU."""
+    """The parameters of one view for each of n images, computed on the CPU from their draws."""
 
     flip: Tensor  # [n] bool
     blends: Tensor  # [n, _SLOTS, 3]: shares of the image, of its grayscale, and of the mean of that; _TURN: as it is
@@ -77,7 +77,7 @@ _ORDER_CODES = _order_codes()
 
 
 class Normalization:
-    """Makes 0 of the mean and 1 of the standard deviation of each of three channels; undone for display.
+    """Normalizes each of three channels to mean 0 and standard deviation 1; `undone` reverses it for display.
 
     Args:
         mean: of each channel.
