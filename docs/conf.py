@@ -37,8 +37,19 @@ html_title = "msf_core"
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False, "secondary_sidebar_items": ["page-toc"]}
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]  # room for tables
-# Pages without pages below them leave the room of the navigation to their tables.
+# Pages without pages below them, and those with wide tables, leave the room of the navigation to their tables.
 html_sidebars = {
-    page: [] for page in ("tutorial", "performance", "reliability", "limits", "faq", "changelog", "contributing")
+    page: []
+    for page in (
+        "tutorial",
+        "performance",
+        "reliability",
+        "limits",
+        "faq",
+        "changelog",
+        "contributing",
+        "guides/methods",
+        "guides/experiments",
+    )
 }
 html_show_sourcelink = False
