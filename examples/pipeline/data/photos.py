@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import connection
 from typing import Any
 from weakref import WeakSet
@@ -85,12 +86,11 @@ class Photos:
             "collate_fn": collated,
             "generator": torch.Generator(),  # its draws must not disturb those of the model
         }
+        self._noting = partial(Noting, workers=workers)
         self._order = _EpochOrder(self.train_size, seed, share)
         self._seed = seed
         self._loader = DataLoader(
-            Noting(
-                Crops(train, list(views), size, seed), self.bad, Drawn(seed, range(self.train_size)), workers=workers
-            ),
+            self._noting(Crops(train, list(views), size, seed), self.bad, Drawn(seed, range(self.train_size))),
             sampler=self._order,
             drop_last=True,
             persistent_workers=workers > 0,
@@ -105,8 +105,7 @@ class Photos:
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """See `DataSource`."""
         blank = (torch.zeros(self.image_shape, dtype=torch.uint8), UNREADABLE)
-        items = Noting(self._sets[split], self.bad, blank=blank, workers=self._options["num_workers"])
-        loader = DataLoader(items, sampler=indices, **self._options)
+        loader = DataLoader(self._noting(self._sets[split], self.bad, blank=blank), sampler=indices, **self._options)
         for images, labels in self._batches(loader):
             yield self._normalized(self._to_device(images)), labels
 
@@ -115,13 +114,13 @@ class Photos:
         keys = [[(epoch, index) for index in chosen] for chosen in batches]
         options = {name: value for name, value in self._options.items() if name != "batch_size"}
         chosen = Drawn(self._seed, sorted(index for batch in batches for index in batch))
-        crops_of = Noting(self._supervised, self.bad, chosen, workers=options["num_workers"])
+        crops_of = self._noting(self._supervised, self.bad, chosen)
         for crops, rows, labels, _ in self._batches(DataLoader(crops_of, batch_sampler=keys, **options)):
             yield self._classifier(self._to_device(crops), rows[:, :PER_VIEW]), self._to_device(labels)
 
     def check(self, split: str, indices: list[int], bad: BadImages) -> Iterator[int]:
         """Read these images of "train" or "val" for ``bad`` to note; yield how many more have been read."""
-        looks = Noting(_Looks(self._sets[split].images), bad, blank=1, workers=self._options["num_workers"])
+        looks = self._noting(_Looks(self._sets[split].images), bad, blank=1)
         for read in self._batches(DataLoader(looks, sampler=indices, **{**self._options, "batch_size": 16}), bad):
             yield len(read)
 
