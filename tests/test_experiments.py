@@ -18,7 +18,7 @@ import imagenet_train
 from pipeline.experiments.runs import Run, Runs
 from pipeline.figures.paper import spread_of
 
-FAST = ["--jobs", "1", "--", "--steps", "2", "--eval-every", "0"]
+FAST = ["--jobs", "1", "--", "--steps", "2", "--eval-every", "0", "--skip-baselines"]
 
 
 def run(folder: Path, *arguments: str) -> int:
@@ -53,7 +53,9 @@ def test_a_grid_is_run_once_and_drawn(
     record = json.loads((tmp_path / "views.json").read_text())
     for place, name in enumerate(("k-5-seed-0", "views-same-seed-0")):
         folder = tmp_path / "runs" / name
-        *_, row = json.loads((folder / "results.json").read_text())["rows"].values()
+        (row,) = json.loads((folder / "results.json").read_text())["rows"].values()  # baselines are skipped
+        if name == "k-5-seed-0":
+            assert f"{row['one_label']:.1%} with one label a class.\n" in (folder / "log.txt").read_text()
         assert record["values"]["nn1"][place] == [row["nn1"]]
         with (folder / "metrics.csv").open() as file:
             *_, last = csv.DictReader(file)
@@ -79,7 +81,7 @@ def test_a_grid_is_run_once_and_drawn(
 @pytest.mark.usefixtures("_within_this_process")
 def test_what_a_run_keeps_of_its_epochs_becomes_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiments, "TSNE_IMAGES", 60)
-    assert run(tmp_path, "tsne", "neighbors", *FAST[:3], "--steps", "42", "--eval-every", "0") == 0
+    assert run(tmp_path, "tsne", "neighbors", *FAST, "--steps", "42") == 0
     kept = sorted((tmp_path / "runs" / "keep-every-10-seed-0").glob("backbone-epoch-*"))
     assert [path.name for path in kept] == ["backbone-epoch-0001.safetensors", "backbone-epoch-0002.safetensors"]
     for name in ("tsne", "neighbors"):

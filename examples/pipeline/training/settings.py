@@ -16,7 +16,7 @@ METHODS = ("msf", "byol")
 STEMS = ("auto", "imagenet", "small")
 # Settings that may change when a run is resumed. All others change its numbers.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
-FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "logger", "on_bad_image"}
+FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "logger", "on_bad_image", "skip_baselines"}
 # Settings of version 0.2.0 that differ from today's defaults, and data sets whose images it normalized differently.
 _OLD = {"stem": "imagenet"}
 _NORMALIZED_OTHERWISE = ("cifar10", "cifar100", "stl10")
@@ -65,6 +65,7 @@ class Settings:
     on_bad_image: str = "error"
     timeout: int = 1800
     eval_every: int = 0
+    skip_baselines: bool = False
     checkpoint_every: int = 1
     keep_every: int = 0
     logger: str = "tensorboard"
@@ -182,6 +183,7 @@ _HELP = {
     f"evaluate without it (skip), and list it in the run's {LIST}",
     "timeout": "seconds that ranks wait for each other",
     "eval_every": "epochs between nearest-neighbor evaluations; 0: only at the end",
+    "skip_baselines": "do not evaluate the untrained encoder (and raw pixels): this takes as long as the final one",
     "checkpoint_every": "epochs between checkpoints",
     "keep_every": "epochs between backbones to keep, including the first epoch; 0: only the last",
     "logger": "log to tensorboard or wandb (pip install wandb), besides metrics.csv and losses.csv; csv and none "
@@ -232,7 +234,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "networks": ("arch", "stem", "hidden", "dim", "predictor"),
     "training": ("recipe", "epochs", "steps", "batch_size", "lr", "sgd_momentum", "weight_decay", "seed"),
     "devices": ("device", "precision", "accumulate", "batchnorm", "timeout"),
-    "the run": ("out", "resume", "eval_every", "checkpoint_every", "keep_every", "logger"),
+    "the run": ("out", "resume", "eval_every", "skip_baselines", "checkpoint_every", "keep_every", "logger"),
 }
 _METAVARS = {"data": "DIR", "out": "DIR", "resume": "DIR", "arch": "NAME", "backend": "NAME", "device": "NAME"}
 

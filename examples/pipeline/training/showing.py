@@ -26,13 +26,16 @@ SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
 
 
 def add_rows_before(trainer: Trainer) -> None:
-    """Record the baselines before training: rows of the table (raw pixels only for small sets), and the neighbors."""
+    """Record the baselines before training: rows of the table (raw pixels only for small sets), and the neighbors.
+
+    The rows are left out with ``--skip-baselines``.
+    """
     source, k = trainer.source, neighbors_of(trainer)
     if trainer.step:
         return
     rows: dict[str, dict[str, float]] = {}
     untrained = warmed_up(trainer.backbone, source, trainer.ranks)
-    if source.has_val and source.size("train") <= PROBE_LIMIT:
+    if source.has_val and source.size("train") <= PROBE_LIMIT and not trainer.settings.skip_baselines:
         if source.image_shape[1] <= 32 and source.size("train") <= RAW_LIMIT:
             rows["raw pixels"] = evaluate(torch.nn.Identity(), source, k, trainer.ranks)
         rows["untrained"] = evaluate(untrained, source, k, trainer.ranks)
@@ -175,7 +178,9 @@ def verdict(rows: dict[str, dict[str, float]], name: str, last: Row, *, with_lab
     after = rows.get(name, {})
     if "one_label" in after:
         others = " and ".join(f"{row['one_label']:.1%} ({title})" for title, row in rows.items() if title != name)
-        return f"{name}, trained {how}: {after['one_label']:.1%} with one label a class, against {others}."
+        return f"{name}, trained {how}: {after['one_label']:.1%} with one label a class" + (
+            f", against {others}." if others else "."
+        )
     if after:
         return f"{name}: 20-NN accuracy on the test images is {after['nn20']:.1%}, learned {how}."
     ends = f"the loss is {last['loss']:.3f} and the spread {last['spread']:.2f}"
