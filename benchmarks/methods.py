@@ -4,19 +4,20 @@ Needs: pip install 'msf_core[examples,bench,peers,faiss-cpu]'
 
     python benchmarks/methods.py                                            all methods on scikit-learn's digits
     python benchmarks/methods.py --dataset fashion-mnist --data DIR --jobs 2     hours on two cores
-    python benchmarks/methods.py --data MY_IMAGES --methods msf simclr byol      a folder a class (a GPU is advised)
+    python benchmarks/methods.py --data MY_IMAGES --methods msf simclr byol      one folder per class (a GPU is advised)
     python benchmarks/methods.py --dataset fashion-mnist --data DIR --cost       time and memory of a step, alone
 
-All methods get the same images, views, backbone, steps, optimizer and evaluation. First each is tried with the same
-learning rates, on a part of the training images that is held out; with its best rate it is then trained on all of
-them, with several seeds, and judged on the test images. A folder without val/ is divided: a fifth is tested on.
+All methods get the same images, views, backbone, steps, optimizer and evaluation. First, each method is tried with the
+same learning rates and evaluated on a held-out part of the training images. Then it is trained on all training images
+at its best rate, with several seeds, and evaluated on the test images. Without val/, a fifth of each class of a folder
+is used for testing.
 
-Each run leaves a record in OUT/runs. A run that has its record is not repeated, so the same command goes on after a
-stop, and more --methods or --seeds add to what there is. OUT/table.md has the table, OUT/records.jsonl all records; a
-records.jsonl from elsewhere, put into a new OUT, counts too.
+Each run writes a record to OUT/runs. A run that has its record is not repeated, so the same command continues after a
+stop, and more --methods or --seeds add to the existing runs. OUT/table.md has the table, OUT/records.jsonl all records.
+To start from the records of another machine, put their records.jsonl into a new OUT.
 
---budget passes is a second comparison: a method that sends both views through the encoder with gradient, which takes
-about twice the time, gets half the steps.
+--budget passes is a second comparison: a method that sends both views through the encoder with gradient gets half the
+steps, because each takes about twice the time.
 """
 
 import argparse
@@ -47,9 +48,9 @@ except ModuleNotFoundError as missing:
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the recipe's learning rate: the sweep, the same for all methods
 CHOSEN_BY = "nn20"
-MOST_RAW_VALUES = 2 * 10**8  # of the training images, each a float32 when raw pixels are evaluated
+MOST_RAW_VALUES = 2 * 10**8  # limit for evaluating raw pixels, which takes 4 bytes for each value
 COST_ROUNDS = 50
-OWN_FLAGS = ("dataset", "k", "weak", "strong", "steps", "sweep_steps")  # fields of a recipe that are no plain flags
+OWN_FLAGS = ("dataset", "k", "weak", "strong", "steps", "sweep_steps")  # fields of a recipe without a plain flag
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped; the same command goes on with the runs that are missing\n")
+        parser.exit(130, f"{parser.prog}: stopped; the same command continues with the missing runs\n")
     return 0
 
 
@@ -78,7 +79,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return the data set's recipe with what was given instead.
 
     Raises:
-        ValueError: flags that do not go together.
+        ValueError: flags that do not fit together.
     """
     dataset = args.dataset or ("folder" if args.data else "digits")
     if dataset == "digits" and args.data:
@@ -95,10 +96,10 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def prepare(args: argparse.Namespace, recipe: Recipe) -> tuple[Place, tuple[int, int, int]]:
-    """Return where runs happen, and the shape of the images; the images are there, and the backbone takes them.
+    """Check the images and the backbone; return where runs happen, and the shape of an image.
 
     Raises:
-        ValueError: they are not, or it does not.
+        ValueError: there are no images, or the backbone does not accept them.
     """
     options: dict[str, Any] = {"seed": 0, "device": torch.device(args.device), "workers": 0}
     if "deepcluster-v2" in args.methods and find_spec("faiss") is None:
@@ -120,7 +121,7 @@ def compare(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple
         names.remove(RAW_PIXELS)
     trained = [name for name in names if name not in BASELINES]
     rates, how = dict.fromkeys(trained, args.lr), f"{args.lr:g} for all, as given." if args.lr else ""
-    passes = {name: passes_of(name, recipe, shape) for name in names}  # whatever a method refuses, it refuses here
+    passes = {name: passes_of(name, recipe, shape) for name in names}  # a method that refuses these images does so here
     if args.lr is None and trained:
         swept = {
             name: [Run(name, recipe.lr * factor, recipe.sweep_steps, 0, True, recipe) for factor in FACTORS]
@@ -142,7 +143,7 @@ def compare(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple
         if args.budget == "passes" and name in trained:
             steps = max(1, round(recipe.steps / passes[name][0]))
         lr, steps = (rates[name], steps) if name in trained else (0.0, 0)
-        seeds = 1 if name == RAW_PIXELS else args.seeds  # nothing of them is random
+        seeds = 1 if name == RAW_PIXELS else args.seeds  # not random
         runs[name] = [Run(name, lr, steps, seed, False, recipe) for seed in range(seeds)]
     wanted = [run for of_method in runs.values() for run in of_method]
     announce("comparison", wanted, place)
@@ -156,7 +157,7 @@ def compare(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple
 
 
 def replace_images(args: argparse.Namespace, recipe: Recipe, place: Place) -> Place:
-    """Return the place of the sweep, which has other training and test images."""
+    """Return the place of the sweep, whose training and test images are others."""
     options: dict[str, Any] = {"seed": 0, "device": torch.device(args.device), "workers": 0}
     return replace(place, images=counted(open_images(recipe, args.data, "w/s", validation=True, **options)))
 
@@ -168,7 +169,7 @@ def announce(what: str, runs: list[Run], place: Place) -> None:
 
 
 def chosen(swept: dict[str, list[Run]], place: Place) -> tuple[dict[str, float], str]:
-    """Return each method's best learning rate, and in words how it was found; none where all runs diverged."""
+    """Return the best learning rate of each method (but those that always diverged), and how it was found, in words."""
     rates, edges = {}, []
     for name, runs in swept.items():
         scores = {run.lr: value for run in runs if (value := score_of(run, place)) is not None}
@@ -185,7 +186,7 @@ def chosen(swept: dict[str, list[Run]], place: Place) -> tuple[dict[str, float],
 
 
 def score_of(run: Run, place: Place) -> float | None:
-    """Return what a run of the sweep is judged by; None where it diverged."""
+    """Return the score that a run of the sweep is chosen by; None if it diverged."""
     found = place.record_of(run)
     value: float | None = found["results"].get(CHOSEN_BY) if found else None
     return value
@@ -203,7 +204,7 @@ def sweep_table(swept: dict[str, list[Run]], place: Place) -> str:
 
 
 def cost(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple[int, int, int]) -> int:
-    """Measure what a step of each method costs, print it, and keep it for the table."""
+    """Measure the cost of a step of each method, print it, and save it for the table."""
     names = [name for name in dict.fromkeys(args.methods) if name not in BASELINES]
     found = measure_cost(names, recipe, shape, torch.device(args.device), COST_ROUNDS)
     place.folder.mkdir(parents=True, exist_ok=True)

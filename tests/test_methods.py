@@ -231,15 +231,21 @@ def test_a_comparison_takes_each_methods_best_rate_and_repeats_nothing(
 
     moved = tmp_path / "elsewhere"
     moved.mkdir()
-    (tmp_path / "records.jsonl").rename(moved / "records.jsonl")
+    here = msf["environment"]
+    machine = f"{here['threads']} thread{'s' * (here['threads'] > 1)}, PyTorch {here['versions']['torch']}"
+    assert f"- Trained on {here['device']}, {machine} (3 runs).\n" in table
+    elsewhere = again | {"environment": here | {"device": "a faster CPU"}}
+    lines = (tmp_path / "records.jsonl").read_text().replace(json.dumps(again), json.dumps(elsewhere))
+    (moved / "records.jsonl").write_text(lines)
     assert call(*flags, "1", "--out", str(moved)) == 0
     assert "comparison: 3 runs, 3 of them finished before" in capsys.readouterr().out
-    assert (moved / "table.md").read_text() == (tmp_path / "table.md").read_text()
+    both = f"- Trained on {here['device']}, {machine} (2 runs); a faster CPU, {machine} (1 run).\n"
+    assert both in (moved / "table.md").read_text()
     wrong = tmp_path / "wrong"
     wrong.mkdir()
     (wrong / "records.jsonl").write_text('{"run": 1}\n')
     assert call(*flags, "1", "--out", str(wrong)) == 2
-    assert "records.jsonl, line 1, is no record of a run" in capsys.readouterr().err
+    assert "records.jsonl, line 1, is not the record of a run" in capsys.readouterr().err
 
     assert call(*flags, "1", "--budget", "passes", "--lr", "0.05") == 0
     halved = (tmp_path / "table-passes.md").read_text()
@@ -348,7 +354,7 @@ def test_a_folder_without_val_is_divided_class_by_class_the_same_for_all_runs(tm
     assert not set(parts_of(torch.tensor([0] * 5 + [1] * 5), 0.2)[0]) & set(
         parts_of(torch.tensor([0] * 5 + [1] * 5), 0.2)[1]
     )
-    with pytest.raises(ValueError, match="class 7 has a single image"):
+    with pytest.raises(ValueError, match="class 7 has only one image"):
         parts_of(torch.tensor([3, 3, 7]), 0.2)
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "flat" / "0.png")

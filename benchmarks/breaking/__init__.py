@@ -1,1 +1,1 @@
-"""What fault_drill.py breaks: ranks of the trainer, and hosts with the links between them."""
+"""The faults of fault_drill.py: in ranks of the trainer, and in hosts and the links between them."""

@@ -1,16 +1,16 @@
-"""Break the network between hosts that train together, and the hosts themselves, and look at what is left.
+"""Break the network between hosts that train together, and the hosts themselves, and check what happens.
 
-    python benchmarks/fault_drill.py --hosts      as root on Linux, with iproute2; some twenty minutes on two CPU cores
+    python benchmarks/fault_drill.py --hosts      as root on Linux, with iproute2; about twenty minutes on two CPU cores
 
-Two and three hosts (benchmarks/breaking/hosts.py), each with a host name, an address and a torchrun of its own
-(``--nnodes --max-restarts``), train `examples/imagenet_train.py` on the digits by gloo, with ``--timeout 25``. In the
-midst of the second epoch a fault befalls one of them. What must hold: every rank that is left ends with an error that
-names, within the time-out, the missing rank and its host; after the restart the run goes on from the last whole
-checkpoint; its losses are, to the last bit, those of a run that nothing disturbed.
+Two and three hosts (benchmarks/breaking/hosts.py), each with its own host name, address and torchrun
+(``--nnodes --max-restarts``), run `examples/imagenet_train.py` on the digits with gloo and ``--timeout 25``. In the
+middle of the second epoch, one of them has a fault. Three things must hold: within the timeout, every remaining rank
+ends with an error that names the missing rank and its host; after the restart, the run continues from the last complete
+checkpoint; its losses are bit-equal to those of an undisturbed run.
 
-A host that is cut off sees the others vanish: of these it can name the one that keeps the store, which is rank 0. On
-the host that had the fault torchrun is started again; on all of them where the first host, torchrun's rendezvous, is
-gone. Writes host_faults.jsonl, one record a fault, and host_faults.md.
+A host that is cut off loses all others, and can only name rank 0, which keeps the store. torchrun is started again on
+the host that had the fault. If that was the first host, which has torchrun's rendezvous, it is started again on all
+hosts. Writes host_faults.jsonl, with one record per fault, and host_faults.md.
 """
 
 import json
@@ -33,20 +33,20 @@ from pipeline.running.environment import environment
 RATE = "20mbit"
 SLOW, CUT = f"all links slow ({RATE} a second)", "the link of a host is cut, and mended"
 VANISHES, FIRST = "a host vanishes, and returns", "the first host vanishes; all are started again"
-STEPS, AFTER = 2 * EPOCH, EPOCH + 9  # AFTER: steps after which the fault comes
-BATCH = 64  # of the digits, by default
-LONGEST = 400  # seconds of a run
+STEPS, AFTER = 2 * EPOCH, EPOCH + 9  # the fault comes after AFTER steps
+BATCH = 64  # the default for the digits
+LONGEST = 400  # seconds that a run may take
 
 
 class Run:
-    """A run of the trainer on hosts, with one torchrun on each."""
+    """A run of the trainer on several hosts, with one torchrun on each."""
 
     def __init__(self, machines: list[Host], folder: Path, plan: dict[str, Any]) -> None:
         self.machines, self.folder = machines, folder
         self.plan = folder.with_suffix(".plan")
         self.plan.write_text(json.dumps(plan))
         self.torchruns: dict[str, subprocess.Popen[bytes]] = {}
-        self.again: list[str] = []  # hosts whose torchrun was started again
+        self.again: list[str] = []  # hosts on which torchrun was started again
         for host in machines:
             self.start(host)
 
@@ -58,27 +58,27 @@ class Run:
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={first.name}:29500", f"--local-addr={host.name}"]
         command += ["--rdzv-conf", f"is_host={int(host is first)}"]
         command += [str(Path(__file__).parents[1] / "fault_drill.py"), "--as-rank", "--steps", str(STEPS)]
-        batch = BATCH - BATCH % len(self.machines)  # as many steps an epoch
+        batch = BATCH - BATCH % len(self.machines)  # the same number of steps per epoch
         command += ["--batch-size", str(batch), "--eval-every", "0", "--checkpoint-every", "1"]
         command += ["--timeout", str(STALL), "--resume", "auto"]
         settings = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", PLAN: str(self.plan), "OMP_NUM_THREADS": "1"}
         self.torchruns[host.name] = host.start([*command, "--out", str(self.folder)], self.log(host), settings)
 
     def log(self, host: Host) -> Path:
-        """Where all that is said on a host goes."""
+        """The file with the output of a host."""
         return self.folder.with_name(f"{self.folder.name}-{host.name}.log")
 
     def events(self) -> list[dict[str, Any]]:
-        """What ranks have noted so far."""
+        """What the ranks have written so far."""
         log = self.plan.with_suffix(".log")
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def process(self, rank: int) -> int:
-        """The process of a rank."""
+        """The process ID of a rank."""
         return int(self.plan.with_suffix(f".pid{rank}").read_text())
 
     def wait(self, until: Callable[[], bool], what: str) -> None:
-        """Wait for something.
+        """Wait until ``until()`` is true; ``what`` says in the error what for.
 
         Raises:
             RuntimeError: it took longer than `LONGEST`.
@@ -91,7 +91,7 @@ class Run:
             time.sleep(0.05)
 
     def finish(self) -> None:
-        """Wait for the end of the run; start a torchrun that has given up anew."""
+        """Wait for the end of the run; restart each torchrun that gives up."""
 
         def ended() -> bool:
             for host in self.machines:
@@ -103,19 +103,19 @@ class Run:
         self.wait(ended, "for the end of the run")
 
     def losses(self) -> str:
-        """The losses of all steps, as they were written."""
+        """The losses of all steps, as written."""
         return (self.folder / "losses.csv").read_text()
 
 
 def undisturbed(machines: list[Host], folder: Path) -> str:
-    """Return the losses of a run that nothing befalls."""
+    """Return the losses of a run without a fault."""
     run = Run(machines, folder, {})
     run.finish()
     return run.losses()
 
 
 def befall(fault: str, machines: list[Host], folder: Path, expected: str) -> dict[str, Any]:
-    """Train with a fault; return its record. ``expected``: the losses without it."""
+    """Train with a fault; return its record. ``expected`` are the losses without it."""
     record = {"fault": fault, "hosts": len(machines), "timeout": STALL}
     if fault == SLOW:
         for host in machines:
@@ -134,7 +134,7 @@ def befall(fault: str, machines: list[Host], folder: Path, expected: str) -> dic
         victim.kill()
     began = time.monotonic()
     run.plan.with_suffix(".went_on").touch()
-    told: dict[int, float] = {}  # rank -> seconds until it has named whom it misses
+    told: dict[int, float] = {}  # rank -> seconds until it named the missing rank
 
     def all_ended() -> bool:
         ended = not any(map(lives, processes))
@@ -146,7 +146,7 @@ def befall(fault: str, machines: list[Host], folder: Path, expected: str) -> dic
     run.wait(all_ended, "for the end of the ranks left")
     ended_after = time.monotonic() - began
     victim.link("up")
-    # With the first host torchrun's rendezvous is gone; torchrun of a host that was cut off waits for minutes.
+    # Without the first host there is no rendezvous; on a host that was cut off, torchrun would wait for minutes.
     for host in machines if fault == FIRST else [victim]:
         host.kill()
         run.torchruns[host.name].wait()
@@ -170,7 +170,7 @@ def befall(fault: str, machines: list[Host], folder: Path, expected: str) -> dic
 
 
 def lives(process: int) -> bool:
-    """Tell whether a process has not ended; torchrun may be late to notice that it has."""
+    """Return whether a process has not ended yet; torchrun may notice its end late."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -178,7 +178,7 @@ def lives(process: int) -> bool:
 
 
 def names_the_missing(run: Run, rank: int, gone: int) -> bool:
-    """Tell whether a rank has ended with a line that names the one that is gone and its host; that one, the first."""
+    """Return whether a rank ended with an error that names the missing rank and its host (for itself: rank 0)."""
     missing = 0 if rank == gone else gone
     name, host = run.machines[rank].name, run.machines[missing].name
     line = rf"error: lost rank {missing} on {host}: .* rank {rank} on {name}$"
@@ -186,13 +186,13 @@ def names_the_missing(run: Run, rank: int, gone: int) -> bool:
 
 
 def sound(record: dict[str, Any]) -> bool:
-    """Tell whether what must hold after a fault holds."""
+    """Return whether everything holds that must hold after a fault."""
     told = record.get("named") == record.get("ranks_left")
     return bool(record["bit_equal"]) and told and record.get("named_after", 0) <= record["timeout"]
 
 
 def summary(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Return the records as a table in Markdown."""
+    """Return the records as a Markdown table."""
     lines = [
         f"{about['device']}; PyTorch {about['versions']['torch']}; {about['date'][:10]}. Hosts in network namespaces, "
         f"one torchrun and one rank each, gloo, digits, {STEPS} steps, a checkpoint every {EPOCH}, --timeout {STALL}.",
@@ -214,7 +214,7 @@ def summary(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 
 def run(out: Path) -> int:
-    """Run the drill; return 1 if it cannot be run here or if something did not hold."""
+    """Run the drill; return 1 if it cannot run here or if something did not hold."""
     if (reason := hosts.why_not()) is not None:
         print(f"fault_drill.py --hosts cannot run: {reason}", file=sys.stderr)
         return 1

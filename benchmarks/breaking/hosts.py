@@ -1,12 +1,12 @@
-"""Several hosts on one machine: network namespaces with a host name each, joined by a bridge in one of their own.
+"""Several hosts on one machine: network namespaces, each with a host name, joined by a bridge in another namespace.
 
     with hosts.joined(3) as (first, second, third):
         process = first.start(["torchrun", …], log=Path("first.log"))
         second.link("down")
 
-Nothing of this touches the network of the machine itself; at the end of the block all processes of the hosts are
-killed, and the namespaces are gone. A slow link is the kernel's token bucket (tbf), as many kernels lack netem; for a
-delay see benchmarks/bank_latency.py.
+The network of the machine itself is not changed. At the end of the block, all processes of the hosts are killed and the
+namespaces removed. A slow link uses the kernel's token bucket filter (tbf), because many kernels lack netem. For
+delays, see benchmarks/bank_latency.py.
 """
 
 import os
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 DEVICE = "eth0"
-# Given a host's name, a folder and a command: in the namespaces of that host, with the names of all.
+# Arguments: a host's name, the folder with the names of all hosts, and a command to run in the host's namespaces.
 _RUN = """
 echo "$0" > /proc/sys/kernel/hostname && mount --bind "$1/hosts" /etc/hosts &&
     mount --bind "$1/none" /etc/resolv.conf && shift && exec "$@"
@@ -31,7 +31,7 @@ echo "$0" > /proc/sys/kernel/hostname && mount --bind "$1/hosts" /etc/hosts &&
 
 
 class Host(NamedTuple):
-    """One of them: its name, its address, the namespaces of itself and of the bridge, and the folder with all names."""
+    """A host: its name and address, the namespaces of the host and of the bridge, and the folder with all names."""
 
     name: str
     address: str
@@ -40,7 +40,7 @@ class Host(NamedTuple):
     names: Path
 
     def start(self, command: list[str], log: Path, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-        """Start a command there, with the environment of this process and more, whose output is added to ``log``."""
+        """Start a command on the host, with additions to this process's environment; append its output to ``log``."""
         inside = ["ip", "netns", "exec", self.space, "unshare", "--uts", "sh", "-c", _RUN, self.name, str(self.names)]
         with log.open("ab") as file:
             return subprocess.Popen(
@@ -52,11 +52,11 @@ class Host(NamedTuple):
             )
 
     def link(self, state: str) -> None:
-        """Cut the host off ("down") or mend its link ("up"): packets are lost, and nobody is told."""
+        """Cut the host off ("down") or restore its link ("up"). Packets are lost silently."""
         _ip("-n", self.bridge, "link", "set", self.name, state)
 
     def slow_down(self, rate: str) -> None:
-        """Limit what the host sends, as by "20mbit"."""
+        """Limit the rate at which the host sends, for example to "20mbit"."""
         limits = ["rate", rate, "burst", "16kb", "latency", "2s"]
         subprocess.run(["tc", "-n", self.space, "qdisc", "add", "dev", DEVICE, "root", "tbf", *limits], check=True)
 
@@ -68,9 +68,9 @@ class Host(NamedTuple):
 
 
 def why_not() -> str | None:
-    """Return why there can be no such hosts here, in a sentence, or None if there can."""
+    """Return a sentence that says why such hosts cannot be made here, or None if they can."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        return "hosts in network namespaces take root on Linux"
+        return "hosts in network namespaces need root on Linux"
     for tool, package in (("ip", "iproute2"), ("tc", "iproute2"), ("unshare", "util-linux")):
         if shutil.which(tool) is None:
             return f"the command `{tool}` ({package}) is not installed"
@@ -84,21 +84,21 @@ def why_not() -> str | None:
 
 @contextmanager
 def joined(count: int) -> Iterator[list[Host]]:
-    """Make hosts that reach each other and nothing else; remove them, and what runs there, at the end.
+    """Make hosts that can only reach each other; at the end, remove them with everything that runs on them.
 
     Raises:
-        subprocess.CalledProcessError: the kernel or the system does not allow it.
+        subprocess.CalledProcessError: the system does not allow it.
     """
     name = f"msf-{uuid.uuid4().hex[:8]}"
     with ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():  # a process that is told to end removes them, too
+        if threading.current_thread() is threading.main_thread():  # SIGTERM must remove them, too
             before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
             stack.callback(signal.signal, signal.SIGTERM, before)
         names = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         addresses = {f"host{number}": f"10.0.0.{number}" for number in range(1, count + 1)}
         lines = [f"{address} {host}\n" for host, address in ({"localhost": "127.0.0.1"} | addresses).items()]
         (names / "hosts").write_text("".join(lines))
-        (names / "none").touch()  # of the servers that know other names
+        (names / "none").touch()  # no name servers
         bridge = _space(stack, f"{name}-bridge")
         _ip("-n", bridge, "link", "add", "bridge", "type", "bridge")
         _ip("-n", bridge, "link", "set", "bridge", "up")

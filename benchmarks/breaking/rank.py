@@ -1,4 +1,4 @@
-"""A rank of the trainer that has a fault at a step: what `fault_drill.py --as-rank` runs under torchrun."""
+"""A rank of the trainer that has a fault at a given step. `fault_drill.py --as-rank` runs it under torchrun."""
 
 import json
 import os
@@ -12,15 +12,15 @@ from pipeline.models import checkpoint
 from pipeline.training import trainer
 
 STALL = 25  # seconds that a rank waits for another
-EPOCH = 1347 // 64  # steps, at the default batch size of the digits
-PLAN = "MSF_FAULT_PLAN"  # the file that tells a rank what is to befall it, and beside which it writes what did
+EPOCH = 1347 // 64  # steps per epoch, at the default batch size of the digits
+PLAN = "MSF_FAULT_PLAN"  # path of the file with the planned faults; what happened is written beside it
 KILL, WRITE, DISK = "one rank killed", "all ranks killed while a checkpoint is written", "disk full for one checkpoint"
 STALLS, OVERFLOW = "one rank stalls", "images overflow float16 on one rank"
 HOLDS = "one rank waits until its host has had a fault"  # what host_faults.py does to it
 
 
 def main(arguments: list[str]) -> int:
-    """Run the trainer as a rank, with the fault that the plan has for this start of it."""
+    """Run the trainer as a rank, with the fault that the plan has for this start."""
     plan, rank = Path(os.environ[PLAN]), int(os.environ["RANK"])
     fault = json.loads(plan.read_text()).get(
         os.environ["TORCHELASTIC_RESTART_COUNT"], {"name": "", "after": 0, "rank": 0}

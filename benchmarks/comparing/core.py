@@ -1,7 +1,8 @@
-"""The interface of the methods that `methods.py` compares, and those on msf_core: MSF, BYOL, ISD, CO2, DeepCluster-v2.
+"""The interface of the methods that `methods.py` compares, and those built on msf_core: MSF, BYOL, ISD, CO2,
+DeepCluster-v2.
 
-Each is a class of few lines whose docstring says where its numbers are from. Widths, the target's momentum and the
-sizes of banks are the recipe's for all methods; all have SGD and a cosine, where some papers have LARS.
+Each docstring says where the hyperparameters come from. The widths, the target's momentum and the bank sizes come from
+the recipe and are the same for all methods. All methods use SGD with a cosine schedule, also where the paper uses LARS.
 """
 
 from collections.abc import Iterable
@@ -24,12 +25,12 @@ from pipeline.models.backbones import Encoder, mlp
 
 
 class Method(nn.Module):
-    """One method: an encoder that is trained, perhaps a target that follows it, and a loss of two views.
+    """One method: an encoder to train, in some methods a target that follows it, and a loss of two views.
 
     Args:
-        backbone: what is evaluated in the end.
+        backbone: the network that is evaluated.
         projector: its projection head.
-        momentum: of a target encoder; None is no target.
+        momentum: momentum of the target encoder; None: there is no target.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, momentum: float | None = None) -> None:
@@ -44,14 +45,14 @@ class Method(nn.Module):
         """Return the loss of a batch, a scalar.
 
         Args:
-            first: [B, C, H, W], the target's view where there is a target.
+            first: [B, C, H, W], for the target, if there is one.
             second: [B, C, H, W], another view of the same images.
-            ids: [B] int64, which images they are.
+            ids: [B] int64, the images' indices in the training set.
         """
         raise NotImplementedError
 
     def after_step(self) -> None:
-        """Do what follows the optimizer's step."""
+        """Do what comes after the optimizer's step."""
         if self.target is not None:
             self.target.update(self.encoder)
 
@@ -92,9 +93,10 @@ class BYOL(BYOLAsym):
 
 
 class ISD(Method):
-    """ISD: `similarity_distillation` with a bank of the target's embeddings, random ones at first as in its code.
+    """ISD: `similarity_distillation` with a bank of the target's embeddings.
 
-    Temperatures 0.1 and 0.01, the heads and w/s are those of its ResNet50 (github.com/UMBCvision/ISD).
+    The temperatures 0.1 and 0.01, the heads, w/s and the random rows at the start are those of the authors' code for
+    ResNet50 (github.com/UMBCvision/ISD).
     """
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
@@ -113,7 +115,7 @@ class ISD(Method):
 
 
 class CO2(Method):
-    """CO2: `consistent_contrast` on MoCo v2, with one bank for both of its terms; its 0.05 and 0.3 are for MoCo v2."""
+    """CO2: `consistent_contrast` on MoCo v2, with one bank for both terms; 0.05 and 0.3 are its values for MoCo v2."""
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         super().__init__(backbone, heads.MoCoProjectionHead(features, recipe.hidden, recipe.dim), recipe.momentum)
@@ -130,10 +132,11 @@ class CO2(Method):
 
 
 class DeepCluster(Method):
-    """DeepCluster-v2: `cluster_prediction` of both views, with clusters of the last epoch's embeddings, in a bank.
+    """DeepCluster-v2: `cluster_prediction` of both views. The bank keeps an epoch of embeddings, which are clustered.
 
-    Three clusterings and temperature 0.1 as in its code (github.com/facebookresearch/swav, main_deepclusterv2.py).
-    Before the first step all images pass once, without gradient; the first view's embeddings are clustered.
+    Three clusterings and temperature 0.1 as in the authors' code (github.com/facebookresearch/swav,
+    main_deepclusterv2.py). Before the first step, all images are encoded once without gradient. Only embeddings of the
+    first view are clustered.
     """
 
     HEADS = 3
@@ -143,7 +146,9 @@ class DeepCluster(Method):
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         super().__init__(backbone, heads.SwaVProjectionHead(features, recipe.hidden, recipe.dim))
         self.recipe = recipe
-        self.bank = MemoryBank(recipe.batch_size, recipe.dim)  # `start` tells the number of images
+        self.bank = MemoryBank(
+            recipe.batch_size, recipe.dim
+        )  # replaced in `start`, where the number of images is known
         self.clusterings = 0
         self.register_buffer("centroids", F.normalize(torch.randn(self.HEADS, recipe.prototypes, recipe.dim), dim=2))
         self.register_buffer("assignments", torch.full((self.HEADS, 1), -1))  # of each image
@@ -173,7 +178,7 @@ class DeepCluster(Method):
             self.cluster()
 
     def cluster(self) -> None:
-        """Cluster the bank, each time from other centroids."""
+        """Cluster the bank, starting from new random centroids."""
         assert self.bank.ids is not None
         self.assignments.fill_(-1)
         for head in range(self.HEADS):

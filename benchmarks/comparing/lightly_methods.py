@@ -1,6 +1,6 @@
 """The methods of `methods.py` whose losses, heads and queues are lightly's.
 
-Each docstring says where the numbers are from; "lightly" is its benchmark for small images
+Each docstring says where the hyperparameters come from. "lightly" means its benchmark for small images
 (docs/source/getting_started/benchmarks/cifar10_benchmark.py).
 """
 
@@ -29,9 +29,9 @@ class SimCLR(Method):
 
 
 class MoCo(Method):
-    """MoCo v2 (arXiv 2003.04297); temperature 0.2 as there, one query a pair as in the 200 epochs of Table 2.
+    """MoCo v2 (arXiv 2003.04297) with temperature 0.2 and one query per image, as in the paper.
 
-    With one process there is no shuffled BatchNorm.
+    There is no shuffled BatchNorm, because there is only one process.
     """
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
@@ -46,7 +46,7 @@ class MoCo(Method):
 
 
 class NNCLR(Method):
-    """NNCLR (arXiv 2104.14548): SimCLR's loss with one view's nearest neighbor; temperature 0.1 as there."""
+    """NNCLR (arXiv 2104.14548): SimCLR's loss with the nearest neighbor of one view; temperature 0.1, the paper's."""
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         super().__init__(backbone, heads.NNCLRProjectionHead(features, recipe.hidden, recipe.dim))
@@ -64,7 +64,7 @@ class NNCLR(Method):
 
 
 class SimSiam(Method):
-    """SimSiam (arXiv 2011.10566, eq. 4); a projector of 2 layers, as there for CIFAR-10 and in lightly."""
+    """SimSiam (arXiv 2011.10566, eq. 4); a projector of 2 layers, as in the paper for CIFAR-10 and in lightly."""
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         wide = recipe.wide
@@ -72,7 +72,9 @@ class SimSiam(Method):
             [(features, wide, nn.BatchNorm1d(wide), nn.ReLU()), (wide, wide, nn.BatchNorm1d(wide), None)]
         )
         super().__init__(backbone, projector)
-        self.predictor = heads.SimSiamPredictionHead(wide, wide // 4, wide)  # a bottleneck of a quarter, as there
+        self.predictor = heads.SimSiamPredictionHead(
+            wide, wide // 4, wide
+        )  # a bottleneck of a quarter, as in the paper
         self.criterion = NegativeCosineSimilarity()
 
     def loss(self, first: Tensor, second: Tensor, ids: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class SimSiam(Method):
 
 
 class SwAV(Method):
-    """SwAV (arXiv 2006.09882, eq. 1, 2) with two crops; temperature 0.1 and Sinkhorn's 0.05 and 3 rounds as there."""
+    """SwAV (arXiv 2006.09882, eq. 1, 2) with two crops; temperature 0.1, Sinkhorn's 0.05 and 3 rounds, the paper's."""
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         super().__init__(backbone, heads.SwaVProjectionHead(features, recipe.hidden, recipe.dim))
@@ -100,9 +102,9 @@ class SwAV(Method):
 
 
 class BarlowTwins(Method):
-    """Barlow Twins (arXiv 2103.03230, eq. 1), λ = 0.005 as there.
+    """Barlow Twins (arXiv 2103.03230, eq. 1) with λ = 0.005, the paper's.
 
-    Divided by the number of dimensions: LARS, which the paper has, does not see the scale of a loss, and SGD does.
+    The loss is divided by the number of dimensions, because SGD depends on its scale; the paper's LARS does not.
     """
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
@@ -117,7 +119,7 @@ class BarlowTwins(Method):
 
 
 class VICReg(Method):
-    """VICReg (arXiv 2105.04906, eq. 6) with the paper's 25, 25 and 1; divided by 25, as `BarlowTwins` is scaled."""
+    """VICReg (arXiv 2105.04906, eq. 6) with the paper's 25, 25 and 1; divided by 25 for SGD, see `BarlowTwins`."""
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         super().__init__(backbone, heads.VICRegProjectionHead(features, recipe.wide, recipe.wide))
@@ -130,9 +132,9 @@ class VICReg(Method):
 
 
 class DINO(Method):
-    """DINO (arXiv 2104.14294, eq. 3) with two global crops; temperatures 0.04 and 0.1 and the center's 0.9 as there.
+    """DINO (arXiv 2104.14294, eq. 3) with two global crops; temperatures 0.04 and 0.1, center momentum 0.9.
 
-    The head has BatchNorm, as for convolutional networks there and in lightly.
+    The head has BatchNorm, as in the paper for convolutional networks, and in lightly.
     """
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:

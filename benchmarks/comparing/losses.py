@@ -1,6 +1,6 @@
-"""The methods of `methods.py` whose losses are in no library, on `msf_core.MemoryBank`: ISD, CO2, DeepCluster-v2.
+"""The losses that no library has: those of ISD, CO2 and DeepCluster-v2.
 
-Embeddings are unit vectors here, so that a product is a cosine similarity.
+All embeddings are unit vectors, so a dot product is a cosine similarity.
 """
 
 import torch
@@ -9,19 +9,20 @@ from torch import Tensor
 
 
 def similarity_distillation(v: Tensor, u: Tensor, anchors: Tensor, student: float, teacher: float) -> Tensor:
-    """Return ISD's loss: the student is to see the anchors as the teacher sees them (arXiv 2012.09259, section 3).
+    """Return ISD's loss: the student learns the teacher's similarities to the anchors (arXiv 2012.09259, section 3).
 
-        p(i) = exp(u·aᵢ / τt) / Σⱼ exp(u·aⱼ / τt),   q(i) likewise of v with τs,   loss = KL(p ‖ q), mean over the batch
+        p(i) = exp(u·aᵢ / τt) / Σⱼ exp(u·aⱼ / τt),   q(i) the same with v and τs,
+        loss = KL(p ‖ q), mean over the batch
 
     Args:
-        v: [B, D] unit vectors, the student's.
-        u: [B, D] unit vectors, the teacher's, of other views of the same images.
-        anchors: [N, D] unit vectors, earlier ones of the teacher.
+        v: [B, D] unit vectors of the student.
+        u: [B, D] unit vectors of the teacher, from other views of the same images.
+        anchors: [N, D] unit vectors, earlier embeddings of the teacher.
         student: τs.
         teacher: τt.
 
     Returns:
-        A scalar; its gradient goes to v.
+        A scalar; only v receives a gradient.
     """
     p = (u.detach() @ anchors.T / teacher).softmax(dim=1)  # [B, N]
     log_q = (v @ anchors.T / student).log_softmax(dim=1)
@@ -31,25 +32,25 @@ def similarity_distillation(v: Tensor, u: Tensor, anchors: Tensor, student: floa
 def consistent_contrast(
     q: Tensor, p: Tensor, negatives: Tensor, temperature: float, consistency: float, alpha: float
 ) -> Tensor:
-    """Return CO2's loss: MoCo's, and how differently q and p see the negatives (arXiv 2010.02217, section 2).
+    """Return CO2's loss: MoCo's, plus the difference of q's and p's similarities to the negatives (arXiv 2010.02217).
 
         L_ins = −log exp(q·p / τ) / (exp(q·p / τ) + Σᵢ exp(q·nᵢ / τ))
-        Q(i) = exp(q·nᵢ / τc) / Σⱼ exp(q·nⱼ / τc),   P(i) likewise of p
+        Q(i) = exp(q·nᵢ / τc) / Σⱼ exp(q·nⱼ / τc),   P(i) the same with p
         L = L_ins + α (KL(P ‖ Q) + KL(Q ‖ P)) / 2,   mean over the batch
 
-    lightly has this term too (``CO2Regularizer``), but its value comes back without a gradient, and its distributions
-    hold the positive beside the negatives.
+    lightly has this term too (``CO2Regularizer``), but its value has no gradient, and its distributions include the
+    positive.
 
     Args:
-        q: [B, D] unit vectors, of the query views.
-        p: [B, D] unit vectors, of the other view, from the target encoder.
+        q: [B, D] unit vectors of the query views.
+        p: [B, D] unit vectors of the other views, from the target encoder.
         negatives: [N, D] unit vectors.
         temperature: τ.
         consistency: τc.
         alpha: α.
 
     Returns:
-        A scalar; its gradient goes to q.
+        A scalar; only q receives a gradient.
     """
     p = p.detach()
     by_q, by_p = q @ negatives.T, p @ negatives.T  # [B, N]
@@ -63,18 +64,18 @@ def consistent_contrast(
 
 
 def cluster_prediction(z: Tensor, centroids: Tensor, assignments: Tensor, temperature: float) -> Tensor:
-    """Return DeepCluster-v2's loss: which centroid an image belonged to in the last epoch (arXiv 2006.09882).
+    """Return DeepCluster-v2's loss: predict each image's centroid of the last epoch (arXiv 2006.09882).
 
         loss = −log exp(z·c_a / τ) / Σⱼ exp(z·cⱼ / τ),   mean over images and clusterings
 
     Args:
         z: [B, D] unit vectors.
         centroids: [H, K, D] unit vectors of H clusterings.
-        assignments: [H, B], a; −1 where an image has none.
+        assignments: [H, B], the indices a; −1 for images without one.
         temperature: τ.
 
     Returns:
-        A scalar; 0 where no image has an assignment.
+        A scalar; 0 if no image has an assignment.
     """
     logits = torch.einsum("bd,hkd->hbk", z, centroids) / temperature
     known = (assignments >= 0).sum().clamp(min=1)
@@ -83,15 +84,15 @@ def cluster_prediction(z: Tensor, centroids: Tensor, assignments: Tensor, temper
 
 
 def spherical_kmeans(rows: Tensor, clusters: int, seed: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
-    """Return centroids [K, D], unit vectors, and the nearest of them to each row [N], by FAISS.
+    """Return the centroids [K, D], unit vectors, and the index [N] of the nearest centroid of each row, by FAISS.
 
-    It learns them from at most 256 rows a cluster, which it draws, and assigns all.
+    FAISS learns the centroids from a random sample of at most 256 rows per cluster.
 
     Args:
         rows: [N, D] unit vectors, at least as many as clusters.
         clusters: K.
-        seed: of the first centroids.
-        iterations: of k-means; 10 in the authors' code.
+        seed: seed of the sample and the first centroids.
+        iterations: iterations of k-means; 10 in the authors' code.
     """
     import faiss
 

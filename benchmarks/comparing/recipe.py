@@ -1,6 +1,6 @@
-"""What all methods of `methods.py` share: one recipe for each data set, and its images with their parts.
+"""What all methods of `methods.py` share: one recipe for each data set, and the images with their splits.
 
-A `Recipe` is everything but the method, its learning rate and the seed. To run another one, change it here.
+A `Recipe` holds every setting except the method, its learning rate and the seed.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from pipeline.views.crops import STRONG, WEAK, View, views_of
 
 VALIDATION = 1 / 6  # of each class's training images, in the sweep: 10,000 of Fashion-MNIST's 60,000
 TEST = 1 / 5  # of each class's images, where a folder has no val/
-PARTS_SEED = 0  # the parts are the same for every seed, so that all runs are tested on the same images
+PARTS_SEED = 0  # the same for every seed, so that all runs are tested on the same images
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Recipe:
     bank_size: int  # rows of every bank and queue
     hidden: int  # units of the heads' hidden layers
     dim: int  # of the embeddings
-    wide: int  # width of the heads of SimSiam, Barlow Twins, VICReg and DINO, which want more than `dim`
+    wide: int  # width of the heads of SimSiam, Barlow Twins, VICReg and DINO, which need more than `dim`
     prototypes: int  # of SwAV, and clusters of DeepCluster-v2
     k: int = 5  # of MSF
     weight_decay: float = 5e-4  # of weights; biases and BatchNorm have none
     stem: str = "auto"
-    weak: View = field(default=WEAK)  # the digits have views of their own
+    weak: View = field(default=WEAK)  # not used for the digits, which have their own views
     strong: View = field(default=STRONG)
 
 
@@ -110,19 +110,19 @@ def open_images(
     validation: bool,
     workers: int = -1,
 ) -> DataSource:
-    """Return the images of a run; in the sweep "val" is a part of the training images, and no test image is seen.
+    """Return the images of a run. In the sweep, "val" is a part of the training images, and no test image is used.
 
     Args:
-        recipe: its data set, views and batch.
+        recipe: determines the data set, the views and the batch size.
         data: folder of the images, unless they are the digits.
-        augmentation: views for the target and for the online encoder, as "w/s".
-        seed: of order and views.
-        device: of the training.
-        validation: hold `VALIDATION` of each class's training images out.
-        workers: processes that read photographs; -1: one a core.
+        augmentation: strength of the views for the target / the online encoder, such as "w/s".
+        seed: seed of the order and the views.
+        device: device to train on.
+        validation: whether to hold out a share of `VALIDATION` of each class's training images.
+        workers: processes that read photographs; -1: one per core.
 
     Raises:
-        ValueError: there are no such images, or they have no labels, by which methods could be compared.
+        ValueError: there are no images, or they have no labels.
     """
     share = Share(recipe.batch_size)
     if recipe.dataset == "digits":
@@ -144,7 +144,7 @@ def open_images(
     photos, val, _ = open_folder(Path(data))
     if not photos.classes:
         raise ValueError(
-            f"{data} has no class folders: methods are compared by labels, so put the images into a folder a class"
+            f"{data} has no class folders: methods are compared by labels, so put the images into one folder per class"
         )
     if val is None:
         photos, val = photos.held_out(TEST)
@@ -154,16 +154,16 @@ def open_images(
 
 
 def parts_of(labels: Tensor, share: float) -> tuple[list[int], list[int]]:
-    """Return the places of the images that stay, and of those held out: that share of each class, at least one.
+    """Return the indices of the images to train on and of those held out: this share of each class, at least one.
 
     Raises:
-        ValueError: a class has a single image, which cannot be in both parts.
+        ValueError: a class has only one image, which cannot be in both parts.
     """
     held_out = share_of_each_class(labels, 100 * share, PARTS_SEED)
     staying = torch.ones(len(labels), dtype=torch.bool)
     staying[held_out] = False
     if lost := sorted(set(labels.tolist()) - set(labels[staying].tolist())):
-        raise ValueError(f"class {lost[0]} has a single image: to test on some images, a class needs two or more")
+        raise ValueError(f"class {lost[0]} has only one image: every class needs at least two, one of them to test on")
     return staying.nonzero().flatten().tolist(), held_out
 
 

@@ -1,6 +1,6 @@
-"""Training runs of `methods.py`: each leaves one JSON record, and one that has its record is not repeated.
+"""Training runs of `methods.py`. Each writes one JSON record; a run that has its record is not repeated.
 
-A run that was stopped has no record, and begins anew.
+A run that was stopped has no record and starts again from the beginning.
 """
 
 import itertools
@@ -33,14 +33,14 @@ from pipeline.data.source import DataSource
 from pipeline.evaluation.scores import evaluate, nearest_neighbors, warmed_up
 
 LAST = 100  # steps at the end whose mean loss is recorded
-OF_THE_RUN = ("lr", "steps", "sweep_steps")  # fields of a recipe that a run has its own of, and in its name
+OF_THE_RUN = ("lr", "steps", "sweep_steps")  # fields of a recipe that the run sets itself
 PRELOADED = ("torch", "torchvision.models", "lightly.loss", "lightly.models.modules", "sklearn.linear_model", "faiss")
-LOOK_EVERY = 20  # steps between looks at the loss, which wait for a GPU
+LOOK_EVERY = 20  # steps between checks of the loss, each of which waits for the GPU
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what decides its numbers."""
+    """One run: everything that affects its results."""
 
     method: str
     lr: float
@@ -57,19 +57,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs happen, which decides no numbers."""
+    """Where runs happen; this does not affect their results."""
 
-    folder: Path  # of the records
+    folder: Path  # for the records
     data: str
     device: str
     workers: int
-    images: dict[str, int]  # how many there are, as `counted` has them
+    images: dict[str, int]  # how many there are, from `counted`
 
     def record_of(self, run: Run) -> dict[str, Any] | None:
         """Return the record of a finished run, or None.
 
         Raises:
-            ValueError: there is one, of another recipe or other images.
+            ValueError: there is one for another recipe or other images.
         """
         path = self.path_of(run)
         if not path.exists():
@@ -98,10 +98,10 @@ def name_of(run: dict[str, Any]) -> str:
 
 
 def unpack(place: Place) -> None:
-    """Turn the lines of a records.jsonl from elsewhere into the files of their runs, in a folder that has no runs yet.
+    """Turn each line of a records.jsonl into the file of a run, if the folder has no runs yet.
 
     Raises:
-        ValueError: a line is no record.
+        ValueError: a line is not a record.
     """
     path = place.folder / "records.jsonl"
     folder = place.folder / "runs"
@@ -113,23 +113,23 @@ def unpack(place: Place) -> None:
             record = json.loads(line)
             records[name_of(record["run"])] = record
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, is no record of a run: {error!r}") from error
+            raise ValueError(f"{path}, line {number}, is not the record of a run: {error!r}") from error
     folder.mkdir()
     for name, record in records.items():
         (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def counted(source: DataSource) -> dict[str, int]:
-    """Return how many images and classes there are, by which other images are told from these."""
+    """Return the numbers of images and classes, by which records of other images are recognized."""
     labels = source.labels("train")
     return {"train": len(labels), "val": source.size("val"), "classes": len(labels.unique())}
 
 
 def finish(runs: list[Run], place: Place, jobs: int) -> None:
-    """Do the runs that have no record yet, ``jobs`` at a time; with several, each has a process with one thread.
+    """Do the runs that have no record yet, ``jobs`` at a time. If jobs > 1, each has its own process with one thread.
 
     Raises:
-        RuntimeError: some failed; all others have come to their end.
+        RuntimeError: some failed; all others were finished.
     """
     missing = [run for run in dict.fromkeys(runs) if place.record_of(run) is None]
     if not missing:
@@ -146,16 +146,14 @@ def finish(runs: list[Run], place: Place, jobs: int) -> None:
 
 
 def _finish_together(missing: list[Run], place: Place, jobs: int, bar: tqdm) -> None:
-    server = (
-        "forkserver" in multiprocessing.get_all_start_methods()
-    )  # it imports once, and no run sees another's memory
+    server = "forkserver" in multiprocessing.get_all_start_methods()  # imports once; runs share no memory
     context: Any = multiprocessing.get_context("forkserver" if server else "spawn")
     if server:
         context.set_forkserver_preload(list(PRELOADED))
     steps, problems = context.Value("q", 0), context.SimpleQueue()
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a process imports its libraries
-    on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it must not leave them behind
+    on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the processes too
     waiting, running, said = deque(missing), list[tuple[Any, Run]](), list[str]()
     try:
         while waiting or running:
@@ -199,7 +197,7 @@ def _in_process(run: Run, place: Place, steps: Any, problems: Any) -> None:
 
 
 def record(run: Run, place: Place, stepped: Callable[[], None]) -> None:
-    """Do one run and write its record, whole or not at all."""
+    """Do one run and write its record atomically."""
     found = do(run, place, stepped)
     path = place.path_of(run)
     temporary = path.with_suffix(".tmp")
@@ -208,7 +206,7 @@ def record(run: Run, place: Place, stepped: Callable[[], None]) -> None:
 
 
 def do(run: Run, place: Place, stepped: Callable[[], None]) -> dict[str, Any]:
-    """Train and judge; return the record."""
+    """Train and evaluate; return the record."""
     device = torch.device(place.device)
     entry, recipe = METHODS[run.method], run.recipe
     source = open_images(
@@ -253,7 +251,7 @@ def do(run: Run, place: Place, stepped: Callable[[], None]) -> dict[str, Any]:
 
 
 def fit(method: Method, source: DataSource, run: Run, stepped: Callable[[], None]) -> list[float]:
-    """Train to the last step, or until the loss is no number; return the losses of the last steps."""
+    """Train to the last step, or until the loss is not finite; return the losses of the last steps."""
     optimizer = optimizer_of(method, run)
     rate = cosine(run.lr, 0.0, steps=run.steps)
     method.train()
@@ -270,7 +268,7 @@ def fit(method: Method, source: DataSource, run: Run, stepped: Callable[[], None
 
 
 def optimizer_of(method: Method, run: Run) -> torch.optim.SGD:
-    """Return SGD over the weights, with weight decay, and over biases and BatchNorm, without."""
+    """Return SGD with weight decay for weights and without it for biases and BatchNorm."""
     weights = [weight for weight in method.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": run.recipe.weight_decay},
@@ -296,6 +294,6 @@ def epochs_of(source: DataSource, run: Run) -> Iterator[tuple[Tensor, Tensor, Te
 
 
 def epoch_of(source: DataSource, run: Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (target views, online views, ids) of an epoch; the ids are places in the training set."""
+    """Yield (target views, online views, ids) of an epoch; the ids are indices in the training set."""
     for first, second, _, ids in source.train_views(epoch, 0):
         yield first, second, ids.to(first.device)

@@ -1,6 +1,7 @@
-"""What `methods.py` prints: the table of a comparison, with the paper's rows, and what a step of each method costs."""
+"""What `methods.py` prints: the table of a comparison, with the paper's results and the cost of a step."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +23,7 @@ from benchmarks.measuring.tables import format_seconds
 from pipeline.evaluation.scores import COLUMNS
 from pipeline.figures.paper import spread_of
 
-# Table 2 of the MSF paper: ResNet50 on ImageNet, 200 epochs where it has that row; linear, 1-NN and 20-NN, percent.
+# Table 2 of the MSF paper: ResNet50 on ImageNet, 200 epochs where given; linear, 1-NN and 20-NN, percent.
 PAPER: dict[str, tuple[float | None, float | None, float | None]] = {
     "msf": (72.4, 62.0, 64.9),
     "msf-ss": (71.4, 60.6, 64.0),
@@ -39,7 +40,7 @@ PAPER: dict[str, tuple[float | None, float | None, float | None]] = {
     UNTRAINED: (5.1, 1.5, 2.0),
 }
 ORDER = ("linear", "nn1", "nn20", "one_label", "ten_labels", "purity")
-PAIRS = (("msf", "byol-asym-ws"), ("msf-ss", "byol-asym"))  # k = 5, and k = 1 with the same views
+PAIRS = (("msf", "byol-asym-ws"), ("msf-ss", "byol-asym"))  # k = 5 and k = 1 on the same views
 OTHER_BUDGETS = {"deepcluster-v2": "400 epochs"}
 NOT_HERE = {
     "SeLa-v2": (
@@ -48,7 +49,7 @@ NOT_HERE = {
     ),
     "CompRess": (
         "71.9 linear, 63.3 and 66.8 NN after 1000 + 130 epochs",
-        "it distils a larger network that somebody has trained before",
+        "it distills a larger network that was trained before",
     ),
     "InvP": (
         "71.3 linear after 800 epochs",
@@ -56,7 +57,7 @@ NOT_HERE = {
     ),
     "PIRL": (
         "57.2 top-5 with 1 % of the labels after 800 epochs",
-        "it needs jigsaw puzzles of each image beside its two views",
+        "it needs jigsaw puzzles of each image in addition to views",
     ),
 }
 PAPER_NOTE = (
@@ -76,11 +77,11 @@ def table(
     """Return a comparison as Markdown.
 
     Args:
-        runs: name of a method -> its runs, a seed each.
+        runs: the runs of each method, one per seed.
         records: their records.
-        passes: of an image through an encoder in a step, with and without gradient.
-        cost: what `measure_cost` has found, if it was asked.
-        rates: how the learning rates were chosen, in words.
+        passes: how often each method sends an image through an encoder in a step, with and without gradient.
+        cost: the result of `measure_cost`, or None.
+        rates: a sentence that says how the learning rates were chosen.
     """
     measured = [key for key in ORDER if any(key in record["results"] for of in records.values() for record in of)]
     headings = ["", "views", "lr", "steps", *(COLUMNS[key] for key in measured), "passes", "step", "extra memory"]
@@ -117,6 +118,7 @@ def _notes(
         f"pixels, {recipe.arch}; {between} steps of {recipe.batch_size} images"
         + (f", {steps[-1] * recipe.batch_size:,} images seen at most" if steps else "")
         + (f"; {min(minutes):.1f} to {max(minutes):.1f} minutes of training a run." if minutes else "."),
+        f"Trained on {trained_on(all_records)}.",
         f"Learning rates: {rates}",
         "Passes: how often a step sends each image through an encoder, with gradient + without. The paper counts a "
         "method with two of the former as 2x FLOPS.",
@@ -142,11 +144,20 @@ def _notes(
     return [f"- {line}" for line in lines]
 
 
-def paired(records: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Compare k = 5 with k = 1 on the same views, seed by seed: a sentence and a table, or nothing to compare.
+def trained_on(records: list[dict[str, Any]]) -> str:
+    """Return the machines that runs were trained on, with the number of runs, most runs first."""
+    counts = Counter(
+        "{device}, {threads} thread{s}, PyTorch {versions[torch]}".format(**found, s="s" * (found["threads"] > 1))
+        for found in (record["environment"] for record in records)
+    )
+    return "; ".join(f"{machine} ({count} run{'s' * (count > 1)})" for machine, count in counts.most_common())
 
-    Runs of one seed begin with the same weights and see the same views in the same order, so their difference is free
-    of what differs between seeds. The p-value is that of a paired t-test, two-sided.
+
+def paired(records: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Compare k = 5 with k = 1 on the same views, seed by seed. Return a sentence and a table, or [] without pairs.
+
+    Runs with the same seed start from the same weights and see the same views in the same order, so the difference is
+    free of the variation between seeds. The p-value is that of a two-sided paired t-test.
     """
     lines = []
     for one, other in PAIRS:
@@ -176,7 +187,7 @@ def paired(records: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _best(records: dict[str, list[dict[str, Any]]]) -> str:
-    """Say which method has the highest mean in each of the first columns."""
+    """Return which method has the highest mean in each column but purity."""
     said = []
     for key in ORDER[:-1]:
         values = {
@@ -186,7 +197,7 @@ def _best(records: dict[str, list[dict[str, Any]]]) -> str:
         if means:
             name = max(means, key=lambda name: means[name])
             said.append(f"{METHODS[name].title} by {COLUMNS[key]} ({spread_of(values[name])})")
-    return ", ".join(said) or "none, no run came to its end"
+    return ", ".join(said) or "none, all runs diverged"
 
 
 def _in_mb(count: float | None) -> str:
@@ -194,7 +205,7 @@ def _in_mb(count: float | None) -> str:
 
 
 def passes_of(name: str, recipe: Recipe, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Count how often one step sends an image through an encoder, with gradient and without, on a batch of noise."""
+    """Count how often one step sends an image through an encoder, with and without gradient, on a batch of noise."""
     if name in BASELINES:
         return 0, 0
     torch.manual_seed(0)
@@ -216,9 +227,9 @@ def passes_of(name: str, recipe: Recipe, image_shape: tuple[int, int, int]) -> t
 def measure_cost(
     names: list[str], recipe: Recipe, image_shape: tuple[int, int, int], device: torch.device, rounds: int
 ) -> dict[str, Any]:
-    """Time a step of each method in turns, in this process, and measure the memory that one takes on top.
+    """Time a step of each method, one after another in turns, and measure its extra memory.
 
-    The views are noise, made beforehand: all methods would draw the same ones.
+    The views are noise made in advance, because drawing views costs the same for all methods.
     """
     calls: dict[str, Callable[[int], object]] = {name: _stepping(name, recipe, image_shape, device) for name in names}
     for call in calls.values():
@@ -254,7 +265,7 @@ def _stepping(
 
 
 def saved_cost(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """Return what `measure_cost` found before, unless it was of another recipe."""
+    """Return the saved result of `measure_cost`, unless it is for another recipe."""
     path = folder / "cost.json"
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Where images come from: one interface over the digits that ship with scikit-learn, folders, and small sets."""
+"""One function that opens any data set: scikit-learn's digits, a folder, or a small set of torchvision's."""
 
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ def open_source(
 ) -> DataSource:
     """Return the images of a data set: "digits", "folder" (``data`` is its root), or one of torchvision's.
 
-    ``val_split`` is the fraction of a folder's training images that is held out to test on, see `open_folder`.
+    ``val_split`` is the fraction of a folder's training images to hold out for testing, see `open_folder`.
 
     Raises:
-        ValueError: there are none, or ``val_split`` does not go with them.
+        ValueError: there are no images, or ``val_split`` cannot be used with them.
     """
     if not 0 <= val_split < 1:
         raise ValueError(f"--val-split must be at least 0 and below 1, got {val_split}")

@@ -1,4 +1,4 @@
-"""Image files: their pixels as uint8 RGB, of any color mode and format. Which files there are is in `trees`."""
+"""Read image files of any format and color mode as uint8 RGB. `trees` finds the files."""
 
 import contextlib
 import io
@@ -21,15 +21,15 @@ except ImportError:  # torchvision 0.29 calls its decoders deprecated; Pillow re
     decode_image = None
 
 
-# What torchvision decodes: MPO is a JPEG with more pictures behind it. Its decoder of PNG (0.29) crashes the process on
-# a damaged file, and that of GIF takes memory for all pictures of an animation.
+# What torchvision decodes; MPO is a JPEG followed by more pictures. The PNG decoder of torchvision 0.29 crashes the
+# process on a damaged file, and its GIF decoder takes memory for all pictures of an animation.
 FAST = {"JPEG", "MPO", "WEBP"}
-# Pillow's limit for an image is an error at twice this size; below that it only warns.
+# Pillow warns about images above its size limit. At twice the limit it raises an error, which is enough.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class UnreadableImage(OSError):
-    """An image file that is not one, or cannot be read; the message names it."""
+    """An image file that cannot be read; the message names it."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"cannot read image {printable(path)}: {reason}")
@@ -40,35 +40,35 @@ class UnreadableImage(OSError):
 
 
 def read_image(path: str) -> Tensor:
-    """Return the pixels [3, H, W] uint8 of an image file, as RGB; of an animation, its first picture.
+    """Return the pixels [3, H, W] uint8 of an image file, as RGB; of an animation, the first picture.
 
-    Grayscale, palettes and CMYK are converted, an alpha channel is dropped, and 16 bits of gray are scaled to 8, of
-    color cut off. JPEG and WebP are decoded by torchvision, everything else, and what it refuses, by Pillow. Images are
-    not turned as their EXIF data say, except for TIFF, which Pillow turns: torchvision's ImageFolder does the same.
+    Grayscale, palettes and CMYK are converted, and an alpha channel is dropped. 16-bit gray is scaled to 8 bits; of
+    16-bit color, the low bits are dropped. JPEG and WebP are decoded by torchvision, everything else, and what
+    torchvision refuses, by Pillow. EXIF orientation is ignored, except for TIFF: so does torchvision's ImageFolder.
 
     Raises:
-        OSError: not a regular file, no image, or one of pixels (floats, 32-bit integers) whose range is not known.
-        Exception: whatever a decoder raises on a damaged file; `pixels_of` makes one kind of them all.
+        OSError: not a regular file, not an image, or pixels (floats, 32-bit integers) without a known range.
+        Exception: whatever a decoder raises on a damaged file; `pixels_of` turns all of these into UnreadableImage.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for someone to write
         raise OSError("not a regular file")
     data = np.fromfile(path, dtype=np.uint8)
     try:
-        image = Image.open(io.BytesIO(data.data))  # the header, and whether there is memory for so many pixels
+        image = Image.open(io.BytesIO(data.data))  # reads the header; refuses far too many pixels
     except UnidentifiedImageError as error:
         start = data[:16].tobytes()
         what = f"not an image, or too little of one: it begins with {start!r}" if start else "the file is empty"
         raise OSError(what) from error
     with image:
         if decode_image is not None and image.format in FAST:
-            with contextlib.suppress(RuntimeError):  # Pillow reads some of these, or says what is wrong
+            with contextlib.suppress(RuntimeError):  # Pillow can read some of these, or explains the error
                 pixels: Tensor = decode_image(torch.from_numpy(data), mode=ImageReadMode.RGB)
                 return pixels
         return as_rgb(image)
 
 
 def as_rgb(image: Image.Image | Tensor) -> Tensor:
-    """Return [3, H, W] uint8 of a Pillow image; a tensor is one already.
+    """Return a Pillow image as [3, H, W] uint8; a tensor is returned as it is.
 
     Raises:
         OSError: its pixels are floats or 32-bit integers.
@@ -76,7 +76,7 @@ def as_rgb(image: Image.Image | Tensor) -> Tensor:
     if isinstance(image, Tensor):
         return image
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if image.mode in ("I", "F") and not sixteen:  # "I" holds 32 bits, which only these formats do not have
+    if image.mode in ("I", "F") and not sixteen:  # "I" means 32 bits, except for these formats
         raise OSError(f"pixels of mode {image.mode} have no known range: save it with 8 or 16 bits a channel")
     if sixteen:
         return _eight_bits(torch.from_numpy(np.array(image).astype(np.float64)))[None].expand(3, -1, -1)
@@ -88,20 +88,20 @@ def _eight_bits(values: Tensor) -> Tensor:
 
 
 def pixels_of(images: Dataset[Any], index: int) -> tuple[Tensor, int]:
-    """Return (pixels [3, H, W] uint8, label) of an image of a data set, whose images are tensors or Pillow's.
+    """Return (pixels [3, H, W] uint8, label) of an image of a data set that has tensors or Pillow images.
 
     Raises:
-        UnreadableImage: with its path.
+        UnreadableImage: it cannot be read; has its path.
     """
     try:
         image, label = images[index]
         return as_rgb(image), label
-    except Exception as error:  # on damaged files decoders raise whatever befalls them, MemoryError too
+    except Exception as error:  # on damaged files, decoders raise anything, even MemoryError
         raise UnreadableImage(path_of(images, index), _in_one_line(error)) from error
 
 
 def path_of(images: Dataset[Any], index: int) -> str:
-    """Return the file of an image, as far as the data set tells."""
+    """Return the path of an image, or its index if the data set does not know the path."""
     if isinstance(images, Subset):
         return path_of(images.dataset, images.indices[index])
     for name in ("paths", "samples", "_samples", "_image_files", "_images"):
@@ -112,7 +112,7 @@ def path_of(images: Dataset[Any], index: int) -> str:
 
 
 def _in_one_line(error: Exception) -> str:
-    """Say why something could not be read, without its path."""
+    """Return the reason why something could not be read, without its path."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
@@ -120,7 +120,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def labels_of(images: Dataset[Any]) -> Tensor:
-    """Return the labels [n] of a data set of torchvision's, or of a part of one, without reading an image."""
+    """Return the labels [n] of a torchvision data set, or of a part of one, without reading an image."""
     if isinstance(images, Subset):
         return labels_of(images.dataset)[list(images.indices)]
     for name in ("targets", "labels", "_labels", "y"):

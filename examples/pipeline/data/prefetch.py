@@ -1,4 +1,4 @@
-"""Batches that get to the device, and are made into views there, while the step before them computes."""
+"""Copy batches to the device and turn them into views there, while the previous step computes."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -11,9 +11,9 @@ Batch = TypeVar("Batch")
 
 
 class SideStream:
-    """On a GPU a stream of its own for what prepares batches; on a CPU nothing.
+    """A separate CUDA stream for preparing batches; on a CPU it does nothing.
 
-    Make it when everything is on the device that the batches are made of.
+    Create it after everything that the batches are made from is on the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,9 +24,9 @@ class SideStream:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def over(self, batches: Iterator[Batch], prepare: Callable[[Batch], Views]) -> Iterator[Views]:
-        """Yield what ``prepare`` makes of each batch; the current stream waits for it, the host does not.
+        """Yield what ``prepare`` makes of each batch. The current stream waits for it, the host does not.
 
-        The host is ahead of the GPU: it asks for a batch when it has queued the step before, which still computes.
+        The host is ahead of the GPU: it asks for the next batch while the GPU still computes the previous step.
         """
         for batch in batches:
             if self._stream is None:
@@ -38,5 +38,5 @@ class SideStream:
             current.wait_stream(self._stream)
             for tensor in prepared:
                 if tensor.is_cuda:
-                    tensor.record_stream(current)  # its memory is the side stream's to reuse
+                    tensor.record_stream(current)  # otherwise the side stream could reuse its memory too early
             yield prepared

@@ -1,4 +1,4 @@
-"""What lies below a folder, found in one pass: the images, folder by folder, and what is left out and why."""
+"""Find the images below a folder in one pass, and what is left out and why."""
 
 import itertools
 import os
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-# What systems and programs leave in folders; so are all names that begin with a dot.
+# Files and folders that systems and programs create. Names that begin with a dot are treated the same way.
 SYSTEM = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
 SYSTEM |= {"__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 Identity = tuple[int, int]  # of a folder on disk: device and inode
-SHOWN = 8  # reasons that are named
+SHOWN = 8  # kinds of left-out files that are listed
 
 
 class Paths(Sequence[str]):
     """The paths of many files below one folder.
 
-    They are kept as bytes in two tensors: 8 bytes and the length of the path for each file. Worker processes share
-    these, where a list of strings would be copied into each of them.
+    They are kept as bytes in two tensors, which take 8 bytes and the length of the path for each file. Worker processes
+    share these tensors; a list of strings would be copied into each of them.
     """
 
     def __init__(self, root: Path, names: Iterable[str]) -> None:
@@ -53,23 +53,23 @@ class Paths(Sequence[str]):
         return (os.fsdecode(text[begin:end]) for begin, end in itertools.pairwise(self._ends.tolist()))
 
     def part(self, chosen: Tensor) -> "Paths":
-        """Return those that are chosen, by a tensor [n] of bool."""
+        """Return the paths chosen by a tensor [n] of bool."""
         return Paths(Path(self.root), itertools.compress(self.names(), chosen.tolist()))
 
 
 class LeftOut:
-    """What is no image, or in a place that does not serve: how many there are of each kind, and one of them."""
+    """Files and folders that are not used: how many there are of each kind, and one example."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, path: str, count: int = 1) -> None:
-        """Count something of a kind, as "hidden files". Of all examples the first by name is kept."""
+        """Count something of a kind, such as "hidden files". The example that comes first by name is kept."""
         counted, example = self._found.get(kind, (0, path))
         self._found[kind] = (counted + count, min(example, path))
 
     def include(self, other: "LeftOut", below: str) -> None:
-        """Add what was left out in a folder, ``below`` this one."""
+        """Add what was left out in the folder ``below``."""
         for kind, (count, example) in other._found.items():
             self.add(kind, joined(below, example), count)
 
@@ -85,14 +85,14 @@ class LeftOut:
 class Scan:
     """The images below a folder, in the order of torchvision's ImageFolder: by class, by folder, by name.
 
-    Links are followed, but not back to a folder that they are in. Hidden and system files and folders are passed over.
+    Links are followed, but not back to a folder that they are in. Hidden and system files and folders are ignored.
 
     Attributes:
         paths: the images.
-        folders: how many images are directly in each folder that has any, by its path below the root ("" is the
+        folders: the number of images directly in each folder that has any, by its path below the root ("" is the
             root itself), in the order of the images.
-        empty: the folders directly below the root that have no image in them.
-        left_out: the rest.
+        empty: the folders directly below the root without any image in them.
+        left_out: everything else.
 
     Raises:
         OSError: a folder cannot be read.
@@ -110,7 +110,7 @@ class Scan:
 
     @cached_property
     def children(self) -> dict[str, dict[str, None]]:
-        """The names of the folders directly below each folder, of those that have images in them, however deep."""
+        """The names of the folders directly below each folder, if they have images at any depth."""
         children: dict[str, dict[str, None]] = {}
         for folder in self.folders:
             while folder:
@@ -132,7 +132,7 @@ def list_folder(root: Path, left_out: LeftOut) -> tuple[list[str], list[str]]:
 
 
 def joined(folder: str, name: str) -> str:
-    """Return a path with "/" on every system, of a folder that may be ""."""
+    """Join a folder, which may be "", and a name with "/" on every system."""
     return f"{folder}/{name}" if folder else name
 
 
@@ -158,7 +158,7 @@ def _walk(root: Path, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
 
 
 def _entries(path: str, folder: str, left_out: LeftOut) -> tuple[list[os.DirEntry[str]], list[str]]:
-    """Return the folders and the names of the images directly in a folder. Only links cost a look at the disk."""
+    """Return the folders and the names of the images directly in a folder. Only links need a second disk access."""
     folders, images = [], []
     with os.scandir(path) as entries:
         for entry in entries:
@@ -175,7 +175,7 @@ def _entries(path: str, folder: str, left_out: LeftOut) -> tuple[list[os.DirEntr
 
 
 def _kind_of(entry: os.DirEntry[str]) -> str:
-    """Return in words what it is, which is no image."""
+    """Return what kind of thing it is, in words; it is not an image."""
     if not _is(os.DirEntry.is_file, entry):
         return "links that lead nowhere" if entry.is_symlink() else "things that are neither file nor folder"
     ending = os.path.splitext(entry.name)[1].lower()
@@ -185,7 +185,7 @@ def _kind_of(entry: os.DirEntry[str]) -> str:
 def _is(kind: Callable[[os.DirEntry[str]], bool], entry: os.DirEntry[str]) -> bool:
     try:
         return kind(entry)
-    except OSError:  # a link to itself, or into a folder that is closed to us
+    except OSError:  # a link to itself, or into a folder without permission
         return False
 
 

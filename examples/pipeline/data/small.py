@@ -1,4 +1,4 @@
-"""Small images: the whole data set as uint8 on the device, and views of a batch drawn there, keyed by image."""
+"""Small images: the whole data set is on the device as uint8, and views are drawn there, keyed by image."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from pipeline.running.seeds import seed_of
 from pipeline.views.crops import PAPERS, PER_VIEW, SUPERVISED, View, crop_boxes, draws, resized_crops
 from pipeline.views.rendering import Normalization, Rendering
 
-FREE_SHARE = 0.5  # of a GPU's free memory that the images may take; larger sets stay in the host's
-SAMPLE = 10_000  # images that mean and standard deviation are taken from
+FREE_SHARE = 0.5  # share of a GPU's free memory that the images may take; larger sets stay in the host's memory
+SAMPLE = 10_000  # images from which mean and standard deviation are computed
 
 
 @dataclass
 class Split:
-    """Images [n, C, H, W] uint8, of one channel or three, and their labels [n], −1 where there is none."""
+    """Images [n, C, H, W] uint8 with one channel or three, and their labels [n]; −1 for images without a label."""
 
     images: Tensor
     labels: Tensor
@@ -83,7 +83,7 @@ class SmallImages:
         return self._side.over(iter(micro_batches[first:, self._share.rank]), drawn)
 
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `DataSource`: as they are, or resized where the views have another size."""
+        """See `DataSource`. Images are resized only if the views have another size."""
         places = torch.arange(self.size(split)) if indices is None else torch.tensor(indices)
         for chosen in places.split(self._share.batch_size // self._share.accumulate // self._share.ranks):
             images, labels = _picked(self._sets[split], chosen, self._device)
@@ -120,14 +120,14 @@ class SmallImages:
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of three channels, of at most `SAMPLE` images, evenly spaced."""
+    """Return the mean and standard deviation of the three channels over at most `SAMPLE` images, evenly spaced."""
     sample = images[:: -(-len(images) // SAMPLE)].double() / 255
     std, mean = torch.std_mean(sample, dim=(0, 2, 3))
     return tuple(mean.expand(3).tolist()), tuple(std.clamp(min=1 / 255).expand(3).tolist())
 
 
 def _placed(split: Split, device: torch.device) -> Split:
-    """Return the split with its images on the device, where they fit."""
+    """Return the split, with its images on the device if they fit."""
     if device.type == "cuda" and split.images.nbytes > FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return split
     return Split(split.images.to(device), split.labels)

@@ -1,4 +1,4 @@
-"""The small data sets by name: through torchvision's loaders, or from a folder of idx files as MNIST's have it."""
+"""The small data sets by name: through torchvision's loaders, or from a folder of idx files (MNIST's format)."""
 
 import gzip
 import math
@@ -27,18 +27,18 @@ VIEWS = {
         View(area=(0.7, 1.0), strengths=(0.4, 0.4, 0.0, 0.0), gray=0.0, blur=0.5, sigma=(0.1, 1.0), flip=0.0),
     ),
 }
-_BYTES = 8  # the code of unsigned bytes in an idx header
+_BYTES = 8  # code for unsigned bytes in an idx header
 
 
 def open_small(name: str, root: Path) -> tuple[Split, Split, Split | None]:
-    """Return training set, test set, and the labeled training images where they are others than all.
+    """Return the training set, the test set, and the labeled training images if not all images have labels.
 
     Args:
         name: "cifar10", "cifar100", "fashion-mnist", or "stl10", whose 100,000 unlabeled images are trained on too.
-        root: folder of the downloads; of "fashion-mnist" also one with its four idx files, packed (.gz) or not.
+        root: folder of the downloads; for "fashion-mnist" also a folder with its four idx files, with or without .gz.
 
     Raises:
-        ValueError: neither there nor to be had, or files that are not what they should be.
+        ValueError: the files are not there and cannot be downloaded, or are not what they should be.
     """
     if name == "fashion-mnist" and any(_found(root, file) for pair in IDX_FILES for file in pair):
         train, test = (read_pair(root, *pair) for pair in IDX_FILES)
@@ -76,7 +76,7 @@ def read_pair(root: Path, images: str, labels: str) -> Split:
     """Return the images and labels of two idx files in a folder.
 
     Raises:
-        ValueError: one is missing or damaged, or they do not go together.
+        ValueError: a file is missing or damaged, or the numbers of images and labels differ.
     """
     pixels, classes = read_idx(root, images, 3), read_idx(root, labels, 1)
     if len(pixels) != len(classes) or not len(pixels):
@@ -85,10 +85,10 @@ def read_pair(root: Path, images: str, labels: str) -> Split:
 
 
 def read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
-    """Return the bytes of an idx file, ``name`` or ``name``.gz, in the shape that its header gives.
+    """Return the contents of an idx file, ``name`` or ``name``.gz, as uint8 in the shape of its header.
 
     Raises:
-        ValueError: it is missing, or not an idx file of unsigned bytes with so many dimensions.
+        ValueError: it is missing, or not an idx file of unsigned bytes with this number of dimensions.
     """
     path = _found(root, name)
     if path is None:

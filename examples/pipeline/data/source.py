@@ -1,8 +1,8 @@
-"""What every source of images is: its interface, how a step's images are divided, and where randomness comes from.
+"""The interface of all data sources, and how the images of a step are divided over micro-batches and ranks.
 
-Every random draw is a pure function of (seed, epoch, place): the order of an epoch, and each image's views. So
-a run gives the same numbers whatever the number of workers, and one that is resumed in the middle of an epoch
-goes on exactly.
+The order of an epoch and the views of each image are pure functions of the seed, the epoch and the image's index. So a
+run gives the same results with any number of workers, and a run that is resumed in the middle of an epoch continues
+exactly.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from pipeline.data.bad_images import BadImages
 from pipeline.running.seeds import seed_of
 
 UNKNOWN = -1
-UNREADABLE = -2  # the label of an image that could not be read, in place of which there is a black one
-# For the target [B, C, H, W], for the online encoder, labels [B], and ids [B]: the images' places in the training set.
+UNREADABLE = -2  # label of an image that could not be read and is black instead
+# Views for the target and for the online encoder, each [B, C, H, W]; labels [B]; ids [B], indices in the training set.
 Views = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Share:
-    """How the images of a step are divided: into micro-batches, one after another, and each of them over the ranks."""
+    """How the images of a step are divided: first into micro-batches, then each micro-batch over the ranks."""
 
     batch_size: int
     accumulate: int = 1
@@ -32,14 +32,14 @@ class Share:
     ranks: int = 1
 
     def micro_batches(self, order: Tensor) -> Tensor:
-        """Return the places of an epoch's images as [micro-batches, ranks, images]; the last, short batch is left."""
+        """Return the order of an epoch as [micro-batches, ranks, images], without the last, incomplete batch."""
         whole = order[: len(order) // self.batch_size * self.batch_size]
         return whole.view(-1, self.ranks, self.batch_size // self.accumulate // self.ranks)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What there is on disk, in words: for the first lines of a run, and why there may be nothing to test on."""
+    """What was found on disk, in words: ``lines`` to print, and why there are no test images (``no_val``)."""
 
     lines: tuple[str, ...] = ()
     no_val: str = ""
@@ -50,23 +50,23 @@ class DataSource(Protocol):
 
     image_shape: tuple[int, int, int]
     train_size: int
-    has_labels: bool  # of the training images
-    has_val: bool  # labeled images to test on
-    workers: int | None  # processes that read images, for this rank; None where there is nothing to read
+    has_labels: bool  # whether the training images have labels
+    has_val: bool  # whether there are labeled test images
+    workers: int | None  # processes that read images for this rank; None if there are no files to read
     found: Found
-    facts: dict[str, Any]  # what a user of the trained backbone needs to know: mean and std of its input
-    bad: BadImages  # what could not be read, on this rank
+    facts: dict[str, Any]  # what users of the trained backbone need: mean and std of its input
+    bad: BadImages  # images that could not be read on this rank
 
     def train_views(self, epoch: int, first: int) -> Iterator[Views]:
-        """Yield this rank's part of the micro-batches of an epoch, from the first of them on."""
+        """Yield this rank's part of the micro-batches of an epoch, starting at micro-batch ``first``."""
         ...
 
     def images(self, split: str, indices: list[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels) of "train" or "val" in order, as evaluation sees them; labels may be UNREADABLE."""
+        """Yield (images, labels) of "train" or "val" in order, prepared for evaluation; labels may be UNREADABLE."""
         ...
 
     def supervised_views(self, epoch: int, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels) of these "train" images, as a classifier is trained on them: a view each."""
+        """Yield (images, labels) of these "train" images, one view each, to train a classifier on."""
         ...
 
     def labels(self, split: str) -> Tensor:
@@ -78,7 +78,7 @@ class DataSource(Protocol):
         ...
 
     def names(self) -> list[str]:
-        """Return the paths of the "train" images below their folder, with "/"; nothing where there are no files."""
+        """Return the paths of the "train" images below their folder, with "/"; [] if they are not files."""
         ...
 
     def displayable(self, images: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Trees of images: which folder holds which split, which classes there are, and what is held out to evaluate on."""
+"""Folders of images: which folder holds which split, which classes there are, and what to hold out for evaluation."""
 
 import hashlib
 import os
@@ -17,10 +17,10 @@ from pipeline.data.scanning import LeftOut, Paths, Scan, joined, list_folder, pr
 from pipeline.data.source import UNKNOWN, Found
 from pipeline.running.flags import existing_folder
 
-# Names of the folders of a split, in any case. A test set serves where there is no validation set.
+# Names of the folders of a split, in upper or lower case. A test set is used if there is no validation set.
 TRAIN, VAL = {"train", "training"}, {"val", "valid", "validation", "dev"}
 TEST = {"test", "testing", "eval", "evaluation", "holdout"}
-# Words in other names that seem to be splits', as in train2017, seg_test and ValidationSet.
+# Words that make other names look like splits, as in train2017, seg_test and ValidationSet.
 _LIKE_TRAIN, _LIKE_TEST = (
     re.compile(rf"({'|'.join(sorted(names))})(set|data|split|images?|imgs?)?s?")
     for names in (TRAIN | {"trainval"}, VAL | TEST)
@@ -29,12 +29,12 @@ LAYOUT = "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE, with the same names of 
 
 
 class ImageTree(Dataset[tuple[Tensor, int]]):
-    """Images below a folder, and their labels. This is the one place where their paths and labels are kept.
+    """Images below a folder, and their labels. Paths and labels are kept only here.
 
     Attributes:
-        paths: of the images.
-        targets: labels [n] int64, places in ``classes``; −1 where there are none.
-        classes: their names, sorted; none where the images have no labels.
+        paths: paths of the images.
+        targets: labels [n] int64, indices in ``classes``; −1 without labels.
+        classes: names of the classes, sorted; empty without labels.
     """
 
     def __init__(self, paths: Paths, targets: Tensor | None = None, classes: list[str] | None = None) -> None:
@@ -50,14 +50,14 @@ class ImageTree(Dataset[tuple[Tensor, int]]):
         return read_image(self.paths[index]), int(self.targets[index])
 
     def part(self, chosen: Tensor) -> "ImageTree":
-        """Return the images that are chosen, by a tensor [n] of bool."""
+        """Return the images chosen by a tensor [n] of bool."""
         return ImageTree(self.paths.part(chosen), self.targets[chosen], self.classes)
 
     def held_out(self, fraction: float) -> tuple["ImageTree", "ImageTree"]:
-        """Return (the rest, the images held out): of each class this fraction, at least one image, never all.
+        """Return (the rest, the held-out images): this fraction of each class, at least one image, but never all.
 
-        An image is held out by the hash of its path below the root and by nothing else. So the part is the same for
-        every seed, rank and machine, and hardly changes when images are added.
+        The choice depends only on a hash of each path below the root. So it is the same for every seed, rank and
+        machine, and hardly changes when images are added.
         """
         keys = [hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in self.paths.names()]
         places: list[list[int]] = [[] for _ in self.classes]
@@ -71,20 +71,20 @@ class ImageTree(Dataset[tuple[Tensor, int]]):
 
 
 def open_folder(root: Path, val_split: float = 0.0) -> tuple[ImageTree, ImageTree | None, Found]:
-    """Return (training set, test set or None, what was found) of a tree of images.
+    """Return (training set, test set or None, what was found) of a folder of images.
 
-    ``root/train`` and ``root/val`` with a folder a class in each are what ImageNet has; other customary names of
-    them serve too (`TRAIN`, `VAL`, `TEST`). Without ``train`` the root itself is the training set. With fewer than
-    two class folders the images have no labels, and nothing is tested on. Classes are as torchvision's ImageFolder
-    has them, but hidden, system and empty folders are none.
+    The layout is ImageNet's: ``root/train`` and ``root/val``, each with one folder per class. Other common names are
+    accepted too (`TRAIN`, `VAL`, `TEST`). Without ``train``, the root itself is the training set. With fewer than two
+    class folders, the images have no labels, and there is no test set. Classes are those of torchvision's ImageFolder,
+    except that hidden, system and empty folders are not classes.
 
     Args:
         root: the folder.
-        val_split: fraction of each class that is taken from the training set to test on, where there is no ``val``.
+        val_split: fraction of each class to hold out of the training set for testing, if there is no ``val``.
 
     Raises:
-        ValueError: no such folder, no images, images beside class folders, splits that cannot be told from classes,
-            classes in ``val`` that ``train`` does not have, or a ``val_split`` that does not go with what is there.
+        ValueError: no such folder, no images, images beside class folders, folders that could be splits or classes,
+            classes in ``val`` that ``train`` does not have, or a ``val_split`` that cannot be used here.
         OSError: a folder cannot be read.
     """
     existing_folder("--data", str(root))
@@ -123,10 +123,10 @@ def open_folder(root: Path, val_split: float = 0.0) -> tuple[ImageTree, ImageTre
 
 
 def _splits(root: Path, left_out: LeftOut) -> tuple[str, str]:
-    """Return the names of the folders of the training and of the test images, "" where there is none.
+    """Return the names of the folders of the training and of the test images, "" if there is none.
 
     Raises:
-        ValueError: there seem to be splits, but which is which cannot be told.
+        ValueError: there seem to be splits, but it is unclear which is which.
     """
     folders, images = list_folder(root, beside := LeftOut())
     train, val, test = ([name for name in folders if name.lower() in names] for names in (TRAIN, VAL, TEST))
@@ -159,10 +159,10 @@ def _has_a_word(like: re.Pattern[str], name: str) -> bool:
 
 
 def _classes(found: Scan) -> list[str]:
-    """Return the names of the class folders; none where there are fewer than two.
+    """Return the names of the class folders; [] if there are fewer than two.
 
     Raises:
-        ValueError: there are images beside them, or they are splits.
+        ValueError: there are images beside them, or they look like splits.
     """
     classes = list(found.children.get("", {}))
     if len(classes) < 2:
@@ -176,13 +176,13 @@ def _classes(found: Scan) -> list[str]:
 
 
 def _pair(folders: Iterable[str]) -> list[str]:
-    """Return one of the folders that is called as a training set and one as a test set, if there are both."""
+    """Return a folder with the name of a training set and one with the name of a test set, or [] without both."""
     pair = [[name for name in folders if name.lower() in names][:1] for names in (TRAIN, VAL | TEST)]
     return [*pair[0], *pair[1]] if all(pair) else []
 
 
 def _refuse_a_class_called_train(root: Path, train_name: str) -> None:
-    """Raise ValueError where a folder of images called train stands among others, which may be classes."""
+    """Raise ValueError if the folder train has images and others beside it too, which may all be classes."""
     others = [name for name in list_folder(root, LeftOut())[0] if name.lower() not in TRAIN | VAL | TEST]
     if others := [name for name in others if len(Scan(root / name).paths)]:
         raise ValueError(
@@ -198,7 +198,7 @@ def _note_left_out(found: Scan, below: str, left_out: LeftOut) -> None:
 
 
 def _inner_splits(found: Scan, classes: list[str]) -> list[str]:
-    """Say that there are splits, or maybe classes, further down than where they are looked for.
+    """Return notes on folders further down that look like splits or classes.
 
     Raises:
         ValueError: there are splits, and no classes above them.
@@ -218,10 +218,10 @@ def _inner_splits(found: Scan, classes: list[str]) -> list[str]:
 
 
 def _open_val(path: Path, learned: Scan, classes: list[str], left_out: LeftOut) -> tuple[ImageTree | None, str]:
-    """Return the test images, or None and why they do not serve.
+    """Return the test images, or None and why they cannot be used.
 
     Raises:
-        ValueError: some of their classes are none of the training set's.
+        ValueError: some of their classes are not in the training set.
     """
     found = Scan(path)
     _note_left_out(found, path.name, left_out)
@@ -257,7 +257,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _tree(found: Scan, classes: list[str]) -> ImageTree:
-    """Return the images with their labels, where there are classes; loose ones have been refused or left out then."""
+    """Return the images, with labels if there are classes; images outside the class folders are left out then."""
     if not classes:
         return ImageTree(found.paths)
     places = {name: place for place, name in enumerate(classes)}
