@@ -38,9 +38,9 @@ from pipeline.running.seeds import seed_of
 
 Variants = dict[str, tuple[str, ...]]  # name -> flags of the trainer
 SMALL = tuple(name for name in DATASETS if name not in ("digits", "folder"))
-PLAIN = ("--k", "5")  # the same flags wherever nothing is varied, so that experiments share this run
+PLAIN = ("--k", "5")  # the flags of the run that experiments share
 TSNE_CLASSES, TSNE_IMAGES = 10, 1_000
-QUERIES, NEIGHBORS, GALLERY = 8, 4, 5_000  # of Fig. 2
+QUERIES, NEIGHBORS, GALLERY = 8, 4, 5_000  # for Figure 2
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Experiment:
 
     title: str
     paper: str
-    variants: Callable[[str], Variants]  # of a data set
-    x_label: str = ""  # variants are numbers
+    variants: Callable[[str], Variants]  # given the name of a data set
+    x_label: str = ""  # given if the variants are numbers
     logarithmic: bool = False
 
 
@@ -215,7 +215,7 @@ def report(name: str, runs: Runs, seeds: int, dataset: str) -> None:
     if name == "purity":
         draw_purity(path, runs, experiment.variants(dataset), seeds, title)
     elif not series:
-        return  # images without labels: there is the table
+        return  # images without labels have only the table
     elif experiment.x_label:
         draw_against(path, [float(x) for x in names], series, title, experiment.x_label, experiment.logarithmic)
     else:

@@ -219,7 +219,7 @@ def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> in
         try:
             add_rows_before(trainer)
             trainer.train(stop, after_epoch, lambda: log(logger, trainer))
-        except OSError as error:  # an unreadable image, or a worker that has ended
+        except OSError as error:  # an unreadable image, or a worker that died
             problem = error
         except Diverged as error:  # do not overwrite a good checkpoint with this state
             if trainer.leads:

@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # The data: two views of each image for training, and the plain images for evaluation.
     if flags.data:
-        size, hidden, dim, bank_size, lr = 224, 4096, 512, 128_000, 0.05  # the paper's
+        size, hidden, dim, bank_size, lr = 224, 4096, 512, 128_000, 0.05  # as in the paper
         weak = T.Compose([T.RandomResizedCrop(size, (0.2, 1.0)), T.RandomHorizontalFlip(), T.ToTensor()])
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
         strong = T.Compose([jitter, T.RandomGrayscale(0.2), T.RandomApply([T.GaussianBlur(23, (0.1, 2.0))], 0.5), weak])
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         for (weak_view, strong_view), labels in loader:
             u = target(weak_view.to(device))
             v = predictor(encoder(strong_view.to(device)))
-            loss, neighbors = criterion(v, u, labels.to(device), return_neighbors=True)  # labels are for the purity
+            loss, neighbors = criterion(v, u, labels.to(device), return_neighbors=True)  # labels only for the purity
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -115,7 +115,10 @@ class ISD(Method):
 
 
 class CO2(Method):
-    """CO2: `consistent_contrast` on MoCo v2, with one bank for both terms; 0.05 and 0.3 are its values for MoCo v2."""
+    """CO2: `consistent_contrast` on MoCo v2, with one bank for both terms.
+
+    The consistency temperature 0.05 is lightly's default. The weight 0.3 has not been checked against the paper.
+    """
 
     def __init__(self, backbone: nn.Module, features: int, recipe: Recipe) -> None:
         super().__init__(backbone, heads.MoCoProjectionHead(features, recipe.hidden, recipe.dim), recipe.momentum)

@@ -28,7 +28,7 @@ EXAMPLES = {
     "export": """
   python examples/imagenet_eval.py export runs/folder --to transformers detectron2 --folder weights""",
 }
-SGD = {"lr": 0.01, "sweep": [], "epochs": 40, "cache": False}  # the flags of SGD alone, when they are not given
+SGD = {"lr": 0.01, "sweep": [], "epochs": 40, "cache": False}  # defaults of the flags that only SGD uses
 _MOST_SEED = 2**63 - 1
 
 

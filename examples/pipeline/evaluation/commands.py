@@ -133,7 +133,7 @@ def knn(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
     row = nearest_neighbor_accuracy(train, size, val, evaluation.ranks, dtype)
     protocol: dict[str, Any] = {"view": view(evaluation), "similarity": "cosine", "vote": "majority"}
     protocol["dtype"] = evaluation.flags.dtype
-    # Of k > n the search knows no more than n: that would be another classifier under this name.
+    # With k > n, only n neighbors would vote: another classifier under the same name.
     too_many = {f"nn{k}": f"needs {k} training images, there are {size}" for k in NEIGHBORS if k > size}
     if too_many:
         protocol["not measured"] = too_many
@@ -144,7 +144,7 @@ def linear(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
     """The paper's linear protocol on all labels, or logistic regression."""
     if evaluation.flags.solver == "logistic":
         features = {split: evaluation.all(split) for split in ("train", "val")}
-        value = linear_probe(features) if evaluation.ranks.rank == 0 else 0.0  # long: nobody waits for it
+        value = linear_probe(features) if evaluation.ranks.rank == 0 else 0.0  # may take long; no rank waits for it
         protocol = {
             "solver": "scikit-learn's LogisticRegression(C=0.1, max_iter=300)",
             "view": view(evaluation),
@@ -277,7 +277,7 @@ def transfer(subject: Transfer) -> tuple[dict[str, Any], dict[str, float]]:
         why = "; ".join(f"{name}: {reason}" for name, reason in protocol["not measured"].items())
         raise ValueError(f"--data: none of the data sets is in {flags.data}: {why}")
     row: dict[str, float] = {}
-    for one in chosen if ranks.rank == 0 else []:  # long: nobody waits for it
+    for one in chosen if ranks.rank == 0 else []:  # may take long; no rank waits for it
         if one.name in features:
             train, val, test = features[one.name]
             assert train is not None
@@ -298,12 +298,12 @@ def opened(one: TransferSet, subject: Subject) -> Parts | str:
     """Return the images of a data set, or the reason why they are missing."""
     flags, ranks = subject.flags, subject.ranks
     found: Parts | str = ""
-    for first in (True, False):  # rank 0 may download, and then the others look
+    for first in (True, False):  # rank 0 may download the data before the others open it
         with shared(ranks):
             if first == (ranks.rank == 0):
                 try:
                     found = one.open(Path(flags.data), flags.download and first, flags.seed)
-                except Exception as error:  # of a damaged file: torchvision's readers raise all kinds
+                except Exception as error:  # torchvision's readers raise all kinds of errors on damaged files
                     found = in_one_line(error)
     if ranks.size > 1:
         ranks.agree("set", same={f"{one.name} on disk": isinstance(found, Parts)})

@@ -13,7 +13,7 @@ from pipeline.data.source import UNREADABLE, DataSource
 from pipeline.running.ranks import shared
 
 Batch = tuple[Tensor, Tensor]  # images [b, C, H, W] or features [b, F] float32, and labels [b]
-NEIGHBORS = (1, 20)  # the paper's classifiers (section 3.2)
+NEIGHBORS = (1, 20)  # the classifiers of the paper (section 3.2)
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def together(batches: Iterable[Batch], ranks: Ranks | None) -> Iterator[Batch]:
         yield from batches
         return
     remaining = iter(batches)
-    features = labels = torch.empty(0)  # no rank has less than a batch
+    features = labels = torch.empty(0)  # every rank has at least one batch
     while True:
         left, problem = 0, None
         try:

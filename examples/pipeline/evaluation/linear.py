@@ -17,7 +17,7 @@ from pipeline.running.seeds import seed_of
 class Protocol:
     """How the layer is trained. The defaults are the paper's."""
 
-    lrs: tuple[float, ...] = (0.01,)  # a layer is trained with each
+    lrs: tuple[float, ...] = (0.01,)  # one layer is trained with each
     epochs: int = 40
     batch_size: int = 256  # over all ranks
     momentum: float = 0.9

@@ -27,7 +27,7 @@ TRANSFER: Rows = {"MSF w/s": {"mean": 75.5}, "MSF w/s (128K)": {"mean": 76.3}}
 
 
 HEADINGS = {"nn1": "1-NN", "nn20": "20-NN", "mean": "mean of all ten"}
-CLASSES, TEST_IMAGES = 1000, 50_000  # of ImageNet
+CLASSES, TEST_IMAGES = 1000, 50_000  # on ImageNet
 
 
 def comparable(record: dict[str, Any]) -> Rows:

@@ -16,7 +16,7 @@ from pipeline.running.ranks import shared
 
 Features = dict[str, tuple[Tensor, Tensor]]  # "train" and "val" -> features [n, F] float32, labels [n]
 
-# Above this many training images, the linear probe and the few-label rows are left to a separate evaluation.
+# With more training images, the linear probe and the rows with few labels are left to imagenet_eval.py.
 PROBE_LIMIT = 60_000
 DRAWS = 10
 COLUMNS = {
@@ -42,7 +42,7 @@ def warmed_up(backbone: nn.Module, source: DataSource, ranks: Ranks, batches: in
             module.reset_running_stats()
     views = source.train_views(epoch=0, first=0)
     for _ in range(batches):
-        with shared(ranks):  # an unreadable image must not leave others in a BatchNorm
+        with shared(ranks):  # otherwise, after an unreadable image, the other ranks would wait in BatchNorm
             batch = next(views, None)
         if batch is None:
             break

@@ -18,7 +18,7 @@ from pipeline.data.pixels import labels_of
 from pipeline.evaluation.features import Batch
 from pipeline.running.seeds import seed_of
 
-STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # of the data term, scikit-learn's C
+STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # weights of the data term: scikit-learn's C
 
 
 @dataclass
@@ -35,9 +35,9 @@ class TransferSet:
     """A data set, how it is customarily divided, and what is counted on it."""
 
     name: str
-    open: Callable[[Path, bool, int], Parts]  # the folder of all sets, whether to download, the seed
+    open: Callable[[Path, bool, int], Parts]  # arguments: the folder of all sets, whether to download, the seed
     split: str
-    per_class: bool = False  # mean over the classes' accuracies, else top-1
+    per_class: bool = False  # whether to report the mean of the classes' accuracies instead of top-1
 
 
 def _food101(root: Path, download: bool, seed: int) -> Parts:

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from pipeline.figures.pictures import wrapped, write_picture
 
-Series = dict[str, list[list[float]]]  # a name -> for each place on the x axis the values of all seeds
+Series = dict[str, list[list[float]]]  # name -> values of all seeds, for each place on the x axis
 STYLE: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-WIDTH = 4.2  # of a panel, in inches
+WIDTH = 4.2  # size of a panel, in inches
 DPI = 110
 
 

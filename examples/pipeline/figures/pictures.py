@@ -27,12 +27,13 @@ LEGEND = (
     "The line joins one point an epoch, the mean over its steps; 20-NN is measured after some of the epochs. "
     "Where points are few, they are dots. The number in a heading is the last point's."
 )
-FRAMES: dict[bool | None, tuple[str, int, str]] = {  # of a neighbor whose class is the query's, or not, or unknown
+# frames: the query's class, another one, unknown
+FRAMES: dict[bool | None, tuple[str, int, str]] = {
     True: ("tab:green", 3, "green: the query's class"),
     False: ("tab:red", 3, "red and crossed: another class"),
     None: ("0.6", 1, "gray: class unknown"),
 }
-MOST_DOTS = 25  # points up to which each gets a dot
+MOST_DOTS = 25  # curves with at most this many points get a dot at each
 
 
 def wrapped(text: str, inches: float, size: float) -> str:
@@ -70,7 +71,7 @@ def draw_curves(path: Path, history: list[Row], title: str) -> Figure:
             axes.xaxis.get_major_locator().set_params(integer=True, nbins=6, min_n_ticks=1)
             axes.plot(*zip(*points, strict=True), color="C0", lw=2, marker="o" if len(points) < MOST_DOTS else "", ms=4)
             if points[0][0] == points[-1][0]:
-                axes.set_xlim(points[0][0] - 0.9, points[0][0] + 0.9)  # one tick, that of the epoch
+                axes.set_xlim(points[0][0] - 0.9, points[0][0] + 0.9)  # a single tick, at the epoch
             if name == "spread":
                 axes.set_ylim(0, 1.1)
                 axes.axhline(1, color="0.5", ls=":", lw=1)
@@ -88,7 +89,7 @@ def draw_neighbors(path: Path, queries: np.ndarray, rows: list[Row], title: str)
         title: of the whole.
     """
     count, n = rows[0]["images"].shape[:2]
-    side, pitch, gap = 0.64, 1.12, 0.4  # in inches; the others in sides
+    side, pitch, gap = 0.64, 1.12, 0.4  # in inches; the other sizes are in units of it
     headings = [wrapped(row["title"], max(1.3, n * pitch * side), 10) for row in rows]
     column = max(n * pitch, 2.2)  # a heading is wider than one picture
     wide = pitch + len(rows) * (gap + column)
@@ -101,7 +102,7 @@ def draw_neighbors(path: Path, queries: np.ndarray, rows: list[Row], title: str)
     high = side * (count * pitch + top) + 0.2 * (heading.count("\n") + 2)
     figure = Figure(figsize=(inches, high), layout="constrained")
     figure.suptitle(heading, fontsize=11)
-    axes = figure.subplots()  # one for all pictures: one each would take seconds
+    axes = figure.subplots()  # one axes for all pictures: one for each would take seconds
     for i in range(count):
         _show(axes, queries[i], 0, i * pitch, "0.2", 1)
     axes.text(0.5, -0.3, "query", ha="center", fontsize=10)

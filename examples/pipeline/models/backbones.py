@@ -11,8 +11,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # of images, in pixels
-SMALL_IMAGE = 64  # pixels up to which "auto" takes the small stem
+USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # usual image sizes, in pixels
+SMALL_IMAGE = 64  # largest image size for which "auto" is the small stem, in pixels
 _RESNETS = ("resnet", "resnext", "wide_resnet")
 
 
@@ -175,7 +175,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def _build_timm(arch: str) -> nn.Module:
-    import timm  # takes seconds, and most runs do without
+    import timm  # the import takes seconds, and most runs do not need it
 
     known = timm.list_models()
     if arch not in known:

@@ -40,7 +40,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
         try:
             _write(path, state)
             _remove_older(path, state)
-        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of some
+        except (OSError, RuntimeError) as error:  # torch.save turns some of these into RuntimeError
             problem = OSError(f"{path} could not be written: {error}")
     if ranks.size > 1:
         ranks.agree("save", same={}, problem=problem)
@@ -59,7 +59,7 @@ def load_checkpoint(path: Path, needed: set[str], ranks: Ranks) -> dict[str, Any
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check the checksums
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -124,7 +124,7 @@ def _save_shards(path: Path, shards: dict[str, Tensor], ranks: Ranks) -> dict[st
     files: dict[str, int] = {}
     try:
         dcp.save(shards, storage_writer=_storage().HuggingFaceStorageWriter(str(folder), save_distributed=True))
-        if ranks.rank == 0:  # who writes checkpoint.pt
+        if ranks.rank == 0:  # the script that writes checkpoint.pt
             files = {f"{folder.name}/{file.name}": _checksum(file) for file in sorted(folder.iterdir())}
     except (OSError, dcp.api.CheckpointException) as error:
         problem = OSError(f"{folder} could not be written: {error}")

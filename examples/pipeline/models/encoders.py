@@ -23,7 +23,7 @@ class LoadedEncoder:
     arch: str
     source: dict[str, Any]  # for the record
     trained_on: dict[str, Any] = field(default_factory=dict)  # "dataset", "data", "image_size", "val_split"
-    folder: Path | None = None  # of the run or the file
+    folder: Path | None = None  # folder of the run, or the file
 
     @property
     def gray(self) -> bool:
@@ -106,7 +106,7 @@ def _by_name(name: str, weights: str, image_size: int) -> LoadedEncoder:
     elif name == "digits":
         known = []
     else:
-        import timm  # takes seconds, and most runs do without
+        import timm  # the import takes seconds, and most runs do not need it
 
         if not timm.is_model(name):
             raise ValueError(f"no run, file or model {name!r}: give a run's folder, or a model of torchvision or timm")
@@ -121,7 +121,7 @@ def _by_name(name: str, weights: str, image_size: int) -> LoadedEncoder:
             remove_classifier(backbone, name)
         else:
             backbone = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # of a network, a disk or a damaged download: the libraries' own kinds
+    except Exception as error:  # a failed download, a full disk: the libraries' own kinds
         raise ValueError(f"--weights {weights} of {name} could not be loaded: {error}") from error
     count_features(backbone, name, (3, image_size, image_size), in_training=False)
     return LoadedEncoder(backbone, name, source)

@@ -18,7 +18,7 @@ from pipeline.models.backbones import export_backbone, save_tensors, small_stem
 from pipeline.models.encoders import LoadedEncoder
 
 Tensors = dict[str, Tensor]
-TOLERANCE = 1e-4  # of features, relative to their largest
+TOLERANCE = 1e-4  # largest difference of features, relative to the largest feature
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Exported:
 
     path: Path
     verified: str
-    files: tuple[Path, ...] = ()  # all that were written, once they are in their place
+    files: tuple[Path, ...] = ()  # the written files, after they were moved into place
 
 
 @dataclass(frozen=True)
 class Layout:
     """How another library wants a backbone."""
 
-    check: Callable[[LoadedEncoder], None]  # raises ValueError where the library has no such model
-    write: Callable[[LoadedEncoder, Path, int], Exported]  # into a folder, for this size of images
+    check: Callable[[LoadedEncoder], None]  # raises ValueError if the library has no such model
+    write: Callable[[LoadedEncoder, Path, int], Exported]  # arguments: the folder, and the size of the images
 
 
 def export_to(layout: str, encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:

@@ -17,11 +17,11 @@ from msf_core.distributed import Ranks
 from pipeline.running.interrupts import LINE, STATUS
 from pipeline.running.peers import LostRank, lost_touch
 
-WRONG_INPUT = (ValueError, ImportError, RuntimeError, OSError)  # as raised before the work begins
+WRONG_INPUT = (ValueError, ImportError, RuntimeError, OSError)  # raised before the work begins
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-LONGEST = 600  # characters of a message
-PATIENCE = 60  # seconds: what the first process of a machine may need longer than another to import its modules
-_PLAIN = (ValueError, OSError, RuntimeError, ImportError)  # their names say no more than their messages
+LONGEST = 600  # longest message, in characters
+PATIENCE = 60  # seconds; the first process of a machine may take this much longer to import its modules
+_PLAIN = (ValueError, OSError, RuntimeError, ImportError)  # their names add nothing to their messages
 _TRACEBACK = "Traceback (most recent call last):"
 
 
@@ -43,7 +43,7 @@ def status_of(program: str, work: Callable[[], int]) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     except LostRank as error:
-        print(file=sys.stderr)  # below a progress bar
+        print(file=sys.stderr)  # ends the line of a progress bar
         tell(program, error)
         return 1
     except KeyboardInterrupt:
@@ -102,7 +102,7 @@ def _is_first() -> bool:
     """Return whether this is the first rank to call this."""
     try:
         return _get_default_store().add("errors told", 1) == 1
-    except (RuntimeError, ValueError):  # the rank that kept the store has gone, and not without an error
+    except (RuntimeError, ValueError):  # the rank that kept the store ended, with an error of its own
         return False
 
 
@@ -121,7 +121,7 @@ def in_one_line(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}"
     elif not isinstance(error, _PLAIN):
         text = f"{type(error).__name__}: {text}"
-    text = text.partition("Exception raised from ")[0]  # the stack of PyTorch's C++
+    text = text.partition("Exception raised from ")[0]  # PyTorch's C++ stack trace
     text = " ".join(text.split()).rstrip(": ") or type(error).__name__
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from pipeline.running.ending import let_the_first_speak
 
-MOST = 2**31 - 1  # of a whole number, unless said otherwise: more than any batch, epoch or second, and no overflow
+MOST = 2**31 - 1  # largest whole number by default: more than any batch, epoch or second needs, without overflow
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,7 +152,7 @@ def writable_folder(flag: str, path: Path) -> Path:
         there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not there.is_dir():
             raise ValueError(f"{flag}: {there} is a file, not a folder")
-        with tempfile.TemporaryFile(dir=there):  # permission bits alone do not tell
+        with tempfile.TemporaryFile(dir=there):  # permission bits are not enough to know
             pass
     except OSError as error:
         raise ValueError(f"{flag}: nothing can be written to {path}: {error.strerror or error}") from None

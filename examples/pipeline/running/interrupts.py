@@ -13,7 +13,7 @@ LINE = "stopped by Ctrl-C"
 
 def leave_on_interrupt() -> None:
     """Make Ctrl-C end the process at once: an exception amid an import may be swallowed, or become another one."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise ignored, as under nohup
         signal.signal(signal.SIGINT, _leave)
 
 
@@ -27,11 +27,11 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         signal.signal(signal.SIGINT, _leave)
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads any more: Python would complain once again at its end
+    except OSError:  # stdout was closed; without this, Python would print another error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = status or 2
     if ours:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # IPython's %run goes on
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # IPython's %run continues after the script
         atexit.register(signal.signal, signal.SIGINT, _leave)
     sys.exit(status)
 

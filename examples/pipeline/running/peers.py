@@ -43,15 +43,15 @@ class Peers:
     def __init__(self, rank: int, size: int, prefix: str, silence: float) -> None:
         self.rank, self.size, self.silence = rank, size, silence
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        patience = timedelta(seconds=60)  # for the slowest to come here
-        # A connection of its own: one that waits for an answer lets nothing else through.
+        patience = timedelta(seconds=60)  # time for the slowest rank to get here
+        # A separate connection, because one that waits for an answer blocks everything else.
         store = dist.TCPStore(address, port, is_master=False, timeout=patience, wait_for_workers=False)
         self._store: Any = dist.PrefixStore(f"{prefix}/peers", store)
         keeps = rank == 0 if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else _is_here(address)
         self._store.set(f"host {rank}", f"{keeps:d}{socket.gethostname()}")
         self._tell(WORKS)
         told = self._store.multi_get([f"host {other}" for other in range(size)])
-        self._store.multi_get(self._keys())  # until all count
+        self._store.multi_get(self._keys())  # until all ranks are counted
         self.hosts = [one.decode()[1:] for one in told]
         self.keepers = [other for other, one in enumerate(told) if one[:1] == b"1"]
         self._stopped = threading.Event()
@@ -73,7 +73,7 @@ class Peers:
                 found.append(self._ask())
                 self._tell(ENDS)
 
-        thread = threading.Thread(target=ask, daemon=True)  # a store whose host is gone may not answer for long
+        thread = threading.Thread(target=ask, daemon=True)  # a store whose host is gone may take long to fail
         thread.start()
         thread.join(timeout=1.75 * self.silence)
         if not found:
@@ -110,7 +110,7 @@ class Peers:
 
     def _count(self) -> None:
         number = 0
-        with suppress(RuntimeError):  # the store is gone, and so will be this
+        with suppress(RuntimeError):  # the store is gone, and this process will end too
             while not self._stopped.wait(1 / BEATS_A_SECOND):
                 number += 1
                 self._tell(f"{WORKS} {number}")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from msf_core.distributed import Ranks
 
 SHOWN = {"loss": "loss", "purity": "purity", "nn20": "20-NN"}
-SILENCE = 600.0  # seconds without a line, where there is no bar: epochs may take hours
+SILENCE = 600.0  # seconds between lines without a bar, because epochs may take hours
 
 
 class Progress:
@@ -78,7 +78,7 @@ class Progress:
             parts.append(f"{duration(seconds)} left")
         line = f"epoch {epoch:,} of {self._epochs:,}, step {step:,} of {self._total:,}: {', '.join(parts)}"
         tqdm.write(line, file=sys.stdout)  # above the bar
-        sys.stdout.flush()  # a file would get it minutes later
+        sys.stdout.flush()  # otherwise a file would get it minutes later
 
 
 def duration(seconds: float) -> str:

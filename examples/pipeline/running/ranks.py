@@ -17,7 +17,7 @@ from msf_core.distributed import Ranks
 from pipeline.running.peers import Peers, lost_touch
 from pipeline.running.seeds import seed_of
 
-SILENCE = 3.0  # seconds without a sign of life after which a rank that others wait for counts as lost
+SILENCE = 3.0  # a rank that others wait for is lost after this many seconds without a sign of life
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    # The hosts talk by gloo beside NCCL: no GPU has to be asked how many rows a rank brings.
+    # gloo beside NCCL, so that exchanging the numbers of rows does not wait for a GPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if agent_store and may_restart() and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
@@ -62,9 +62,9 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
             "each host counts its restarts alone, and ranks of different counts would not find each other"
         )
     silence = min(SILENCE, timeout / 8)
-    patience = timedelta(seconds=timeout - 3 * silence)  # the rest is to find out whom it has waited for, and to end
+    patience = timedelta(seconds=timeout - 3 * silence)  # the rest is for finding the lost rank
     store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-    # torchrun's own store outlives a start: what an earlier one left in it are addresses of processes that are gone.
+    # torchrun's own store outlives a restart and then has addresses of processes that no longer exist.
     prefix = f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if agent_store else "start"
     store = dist.PrefixStore(prefix, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
@@ -96,10 +96,10 @@ def device_of(name: str) -> torch.device:
         raise ValueError(f"--device {name}: PyTorch sees no GPU here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here, the first is cuda:0")
-    if device.type != "cuda":  # a GPU is not touched: each rank will have its own
+    if device.type != "cuda":  # without using a GPU: each rank will have its own
         try:
             torch.zeros(1, device=device).tolist()
-        except Exception as error:  # each kind of device has another
+        except Exception as error:  # each kind of device has its own
             raise ValueError(f"--device {name}: PyTorch cannot compute on it here ({type(error).__name__})") from None
     return torch.device("cpu") if device.type == "cpu" else device
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from msf_core import MemoryBank, Neighbors, effective_rank, embedding_spread, neighbor_purity
 
-# Of a micro-batch: the loss; the purity of neighbors 2 to k, where labels are known; `embedding_spread` and
+# For a micro-batch: the loss; the purity of neighbors 2 to k, if labels are known; `embedding_spread` and
 # `effective_rank` of u; the mean similarity of neighbors 2 to k, and how long ago they were pushed; and how far the
 # two views are apart, in standard deviations of their pixels.
 MEASURES = ("loss", "purity", "spread", "rank", "similarity", "age", "difference")

@@ -15,7 +15,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-_held: dict[str, "FolderLock"] = {}  # by this process, which the system's locks do not keep from itself
+# held by this process, which the system's locks do not exclude
+_held: dict[str, "FolderLock"] = {}
 
 
 class FolderLock:

@@ -17,7 +17,7 @@ STEMS = ("auto", "imagenet", "small")
 # Settings that may change when a run is resumed. All others change its numbers.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
 FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "logger", "on_bad_image", "skip_baselines"}
-# Settings of version 0.2.0 that differ from today's defaults, and data sets whose images it normalized differently.
+# Version 0.2.0: settings that differ from today's defaults, and data sets that it normalized differently.
 _OLD = {"stem": "imagenet"}
 _NORMALIZED_OTHERWISE = ("cifar10", "cifar100", "stl10")
 
@@ -120,7 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "stl10": {"image_size": 96, **_SMALL, "blur": 0.5, "bank_size": 16_384},
 }
 
-# CIFAR recipes of other codebases, as far as this trainer has their settings. The views are the MSF paper's, and the
+# CIFAR recipes of other codebases, with the settings that this trainer has. The views are the MSF paper's, and the
 # loss is not symmetric, unlike in both codebases. The results in the comments are theirs, for BYOL. None of these
 # recipes has been run with this trainer.
 RECIPES: dict[str, dict[str, Any]] = {

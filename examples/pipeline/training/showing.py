@@ -21,7 +21,7 @@ from pipeline.training.report import Row, table
 from pipeline.training.settings import Settings
 from pipeline.training.trainer import Trainer
 
-RAW_LIMIT = 10_000  # training images up to which raw pixels are evaluated: every pixel is a feature
+RAW_LIMIT = 10_000  # most training images for which raw pixels are evaluated: every pixel is a feature
 SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
 
 
@@ -41,7 +41,7 @@ def add_rows_before(trainer: Trainer) -> None:
         rows["untrained"] = evaluate(untrained, source, k, trainer.ranks)
     with shared(trainer.ranks):
         if trainer.leads:
-            with source.bad.tolerated():  # a picture is not worth a run
+            with source.bad.tolerated():  # a picture must not end the run
                 trainer.notes["untrained_neighbors"] = find_neighbors(trainer, untrained)
     trainer.notes["before"] = rows
 
@@ -117,7 +117,7 @@ def picture(trainer: Trainer, path: Path, title: str) -> None:
     queries, _ = shown(source)
     images, labels = gather(source, "val" if source.has_val else "train", queries)
     rows = []
-    # A run that version 0.2.0 began knows those after its first epoch; one without any shows the last alone.
+    # Runs started by version 0.2.0 have the neighbors after the first epoch; without any, only the last are shown.
     titles = {"untrained_neighbors": "before training", "first_neighbors": "after epoch 1"}
     ends = [(title, trainer.notes[key]) for key, title in titles.items() if key in trainer.notes][:1]
     ends.append((f"after epoch {trainer.total_epochs}", find_neighbors(trainer, trainer.backbone)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from msf_core.search import find_backend
 
 Item = TypeVar("Item")
-LOADER_SHARE = 0.1  # of an epoch: from there on waiting for images is worth a word
+LOADER_SHARE = 0.1  # share of an epoch spent waiting for images that is worth a warning
 
 
 class TimedSearch:

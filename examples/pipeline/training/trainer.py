@@ -29,9 +29,9 @@ from pipeline.training.health import MEASURES, Averages, means_of, measure, warn
 from pipeline.training.settings import Settings
 from pipeline.training.timing import TimedSearch, WaitClock, loader_limit
 
-Row = dict[str, Any]  # one epoch of the metrics
-CHECK_EVERY = 50  # steps between looks at whether loss and weights are numbers still, for which the GPU is waited for
-LOG_EVERY = 100  # steps between calls of ``log``, for which the GPU is waited for
+Row = dict[str, Any]  # the metrics of one epoch
+CHECK_EVERY = 50  # steps between checks that loss and weights are finite, which wait for the GPU
+LOG_EVERY = 100  # steps between calls of ``log``, which wait for the GPU
 PARTS = ("online", "predictor", "target", "criterion", "optimizer")
 STATE = {"settings", "train_size", "step", "history", "sums", "notes", *PARTS}
 
@@ -104,13 +104,13 @@ class Trainer:
         self.precision = self._choose_precision()
 
         self.step = 0
-        self.stopped = 0  # the signal that asked a rank to stop, once all know
+        self.stopped = 0  # the signal that asked a rank to stop, after all ranks know
         self.history: list[Row] = []
         self.averages = Averages(device)  # over the epoch so far, on this rank
-        self.losses: list[Tensor] = []  # of the steps since they were last averaged
-        self.averaged: list[float] = []  # of those before, not written yet
+        self.losses: list[Tensor] = []  # losses of the steps since they were last averaged
+        self.averaged: list[float] = []  # earlier losses, averaged but not yet written
         self.warned: set[str] = set()
-        self.notes: dict[str, Any] = {}  # what the script wants kept beside the weights
+        self.notes: dict[str, Any] = {}  # what the script saves with the weights
 
     @property
     def backbone(self) -> nn.Module:
@@ -157,14 +157,14 @@ class Trainer:
             micro_batches = self._fetch(views, stop)
             if self.stopped:
                 self.check_sound()
-                return  # within the epoch: its sums are kept
+                return  # in the middle of the epoch: its sums are kept
             self._train_step(micro_batches)
             progress.after_step(self.step, epoch + 1, self.averages.means)
             if self.step % CHECK_EVERY == 0:
                 self.check_sound()
             if self.step % LOG_EVERY == 0 and self.step < last:
                 log()
-        next(views, None)  # lets the workers come to the end of the epoch
+        next(views, None)  # lets the workers finish the epoch
         self._agree(stop)
         self.check_sound()
         means = means_of(self._sums_of_all().sum(dim=0))
@@ -200,7 +200,7 @@ class Trainer:
         problem: OSError | None = None
         try:
             micro_batches += itertools.islice(views, self.settings.accumulate)
-        except OSError as error:  # an unreadable image, a reading process that has ended
+        except OSError as error:  # an unreadable image, or a reading process that died
             problem = error
         self._agree(stop, problem)
         return micro_batches
@@ -230,10 +230,10 @@ class Trainer:
         if self.settings.views == "same":
             target_view = online_view
         for_target, for_online = [target_view], [online_view]
-        if self.settings.symmetric:  # prediction i goes with the target of the other view
+        if self.settings.symmetric:  # prediction i is paired with the target of the other view
             for_target = for_online = [target_view, online_view]
         seeds = (self.settings.seed, self.step, number)
-        torch.manual_seed(seed_of(*seeds, self.ranks.rank))  # of dropout and the like: the same after a resume
+        torch.manual_seed(seed_of(*seeds, self.ranks.rank))  # for dropout and the like, the same after a resume
         alone = isinstance(self.student, DistributedDataParallel) and not last
         with self.student.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -259,7 +259,7 @@ class Trainer:
 
     def _loss(self, vs: list[Tensor], us: list[Tensor], labels: Tensor, ids: Tensor) -> tuple[Tensor, Neighbors]:
         """Return the loss of predictions and targets, one or two views each, and the neighbors of all targets."""
-        kept = ids if self.settings.exclude_same_id else None  # beside each row, in 8 bytes
+        kept = ids if self.settings.exclude_same_id else None  # stored with each row, in 8 bytes
         if len(us) == 1:
             loss, neighbors = self.criterion(vs[0], us[0], labels, ids=kept, return_neighbors=True)
             return loss, neighbors
@@ -286,7 +286,7 @@ class Trainer:
             self.losses = []
             if self.ranks.size > 1:
                 losses = self.ranks.gather(losses, [1] * self.ranks.size)
-            # In rank order, however many steps there are: all_reduce's order depends on that.
+            # Sum in rank order; the order of all_reduce would depend on the number of steps.
             self.averaged += (sum(losses[1:], losses[0]) / self.ranks.size).tolist()
         return self.averaged
 
@@ -344,7 +344,7 @@ class Trainer:
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.history, self.notes = state["step"], state["history"], state["notes"]
-        sums = state["sums"].to(self.device)  # of the ranks there were
+        sums = state["sums"].to(self.device)  # of the earlier ranks
         if len(sums) == self.ranks.size:
             self.averages.sums = sums[self.ranks.rank]
         elif self.leads:

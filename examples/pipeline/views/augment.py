@@ -17,9 +17,9 @@ AUGMENTATIONS = ("s/s", "w/s", "w/w")
 class DigitsView:
     """Random views of a batch of grayscale images in [0, 1], drawn on their device. No flips: they are digits."""
 
-    area: tuple[float, float]  # of the crop
-    aspect: float  # of the crop, up to this or its inverse
-    degrees: float  # of rotation, to either side
+    area: tuple[float, float]  # share of the image that the crop covers
+    aspect: float  # aspect ratio of the crop, at most this or its inverse
+    degrees: float  # largest rotation to either side
     shear: float
     contrast: tuple[float, float]
     brightness: float

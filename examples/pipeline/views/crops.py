@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ATTEMPTS = 10  # at a crop that fits into the image, as in torchvision
+ATTEMPTS = 10  # to draw a crop that fits into the image, as in torchvision
 # Columns of the draws [n, PER_VIEW] of one view, each uniform in [0, 1).
 AREA, RATIO = slice(0, ATTEMPTS), slice(ATTEMPTS, 2 * ATTEMPTS)
 TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SIGMA = range(20, 32)
@@ -25,7 +25,7 @@ _RATIOS = math.log(3 / 4), math.log(4 / 3)
 class View:
     """How a view is drawn: probabilities, and ranges that values are uniform in."""
 
-    area: tuple[float, float] = (0.2, 1.0)  # of the crop, as a share of the image
+    area: tuple[float, float] = (0.2, 1.0)  # area of the crop, as a share of the image
     jitter: float = 0.8
     strengths: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
     gray: float = 0.2
@@ -36,10 +36,10 @@ class View:
 
 STRONG = View()  # MoCo v2's, which the authors use (section 3.1)
 WEAK = View(jitter=0.0, gray=0.0, blur=0.0)  # crop and flip
-SUPERVISED = View(area=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0)  # in which ImageNet's classifiers are trained
+SUPERVISED = View(area=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0)  # as ImageNet's classifiers are trained
 
 
-PAPERS = WEAK, STRONG  # of the target and of the online encoder
+PAPERS = WEAK, STRONG  # views of the target and of the online encoder
 
 
 def views_of(augmentation: str, blur: float = STRONG.blur, views: tuple[View, View] = PAPERS) -> tuple[View, View]:
@@ -68,8 +68,8 @@ def draws(seed: int, epoch: int, first: int, count: int, stream: int = 0) -> Ten
         stream: another number gives other rows, for another purpose.
     """
     generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=[0, 0, 0, stream])
-    generator.advance(first * PER_IMAGE // 4)  # it counts blocks of four
-    numbers = generator.random_raw(count * PER_IMAGE) >> np.uint64(40)  # 24 bits: float32 holds them
+    generator.advance(first * PER_IMAGE // 4)  # the counter counts blocks of four
+    numbers = generator.random_raw(count * PER_IMAGE) >> np.uint64(40)  # 24 bits, which float32 holds exactly
     return torch.from_numpy(numbers.astype(np.float32).reshape(count, PER_IMAGE) * np.float32(2**-24))
 
 

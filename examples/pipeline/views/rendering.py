@@ -16,9 +16,9 @@ from torch import Tensor
 from pipeline.views.crops import BLUR, BRIGHTNESS, FLIP, GRAY, HUE, JITTER, ORDER, SIGMA, View
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's grayscale
-_ORDERS = list(itertools.permutations(range(4)))  # of brightness 0, contrast 1, saturation 2 and hue 3
-_SLOTS, _TURN = 8, 3  # three blends, the turn of the hue, three blends, and the grayscale
-# Images at a time on a CPU, in pixels: what is worked on should stay in its cache.
+_ORDERS = list(itertools.permutations(range(4)))  # operations: brightness 0, contrast 1, saturation 2, hue 3
+_SLOTS, _TURN = 8, 3  # three blends, the rotation of the hue, three blends, and the grayscale
+# Pixels at a time on a CPU, so that intermediate results stay in its cache.
 _CPU_PIXELS = 1 << 16
 
 
@@ -27,8 +27,8 @@ class Parameters:
     """The parameters of one view for each of n images, computed on the CPU from their draws."""
 
     flip: Tensor  # [n] bool
-    blends: Tensor  # [n, _SLOTS, 3]: shares of the image, of its grayscale, and of the mean of that; _TURN: as it is
-    hue: Tensor  # [n], in turns
+    blends: Tensor  # [n, _SLOTS, 3]: weights of image, grayscale and its mean; (1, 0, 0) for _TURN
+    hue: Tensor  # [n], in full rotations
     blurred: Tensor  # [n] bool
     sigma: Tensor  # [n] float64
 
@@ -141,7 +141,7 @@ class Rendering:
             for values in (parameters.flip, parameters.blends, parameters.hue)
         )
         crops = torch.where(flip[:, None, None, None], crops.flip(3), crops)
-        images = crops.permute(0, 2, 1, 3)  # [B, H, C, W]: rows and columns are each one batched product away
+        images = crops.permute(0, 2, 1, 3)  # [B, H, C, W], so that rows and columns each take one batched product
         images = images.float().div_(255) if crops.dtype == torch.uint8 else images.contiguous()
         images = images.expand(-1, -1, 3, -1)
         slots = parameters.slots(part)
@@ -212,7 +212,7 @@ def blur_kernels(sigma: Tensor, width: int) -> Tensor:
     """Return Gaussian kernels [n, width] float32 of standard deviations ``sigma`` [n] in pixels, each of sum 1."""
     taps = torch.arange(width, dtype=torch.float64) - width // 2
     weights = torch.exp(-0.5 * (taps / sigma.double()[:, None]) ** 2)
-    weights = torch.where(weights < 1e-12, 0.0, weights)  # denormal numbers would be slow
+    weights = torch.where(weights < 1e-12, 0.0, weights)  # denormal numbers are slow
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
@@ -234,7 +234,7 @@ class _Compiled:
         try:
             done: Tensor = self._fast(*arguments)
             return done
-        except Exception as error:  # the compiler's own, of many kinds; an error of the function's comes again below
+        except Exception as error:  # of many kinds; an error of the function itself is raised again below
             if self._fast is not self._plain:
                 warnings.warn(f"views are drawn without torch.compile, which failed: {error}", stacklevel=2)
             self._fast = self._plain
