@@ -73,15 +73,15 @@ from benchmarks.measuring.tables import format_spread
 from msf_core import MeanShiftLoss, MemoryBank
 
 RANKS = (2, 4)
-ROUND_TRIPS = (0.0, 0.2e-3, 1e-3, 10e-3)  # of the longest the figure is the surest: noise is the least part of it
+ROUND_TRIPS = (0.0, 0.2e-3, 1e-3, 10e-3)  # the longest one gives the most reliable figure
 LAYOUTS = ("replicated", "sharded")
-LABELS = ("none", "kept", "limit")  # none; kept beside the rows; kept, and only rows with a query's label serve it
+LABELS = ("none", "kept", "limit")  # no labels; labels are stored; only rows with the query's label are searched
 NETWORK = "one network namespace a rank, a user-space relay between TUN devices"
 CLASSES, RELAY = 10, "relay of packets"
-# Linux: of unshare(2), prctl(2) and /dev/net/tun.
+# Linux constants for unshare(2), prctl(2) and /dev/net/tun.
 CLONE_NEWNET, PR_SET_PDEATHSIG, TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x40000000, 1, 0x400454CA, 0x0001, 0x1000
 DEVICE, MTU, QUEUED_PACKETS, READ_AT_ONCE = "apart0", 9000, 10_000, 64
-HANG_SECONDS = 60  # after which gloo gives up
+HANG_SECONDS = 60  # gloo gives up after this
 
 
 class Sizes(NamedTuple):
@@ -106,7 +106,7 @@ class Host(NamedTuple):
 
     rank: int
     ranks: int
-    delay: Any  # seconds one way, in memory that the relay reads
+    delay: Any  # seconds one way, in shared memory that the relay reads
 
     def set_round_trip(self, seconds: float) -> None:
         """Move all hosts that far apart; all ranks call it together."""
@@ -134,7 +134,7 @@ def why_not() -> str | None:
 
     if shutil.which("ip") is None:
         return "the command `ip` (iproute2) is not installed"
-    thread = threading.Thread(target=attempt)  # only this thread leaves the present namespace, and it ends
+    thread = threading.Thread(target=attempt)  # only this thread leaves the namespace, and then it ends
     thread.start()
     thread.join()
     return said
@@ -180,13 +180,13 @@ def _rank_main(
     with socket.socket(socket.AF_UNIX) as relay:
         relay.connect(str(folder / "relay"))
         socket.send_fds(relay, [bytes([rank])], [device])
-        relay.recv(1)  # until all are there
-    os.close(device)  # the relay has it
+        relay.recv(1)  # until all ranks are there
+    os.close(device)  # the relay uses it
     os.environ["GLOO_SOCKET_IFNAME"] = DEVICE
     store, limit = f"file://{folder}/store", timedelta(seconds=HANG_SECONDS)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
     (folder / f"answer{rank}").write_text(json.dumps(work(Host(rank, ranks, delay), *arguments)))
-    dist.barrier()  # nobody hangs up while another one works
+    dist.barrier()  # no rank closes its connection while another one works
     dist.destroy_process_group()
 
 
@@ -222,7 +222,7 @@ def _address(rank: int) -> str:
 
 def _relay(listener: socket.socket, ranks: int, delay: Any, stopped: socket.socket) -> None:
     """Pass packets between the devices that ranks send, each ``delay.value`` seconds after its arrival."""
-    with suppress(OSError):  # before all others on these cores, if the system allows it
+    with suppress(OSError):  # highest priority, if the system allows it
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     devices: dict[int, int] = {}  # last byte of the address -> file
     callers: list[socket.socket] = []
@@ -235,7 +235,7 @@ def _relay(listener: socket.socket, ranks: int, delay: Any, stopped: socket.sock
             rank, files, _, _ = socket.recv_fds(caller, 1, 1)
             devices[rank[0] + 1] = files[0]
         for caller in callers:
-            caller.close()  # all are there
+            caller.close()  # all ranks are there
         _pass_packets(devices, delay, stopped)
     finally:
         for caller in callers:
@@ -256,9 +256,9 @@ def _pass_packets(devices: dict[int, int], delay: Any, stopped: socket.socket) -
             try:
                 for _ in range(READ_AT_ONCE):
                     packet = os.read(source, MTU)
-                    if packet[0] >> 4 == 4 and packet[19] in devices:  # IPv4, and the end of the receiver's address
+                    if packet[0] >> 4 == 4 and packet[19] in devices:  # IPv4, receiver's last bytes
                         due = time.perf_counter() + delay.value
-                        due = max(due, waiting[-1][0] if waiting else due)  # in order, also when the delay shrinks
+                        due = max(due, waiting[-1][0] if waiting else due)  # keeps the order
                         waiting.append((due, devices[packet[19]], packet))
             except BlockingIOError:
                 pass
@@ -424,7 +424,7 @@ def main() -> int:
         print(f"bank_latency.py cannot measure: {reason}", file=sys.stderr)
         return 1
     given.out.mkdir(parents=True, exist_ok=True)
-    environment = describe_environment(torch.device("cpu")) | {"threads": 1}  # of each rank
+    environment = describe_environment(torch.device("cpu")) | {"threads": 1}  # for each rank
     sizes, often = Sizes(), Often(given.turns)
     records = []
     for ranks in (1, *RANKS):

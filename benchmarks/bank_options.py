@@ -86,7 +86,7 @@ def measure(rows: int, args: argparse.Namespace, backends: tuple[str, ...]) -> l
             for limit, limits in given.items():
                 calls[f"{dtype}, {backend}, {limit}"] = partial(search, bank, backend, limits)
     for call in calls.values():
-        call(-1)  # warm
+        call(-1)  # warm up
     seconds = time_interleaved(calls, dict.fromkeys(calls, args.repeats), device)
     environment = describe_environment(device)
     size = {"rows": rows, "dim": args.dim, "batch": args.batch, "k": args.k, "device": args.device}

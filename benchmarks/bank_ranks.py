@@ -66,7 +66,7 @@ def rank_main(rank: int, ranks: int, store: str, layout: str, dtype: torch.dtype
     for _ in range(SIZE // 4096):
         rows = torch.randn(4096, DIM, generator=generator)
         bank.push(rows.chunk(ranks)[rank], torch.arange(4096).chunk(ranks)[rank])
-    for _ in range(WARM_UP):  # room behind the headers is that of the last calls, which were larger
+    for _ in range(WARM_UP):  # messages still have the space that the last, larger calls needed
         batch = torch.randn(BATCH, DIM, generator=generator).chunk(ranks)[rank]
         bank.push(batch)
         bank.search(batch, K)

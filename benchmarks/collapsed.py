@@ -118,7 +118,7 @@ def measure(kind: str, size: tuple[int, int, int, int], dtype: str, limit: str, 
         "float32": partial(float32_search, queries, rows, k),
     }
     for search in searches.values():
-        search()  # warm
+        search()  # warm up
     given_up = sum(left) / n
     calls = {name: lambda _, search=search: search() for name, search in searches.items()}
     seconds = time_interleaved(calls, dict.fromkeys(calls, repeats), torch.device("cpu"))

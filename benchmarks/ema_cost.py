@@ -55,7 +55,7 @@ from msf_core import EMATarget
 CPU_REPEATS, CUDA_REPEATS = 50, 300
 WARM_UP_ROUNDS = 3
 HIDDEN, DIM = 4096, 512  # the paper's projection head (section 3.1)
-# Of the largest parameter, some 8 float32 roundings. An update that is left out, or with another momentum, is far off.
+# Relative to the largest parameter: about 8 float32 roundings. A missing update or another momentum differs far more.
 TOLERANCE = 1e-6
 STARTED = time.perf_counter()
 
@@ -514,7 +514,7 @@ def _momentum(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1
-    if not 0 < value < 1:  # at 0 and at 1 nothing is averaged
+    if not 0 < value < 1:  # with 0 or 1, nothing is averaged
         raise argparse.ArgumentTypeError(f"must be a number above 0 and below 1, got {text!r}")
     return value
 

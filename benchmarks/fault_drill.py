@@ -69,7 +69,7 @@ def make_plan(kills: int, seed: int) -> dict[str, Any]:
     few = max(1, kills // 10)
     names = [KILL] * kills + [WRITE] * few + [DISK] * few + [STALLS, OVERFLOW]
     draw.shuffle(names)
-    # The rank that stalls is not the first, whose silence the others would notice in the same way.
+    # The stalling rank is not rank 0; the others would notice that one in the same way.
     return {
         str(number): {
             "name": name,
@@ -102,7 +102,7 @@ def drill(work: Path, layout: str, kills: int, seed: int) -> list[dict[str, Any]
             continue
         later = [other["start"] for other in events[number + 1 :] if "start" in other]
         record = {"fault": event["fault"], "layout": layout, "ranks": RANKS, "step": event["step"]}
-        # A full disk stops nothing: what it costs shows at the next kill.
+        # A full disk stops nothing; its cost shows at the next kill.
         record["resumed_at"] = later[0] if later else None
         record["lost_steps"] = max(0, event["step"] - later[0]) if later and event["fault"] != DISK else 0
         record["bit_equal"] = found == expected

@@ -64,7 +64,7 @@ from pipeline.views.rendering import Rendering
 BEFORE, NOW = "before: Pillow", "now: worker"
 WHOLE = {"before: Pillow": "before, whole", "now: worker": "now, whole, on the CPU"}
 SMALL_BEFORE, SMALL_NOW, SMALL_PLAIN = "before: Pillow, 32 px", "now, 32 px", "now, 32 px, without blur"
-SMALL_COUNT = 2048  # images of the small set
+SMALL_COUNT = 2048  # number of images in the small set
 PART_COLORS = {  # what a worker does for an image
     "decoding": "#4477aa",
     "two crops": "#66ccee",
@@ -427,12 +427,12 @@ def training_run(task: Task, steps: int, folder: str) -> Record:
 
     tree = Path(folder) / "tree"
     tree.mkdir()
-    for number in range(2 * task.batch):  # two steps an epoch
+    for number in range(2 * task.batch):  # two steps per epoch
         (tree / f"{number}.jpg").symlink_to(task.files[number % len(task.files)].resolve())
     flags = ["--data", str(tree), "--image-size", str(task.size), "--batch-size", str(task.batch)]
     flags += ["--device", str(task.device), "--steps", str(steps), "--checkpoint-every", "10000"]
     flags += ["--out", f"{folder}/run"]
-    if task.device.type == "cpu":  # a trial of this benchmark
+    if task.device.type == "cpu":  # a trial run of this benchmark
         flags += ["--arch", "resnet18", "--stem", "imagenet", "--hidden", "64", "--dim", "32"]
         flags += ["--bank-size", "256", "--k", "2"]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -53,7 +53,7 @@ ALL_ROWS = (16_000, 64_000, 128_000, 256_000, 1_024_000)
 ALL_DIMS = (128, 256, 512, 1024)
 ALL_BATCHES = (64, 256, 1024)
 ALL_K = (1, 5, 10, 20, 50)
-ROWS, DIM, BATCH, K = 128_000, 512, 256, 5  # the paper's (section 3.1), in the middle of each list
+ROWS, DIM, BATCH, K = 128_000, 512, 256, 5  # the paper's values (section 3.1) are in the middle of each list
 DEFAULT_STEP_ROWS = 131_072
 CPU_REPEATS, CUDA_REPEATS = 5, 30
 
@@ -135,7 +135,7 @@ def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 )
     works = available_backends(args.device)
     if "triton" in works and not cuda:
-        works["triton"] = "Triton searches CUDA tensors"  # its interpreter is no subject for a benchmark
+        works["triton"] = "Triton searches CUDA tensors"  # there is no point in timing its interpreter
     args.missing_backends = {} if args.backends else {name: reason for name, reason in works.items() if reason}
     works = {"auto": None, **works}
     args.backends = list(dict.fromkeys(args.backends or [name for name, reason in works.items() if reason is None]))

@@ -50,7 +50,7 @@ CPU_REPEATS, CUDA_REPEATS = 51, 301
 WARM_UP_ROUNDS = 3
 WRAP_MOST_ROWS, WRAP_TURNS = 4096, 3
 CHUNK = 16384
-TOLERANCE = 2e-6  # between unit vectors in float32: nearer than that is a tie
+TOLERANCE = 2e-6  # similarities of unit vectors in float32 that differ by less are a tie
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def make_methods(device: torch.device) -> list[Method]:
 
     working = [name for name, problem in available_backends(device).items() if problem is None]
     if device.type == "cpu" and "triton" in working:
-        working.remove("triton")  # interpreted there, for tests
+        working.remove("triton")  # interpreted on a CPU, for tests
     backends = ["auto", *working]
     ours = [
         Method(f"drop-in, {name}", f"msf_core {__version__}", partial(build_ours, backend=name), lambda m: m.bank.rows)

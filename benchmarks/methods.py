@@ -46,7 +46,7 @@ except ModuleNotFoundError as missing:
     print(f"methods.py: error: {missing}: pip install 'msf_core[examples,bench,peers,faiss-cpu]'", file=sys.stderr)
     sys.exit(2)
 
-FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the recipe's learning rate: the sweep, the same for all methods
+FACTORS = (0.25, 0.5, 1.0, 2.0)  # the sweep: factors of the recipe's learning rate, the same for all methods
 CHOSEN_BY = "nn20"
 MOST_RAW_VALUES = 2 * 10**8  # limit for evaluating raw pixels, which takes 4 bytes for each value
 COST_ROUNDS = 50

@@ -45,7 +45,7 @@ from msf_core.search import Queries, Rows, search_bank
 SIZES = ((8, 64, 16), (64, 256, 64), (64, 1024, 128))  # batch, rows, dim
 K = 5
 WARM_UP = 50
-SEARCH_LAUNCHES = {torch.float32: 4, torch.int8: 4, torch.float16: 2, torch.bfloat16: 2}  # by the dtype of the rows
+SEARCH_LAUNCHES = {torch.float32: 4, torch.int8: 4, torch.float16: 2, torch.bfloat16: 2}  # for each dtype of the rows
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "_local_scalar_dense"}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -178,7 +178,7 @@ def count_all_launches(problem: Problem) -> dict[str, int]:
 
 def count_launches(step: Callable[[], object], device_type: str) -> int:
     """Return how many kernels a step would start on a GPU; the search of a bank counts as `SEARCH_LAUNCHES` tells."""
-    step()  # what is made once
+    step()  # created once
     counter = _Launches(device_type)
 
     def search(queries: Queries, rows: Rows, *arguments: Any) -> Any:

@@ -46,7 +46,7 @@ def main() -> None:
     for problem in PROBLEMS:
         records += tune(problem)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(records, args.out)  # after each, so that a run that is cut short leaves something
+        write_jsonl(records, args.out)  # after each, so that an interrupted run leaves its results
     print(f"written: {args.out}")
 
 
@@ -61,7 +61,7 @@ def tune(problem: Problem) -> list[Record]:
     for tiles, group in dict.fromkeys([chosen, *combinations(problem, rows.element_size())]):
         try:
             seconds = time_search(queries, rows, problem.k, tiles, group)
-        except Exception as error:  # too much shared memory, or more than the compiler can do
+        except Exception as error:  # too much shared memory, or too much for the compiler
             print(f"left out {tiles}, G = {group}: {type(error).__name__}: {str(error)[:80]!r}")
             continue
         parameters = asdict(problem) | {"tiles": list(tiles), "group": group, "chosen": (tiles, group) == chosen}

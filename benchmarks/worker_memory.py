@@ -56,7 +56,7 @@ def measured_alone(kept: str, paths: int, workers: int) -> Record:
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=measure, args=(kept, paths, workers, theirs))
     process.start()
-    theirs.close()  # so that its end is ours
+    theirs.close()  # so that it ends with this process
     record: Record = ours.recv()
     process.join()
     return record

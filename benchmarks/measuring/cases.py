@@ -14,7 +14,7 @@ from msf_core import MeanShiftLoss, MemoryBank, reference
 
 FILL_CHUNK_ROWS = 16384
 RECALL_QUERIES = 8
-# Two rows whose similarities differ by less than float32 products can tell apart are a tie.
+# Rows whose similarities differ by less than the rounding of float32 products are a tie.
 RECALL_TOLERANCE = 1e-6
 RESNET_CPU_BATCH = 8
 RESNET_CPU_REPEATS = 2

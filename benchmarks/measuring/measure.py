@@ -23,12 +23,12 @@ import torch
 
 import msf_core
 
-# [rows of the left, inner, columns of the right] of the products that are tried for the machine's own rate.
+# Sizes [M, K, N] of the products that are tried to find the machine's own rate.
 CPU_PRODUCTS = ((256, 512, 1024), (256, 512, 8192), (2048, 2048, 2048))
 CUDA_PRODUCTS = ((256, 512, 131072), (4096, 4096, 4096), (8192, 8192, 8192))
 PRODUCT_SECONDS, PRODUCT_MOST_REPEATS = 0.15, 300
 MEMORY_REPEATS = 20
-WAIT_CYCLES = (20_000_000, 80_000_000, 320_000_000)  # of the GPU's clock: about 10, 40 and 160 ms
+WAIT_CYCLES = (20_000_000, 80_000_000, 320_000_000)  # cycles of the GPU's clock: about 10, 40 and 160 ms
 
 
 class Summary(NamedTuple):

@@ -30,7 +30,7 @@ from benchmarks.measuring.cases import Problem, authors_step, fill_bank, make_ba
 M_MMAP_THRESHOLD = -3  # malloc.h
 MMAP_THRESHOLD_BYTES = 64 << 10
 WARM_UP_ROWS = 8192
-STEP_CALLS = 5  # of a step of ours on a CPU, whose small figure varies by some MB from call to call
+STEP_CALLS = 5  # on a CPU the extra memory of our step is small and varies by some MB from call to call
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.measuring.cases import Problem
 
 Search = Callable[[Tensor], Tensor]
-PRODUCT_MOST_BYTES = {"cpu": 300 << 20, "cuda": 16 << 30}  # of the Q×N matrix of product-and-topk
+PRODUCT_MOST_BYTES = {"cpu": 300 << 20, "cuda": 16 << 30}  # bytes of the Q×N matrix of product-and-topk
 
 
 class Unfit(Exception):
@@ -43,7 +43,7 @@ def build_all(rows: Tensor, problem: Problem, only: str | None = None) -> tuple[
             reasons[peer.name] = str(error)
         except ImportError as error:
             reasons[peer.name] = f"{peer.package} is not installed or does not import: {error}"
-        except Exception as error:  # of another library: no reason to lose what was measured
+        except Exception as error:  # another library's error must not lose the other measurements
             reasons[peer.name] = f"{type(error).__name__}: {error}"
     return built, reasons
 
@@ -54,7 +54,7 @@ def versions() -> dict[str, str | None]:
     for package in dict.fromkeys(peer.package for peer in PEERS if peer.package not in ("torch", "faiss")):
         try:
             found[package] = str(getattr(importlib.import_module(package), "__version__", "of unknown version"))
-        except Exception:  # absent, or broken in a way of its own
+        except Exception:  # not installed, or broken in its own way
             found[package] = None
     return found
 
@@ -98,7 +98,7 @@ def build_lightly(rows: Tensor, problem: Problem) -> Search:
 
     def search(queries: Tensor) -> Tensor:
         nearest: Tensor = bank(queries, update=True)
-        return nearest.new_full((len(queries), 1), -1, dtype=torch.int64)  # it tells rows, and no indices
+        return nearest.new_full((len(queries), 1), -1, dtype=torch.int64)  # it returns rows but no indices
 
     return search
 
@@ -126,7 +126,7 @@ def build_cuvs(rows: Tensor, problem: Problem) -> Search:
     resources.sync()
 
     def search(queries: Tensor) -> Tensor:
-        torch.cuda.current_stream().synchronize()  # it works on a stream of its own
+        torch.cuda.current_stream().synchronize()  # it uses its own stream
         found = brute_force.search(index, queries, problem.k, resources=resources)[1]
         resources.sync()
         return torch.as_tensor(found, device="cuda")

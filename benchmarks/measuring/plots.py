@@ -33,7 +33,7 @@ COLORS = {
     "cuVS": "#44aa99",
 }
 PAPER_COLOR, OTHER_COLOR = "#999999", "#777777"
-LABEL_GAP = 1.35  # between the labels at the ends of the lines, as a factor
+LABEL_GAP = 1.35  # smallest ratio between the labels at the ends of the lines
 
 
 def plot_times(records: list[Record], path: Path) -> None:
@@ -65,7 +65,7 @@ def plot_times(records: list[Record], path: Path) -> None:
                 va="bottom" if slowest else "top",
                 color=color,
                 fontsize=9,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},  # over other lines
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},  # above the other lines
             )
     x = list(line)
     floor = [min(r.derived["floor"] for r in group if not is_authors(r)) for group in line.values()]

@@ -26,7 +26,7 @@ from benchmarks.measuring.tables import PAPER_TABLE_1
 from msf_core import MemoryBank
 from msf_core.search import load_backend
 
-LONG_GFLOP, FEW_REPEATS = 40, 3  # on a CPU, a search of more operations is run that often
+LONG_GFLOP, FEW_REPEATS = 40, 3  # on a CPU, searches with more operations are run this often
 AUTHORS_MOST_ROWS = 500_000  # on a CPU
 
 
@@ -140,13 +140,13 @@ def measure_searches(run: Run, rows: int, dim: int, problems: list[Problem]) -> 
 def _measure_search(run: Run, problem: Problem, bank: MemoryBank, truth: cases.Truth, check: Tensor) -> None:
     rounds = run.rounds(problem)
     batches = [u for _, u in cases.make_batches(problem, rounds + 1)]
-    batches[0][: len(check)] = check[: len(batches[0])]  # the first batch, the warm-up, is the one that is judged
+    batches[0][: len(check)] = check[: len(batches[0])]  # the first batch (the warm-up) is checked
     prepared = [peers.unit_queries(u, bank.dtype) for u in batches]
     others: dict[str, peers.Search] = {}
     if not run.args.no_peers:
         others, reasons = peers.build_all(bank.rows, problem)
         if problem.device == "cpu" and not (on_the_line(problem) and problem.rows < AUTHORS_MOST_ROWS):
-            others.pop("bare faiss.knn", None)  # it costs what msf_core's faiss costs, and the run should end soon
+            others.pop("bare faiss.knn", None)  # it costs the same as msf_core's faiss, and leaving it out saves time
         run.unmeasured |= {f"{name} at {describe(problem)}": reason for name, reason in reasons.items()}
 
     def ours(backend: str) -> Callable[[int], Tensor]:
@@ -160,7 +160,7 @@ def _measure_search(run: Run, problem: Problem, bank: MemoryBank, truth: cases.T
         return lambda number: others[name](prepared[number + 1])
 
     calls = {name: ours(name) for name in run.args.backends} | {name: theirs(name) for name in others}
-    # The operator of a bank hides its products from the counter, so those of the torch backend are counted.
+    # A bank's operator hides its products from the counter, so those of the torch backend are counted.
     counted, _ = cases.count_gflop(lambda: load_backend("torch").topk(prepared[0], bank.rows, problem.k), problem.batch)
     recall: dict[str, float | None] = {}
     for name in list(calls):
@@ -169,7 +169,7 @@ def _measure_search(run: Run, problem: Problem, bank: MemoryBank, truth: cases.T
         except Exception as error:
             if name in run.args.backends:
                 raise
-            del calls[name]  # a peer that cannot do it after all
+            del calls[name]  # a peer that fails after all
             run.unmeasured[f"{name} at {describe(problem)}"] = f"{type(error).__name__}: {error}"
             continue
         recall[name] = None if name == "lightly bank" else truth.recall(index)
@@ -292,7 +292,7 @@ def _peer_steps(run: Run, problem: Problem, bank: MemoryBank) -> dict[str, cases
 def _as_step(search: peers.Search, dtype: torch.dtype) -> cases.Step:
     def step(v: Tensor, u: Tensor) -> Tensor:
         search(peers.unit_queries(u, dtype))
-        return v.new_tensor(torch.nan)  # a search alone: it has no loss
+        return v.new_tensor(torch.nan)  # a search alone has no loss
 
     return step
 
