@@ -17,6 +17,7 @@ from test_imagenet_train import assert_same_run, error_of, stop_at, train
 from test_training import CPU, assert_same, batches, joined_of
 
 import imagenet_eval
+from pipeline.data.opening import open_source
 from pipeline.data.small import SmallImages, Split, statistics
 from pipeline.data.small_sets import IDX_FILES, open_small
 from pipeline.data.source import Share, epoch_order
@@ -179,6 +180,20 @@ def test_views_depend_on_neither_the_batch_nor_the_ranks_nor_on_where_the_epoch_
     classifier = [views for views, _ in source(split).supervised_views(1, [[0, 1, 2], [3]])]
     assert torch.equal(torch.cat(classifier), next(iter(source(split).supervised_views(1, [[0, 1, 2, 3]])))[0])
     assert not torch.equal(classifier[0], joined_of(batches(source(split, views=views_of("w/w")), 1))[0][:3])
+
+
+def test_fashion_mnist_has_views_of_its_own(tmp_path: Path) -> None:
+    ramp = np.broadcast_to(9 * np.arange(28, dtype=np.uint8), (24, 28, 28))  # brighter to the right
+    (idx_folder(tmp_path, train=24) / IDX_FILES[0][0]).write_bytes(idx(ramp))
+    options = {"image_size": 28, "share": Share(24), "workers": 0, "seed": 0, "device": CPU}
+    opened = open_source("fashion-mnist", str(tmp_path), augmentation="w/s", **options)
+    ((target, online, *_),) = opened.train_views(0, 0)
+    weak, strong = (views[:, 0, 14, -1] - views[:, 0, 14, 0] for views in (target, online))
+    assert (torch.cat([weak, strong]) > 0).all(), "shoes point to the left: nothing is flipped"
+    whole = 27 * 9 / 255 / opened.facts["std"][0]
+    assert (weak > 0.8 * whole).all(), "crops are mild, and nothing else changes a weak view"
+    assert strong.std() > 3 * weak.std()
+    torch.testing.assert_close(online[:, 0], online[:, 2], msg="gray stays gray")
 
 
 def test_each_view_is_made_of_its_image_and_its_part_of_the_row() -> None:
