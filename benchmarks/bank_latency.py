@@ -1,31 +1,31 @@
-"""What the exchanges of a shared bank cost in a step where hosts are apart: round trips, for 2 and 4 gloo ranks.
+"""Network round trips that a step waits for if ranks on distant hosts share a bank, for 2 and 4 gloo ranks.
 
     python benchmarks/bank_latency.py        as root on Linux, with /dev/net/tun and `ip`; some minutes on two CPU cores
 
-Every rank lives in a network namespace of its own, whose one way out is a TUN device: a point-to-point IP link with an
-MTU of 9,000. A relay, a thread of the parent process, passes IP packets from one device to another when they are
-RTT/2 old. So TCP, and gloo above it, see hosts that are RTT apart. This is a delay in user space, not the kernel's
-netem, which many kernels lack: each packet also costs the relay's time, at an RTT of 0 too. The namespaces have no
-names and no other link, and end with their processes. Bandwidth is the relay's, not that of a network.
+Each rank runs in its own network namespace, whose only connection is a TUN device: a point-to-point IP link with an
+MTU of 9,000. A thread of the parent process, the relay, forwards each IP packet to its device after a delay of RTT/2
+(RTT: round-trip time). The delay is added in user space, because many kernels lack netem. Therefore each packet also
+costs the relay's time, even at an RTT of 0, and the bandwidth is that of the relay. The namespaces have no names and
+no other link, and disappear with their processes.
 
-For each layout of a bank, without labels, with labels that are kept, and with labels that limit the search, it times
+For each layout of a bank, without labels, with stored labels, and with labels that limit the search, it times
 
-    step      MeanShiftLoss(bank, k) forward and backward, of which the exchanges are a push and a search
+    step      forward and backward of MeanShiftLoss(bank, k), which communicates in a push and a search
     push      bank.push
-    search    bank.search, which in a replicated bank talks to nobody
+    search    bank.search, which does not communicate if the bank is replicated
 
-many times in a row on all ranks at once, at each RTT in turns. Of all ranks' times together:
+many times in a row on all ranks at once, alternating between the RTTs. From the times of all ranks it computes:
 
     round trips    (median time at RTT − median time at 0) / (echo at RTT − echo at 0)
 
-and the same of the 20 % quantiles: whatever else runs on these cores only ever adds to a time, most of all to those at
-an RTT of 0, which have no waits to hide it in; so on a machine that is not idle trust these, at the longest RTT.
+and the same from the 20 % quantiles. Other programs on these cores can only increase a time, most of all at an RTT of
+0, where the ranks hardly wait. On a machine that is not idle, trust the 20 % quantiles at the longest RTT.
 
-The echo is a message of 72 bytes from rank 0 to rank 1 and back: the RTT that is really there. Half a round trip
-is a message one way. "Alone" is one process with as many rows as a rank has, without a network; the ranks share the
-cores of this machine, so what they take above it at an RTT of 0 is not the network's alone. Sent bytes and packets are
-those of a rank's TUN device in a step, with the headers and acknowledgments of TCP. Needs the cores alone. Writes
-bank_latency.jsonl, one record a case and RTT, and bank_latency.md.
+The echo, a message of 72 bytes from rank 0 to rank 1 and back, measures the actual RTT. A message in one direction
+takes half a round trip. "Alone" is one process without a network, with as many rows as a rank has. The ranks share
+the cores of this machine, so the additional time at an RTT of 0 is not due to the network alone. Sent bytes and
+packets are those of one rank's TUN device per step, including TCP headers and acknowledgments. Run it on an
+otherwise idle machine. It writes bank_latency.jsonl, one record per case and RTT, and bank_latency.md.
 """
 
 import argparse

@@ -1,15 +1,16 @@
-"""What the options of a bank cost: the dtype of its rows, and searches that leave rows out by their label or id.
+"""Search time by the options of a bank: the dtype of its rows, and searches that exclude rows by label or id.
 
     python benchmarks/bank_options.py                 two and a half minutes on two CPU cores
     python benchmarks/bank_options.py --device cuda
 
-One batch, by ``MemoryBank.search``: all rows may be found ("any"), those of the query's label alone ("same label", one
-of 1,000, at random), or all but those of the query's id ("other id", two rows each). The options are timed in turns, by
-"auto" and, on the smallest bank, by "faiss" where that is installed. Rows and queries are random.
+It times ``MemoryBank.search`` for one batch. The search may find all rows ("any"), only those with the query's label
+("same label"; each row has one of 1,000 labels at random), or all except those with the query's id ("other id"; each id
+belongs to two rows). It alternates between the options, with "auto" and, on the smallest bank, with "faiss" if it is
+installed. Rows and queries are random.
 
-Writes bank_options.jsonl, one record a case, and bank_options.md to --out. "times float32" is the ratio of medians to
-"auto" on float32 rows that may all be found, of the same size. The bytes of the bank are those of rows, scales, labels
-and ids.
+Writes bank_options.jsonl, one record per case, and bank_options.md to --out. "times float32" is the ratio of the
+median to that of "auto" on as many float32 rows without exclusions. The bytes of the bank are those of rows, scales,
+labels and ids.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=positive, default=256)
     parser.add_argument("--k", type=positive, default=5)
     parser.add_argument("--repeats", type=positive, default=9)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args(arguments)
     settle_device_and_folder(parser, args)

@@ -1,21 +1,24 @@
-"""What a bank costs when ranks share it: memory, bytes on the wire and time of a step, for 1, 2 and 4 gloo ranks.
+"""Cost of a bank that ranks share: memory, received bytes and time per step, for 1, 2 and 4 gloo ranks.
 
     python benchmarks/bank_ranks.py        a minute on two CPU cores
 
-A step pushes a batch that is divided over the ranks, and searches the k nearest of every row of it. W ranks, B rows in
-all, D dimensions, N rows of the bank, e bytes a stored value. Received by each rank:
+A step pushes a batch that is divided among the ranks, and searches the k nearest neighbors of each of its rows. There
+are W ranks, B rows in the batch of all ranks, D dimensions, N rows in the bank, and e bytes per stored value. Each
+rank receives, in bytes:
 
     push                 (W − 1)/W · B · (e D + 8)                       everyone's rows and int64 labels
     search, sharded      (W − 1)/W · B · e D                             everyone's queries
                        + (W − 1)/W · B · k · (e D + 20)                  k candidates of every other shard, with
                                                                          similarity (4), slot and label (8 each)
 
-and a header of 88 bytes from each other rank: one with a push, two with a sharded search. Kept by each rank:
-N rows of e D + 8 bytes, or ⌈N/W⌉ of them. Multiplied by each rank: 2 D · B · N/W values, sharded or not.
+and headers of 88 bytes from each other rank: one for a push, two for a sharded search. Each rank stores N rows of
+e D + 8 bytes if the bank is replicated, and ⌈N/W⌉ rows if it is sharded. In both cases each rank computes
+2 D · B · N/W operations.
 
-"Measured" is what the loopback interface received (/proc/net/dev), with TCP's own headers, by W: let nothing else talk
-there. All ranks share two cores, so the times tell what the exchange costs, not what W machines would gain. Needs the
-core alone. Writes bank_ranks.jsonl, one record a case, and bank_ranks.md.
+"Measured" is what the loopback interface received (/proc/net/dev), including TCP's headers, divided by W. No other
+program may use that interface meanwhile. All ranks share two cores, so the times show the cost of the exchange, not
+the speedup from W machines. Run it on an otherwise idle machine. It writes bank_ranks.jsonl, one record per case, and
+bank_ranks.md.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What the CPU's screen costs where it can leave few rows out: the bank of a collapsed encoder, and others.
+"""Cost of the CPU's bfloat16 screen if it can exclude only a few rows, as in the bank of a collapsed encoder.
 
     python benchmarks/collapsed.py           (on two CPU cores with bfloat16 instructions, without other work)
 
-Each search with the screen is timed in turns with the same search without (`float32_search`), one call of the torch
-backend's own functions. "random" is the bank that the screen is made for, beside it:
+Each search is timed alternately with the screen and without it (`float32_search`), by one call of the torch backend's
+internal functions. "random" is the case that the screen is designed for. The other banks are:
 
 - within 0.001, duplicates: rows that differ by that much, or not at all
 - half: 60 % of the rows, and all queries, within 0.001
@@ -12,7 +12,7 @@ backend's own functions. "random" is the bank that the screen is made for, besid
 - drift: from random to within 0.001, row by row
 - second half: random, then within 0.001
 
-Writes collapsed.jsonl, one record a search, and collapsed.md to --out. "times as long" is the ratio of the medians.
+Writes collapsed.jsonl, one record per search, and collapsed.md to --out. "times as long" is the ratio of the medians.
 """
 
 import argparse

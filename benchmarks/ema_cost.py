@@ -1,15 +1,16 @@
-"""What the EMA update costs: ``EMATarget.update`` beside the ways other libraries do it, in turns, in one run.
+"""Cost of the EMA update: ``EMATarget.update`` and the implementations of other libraries, timed in one run.
 
     python benchmarks/ema_cost.py            (no arguments: ResNet50 with the paper's projection head, momentum 0.99)
 
-Each method gets a target of its own, a copy of the same start, and follows the same online encoder. First every
-method does one update, and its parameters are compared with those of `EMATarget`, and these with m·f + (1 − m)·g in
-float64; a method that gets something else is marked in the table. Then the updates are timed in turns. One record a
-method goes to OUT/ema_cost.jsonl, all of them to OUT/ema_cost.md (also printed) and OUT/ema_cost.png.
+Each method has its own target, a copy of the same initial model, and follows the same online encoder. First, every
+method makes one update. Its parameters are compared with those of `EMATarget`, which are compared with
+m·f + (1 − m)·g in float64. A method with a different result is marked in the table. Then the updates are timed,
+alternating between the methods. OUT/ema_cost.jsonl gets one record per method; OUT/ema_cost.md (also printed) and
+OUT/ema_cost.png show all of them.
 
-The methods differ in what they do with buffers, BatchNorm's statistics. The column "buffers" tells what was seen:
-kept (the target's own are left alone), copied, or averaged. "Times ours" compares medians with our default, which
-keeps them; "same buffers" with `EMATarget` under the policy that does the same as that method.
+The methods treat buffers (BatchNorm's statistics) differently. The column "buffers" says what the method was observed
+to do: keep the target's own, copy them, or average them. "Times ours" is the ratio of medians to our default, which
+keeps them; "same buffers" is the ratio to `EMATarget` with the buffer policy of that method.
 
 Formulas and units:
 
@@ -17,10 +18,10 @@ Formulas and units:
     GB/s           = bytes at least / median time, so two passes over f show as a lower rate
     MB, GB         = 1e6, 1e9 bytes
 
-Times are medians with the 20 % and 80 % quantiles. Extra memory is the peak during one update above what was there
-before it; memory.py says how, and that figures below 0.3 MB mean "next to nothing". Launches, on CUDA only, are the
-kernels and copies that the host starts for one update, counted by torch.profiler. There an update that the host
-takes longer to start than the GPU to do is timed at the host's pace.
+Times are medians with the 20 % and 80 % quantiles. Extra memory is the peak during one update minus
+the memory in use before it; see memory.py. Figures below 0.3 MB mean "next to nothing". Launches, on CUDA only, are
+the kernels and copies that the host starts for one update, counted by torch.profiler. If launching the kernels of an
+update takes longer than running them on the GPU, the measured time is that of the launches.
 """
 
 import argparse
@@ -492,7 +493,7 @@ def plot_ema_cost(records: list[Record], unmeasured: dict[str, str], path: Path)
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ends with exit code 2 and a message where it is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument("--model", default="resnet50", help="a classification model of torchvision (default: resnet50)")
     parser.add_argument("--repeats", type=positive, help=f"updates (default: {CPU_REPEATS}; CUDA {CUDA_REPEATS})")
     parser.add_argument("--momentum", type=_momentum, default=0.99, help="above 0 and below 1 (default: 0.99)")
@@ -505,7 +506,7 @@ def parse_arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--model {args.model}: {error}")
     except ImportError as error:
-        parser.exit(1, f"the models are torchvision's; pip install 'msf_core[bench]': {error}\n")
+        parser.exit(1, f"the models are torchvision's; pip install -e '.[bench]': {error}\n")
     return args
 
 

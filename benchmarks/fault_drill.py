@@ -1,15 +1,15 @@
-"""Break a training run in every way that a week on several GPUs may bring, and look at what is left of it.
+"""Inject the faults that occur in long training runs on several GPUs, and check that the run recovers.
 
     python benchmarks/fault_drill.py              all faults, 50 kills: about half an hour on two CPU cores
     python benchmarks/fault_drill.py --kills 2    a short one
     python benchmarks/fault_drill.py --hosts      several hosts instead: see breaking/host_faults.py
 
-Each fault befalls `examples/imagenet_train.py` on the digits, on two gloo ranks of this machine under torchrun, which
-starts the ranks again (``--max-restarts``). What must hold: the run ends by itself; the losses of all steps are, to the
-last bit, those of a run that nothing disturbed; after every fault the last whole checkpoint loads. Steps are lost when
-they were done after the last checkpoint (one an epoch, 21 steps) and are done again.
+Each fault is injected into `examples/imagenet_train.py` on the digits, on two gloo ranks of this machine under
+torchrun, which restarts the ranks (``--max-restarts``). Three things must hold: the run finishes without help; the
+losses of all steps are bit-equal to those of an undisturbed run; after every fault, the last complete checkpoint
+loads. Steps after the last checkpoint (written once per epoch, every 21 steps) are lost and run again.
 
-Needs: pip install 'msf_core[examples]'. Writes fault_drill.jsonl, one record a fault, and fault_drill.md.
+Needs, in a clone: pip install -e '.[examples]'. Writes fault_drill.jsonl, one record per fault, and fault_drill.md.
 """
 
 import argparse

@@ -1,22 +1,22 @@
-"""How fast views of images are made: by Pillow image by image, as the trainer did before, as it does now, by lightly.
+"""Compare how fast views of images are created: by the trainer, by its version 0.2 (with Pillow), and by lightly.
 
-    python benchmarks/image_views.py          (no arguments: 64 made JPEGs of 500 × 375, views of 224; 2 to 3 minutes)
+    python benchmarks/image_views.py          (64 generated JPEGs of 500 × 375, views of 224 pixels; 2 to 3 minutes)
     python benchmarks/image_views.py --data DIR           the JPEGs of a folder instead
 
-Photographs: a DataLoader with one worker, whose process is what is measured: images a second and core, two views of
-each. "before" is the path that the trainer had up to version 0.2, kept here to compare with: Pillow, torchvision's
-transforms and float32 views. "now" leaves all but decoding and cropping to the device; its "whole" does that on the
-CPU too, everything in one process, beside the same of "before". lightly's transforms are MoCoV2Transform and
-BYOLTransform with their defaults at this size; their views differ from ours, so they are neighbors, not equals.
+Photographs are read by a DataLoader with one worker. The figure is the images per second and core of that worker, with
+two views of each image. "before" is the code of the trainer up to version 0.2, kept here for comparison: Pillow,
+torchvision's transforms and float32 views. "now" leaves everything except decoding and cropping to the device. "whole"
+does everything on the CPU in one process, for both "now" and "before". lightly's transforms are MoCoV2Transform and
+BYOLTransform with their defaults at this size. Their views differ from ours, so the comparison is only approximate.
 
-Small images: 32 × 32, in one process and thread: the trainer's source for them, and "before" in a DataLoader with one
-worker.
+Small images have 32 × 32 pixels. The trainer's data source runs in one process and thread, and "before" in a
+DataLoader with one worker.
 
-All of these take turns, a round each, in an order that changes, so that a machine that slows down slows all of them;
-ratios are of medians. One record each goes to OUT/image_views.jsonl; OUT/image_views.md has the table, also printed,
-and OUT/image_views.png the picture. The breakdown times each part alone, in one thread, on the same images.
+Rounds of all variants alternate, in changing order, so that a slowdown of the machine affects all of them. Ratios are
+those of medians. OUT/image_views.jsonl gets one record per variant, OUT/image_views.md the table (also printed), and
+OUT/image_views.png the picture. The breakdown times each part separately, in one thread, on the same images.
 
-On a GPU also the device's part of a batch, and a training run (ResNet50, from these files) with its share of waiting.
+On a GPU, it also times the device's part of a batch, and the share of a ResNet50 training run spent waiting for data.
 """
 
 import argparse

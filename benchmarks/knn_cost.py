@@ -1,37 +1,39 @@
-"""What the nearest neighbors cost: the paper's Table 1, extended, beside this machine's own figures.
+"""Cost of the nearest-neighbor search: measure an extended version of the paper's Table 1 on this machine.
 
-    python benchmarks/knn_cost.py            (no arguments: a selection of sizes; some 2 minutes on two CPU cores)
+    python benchmarks/knn_cost.py            (a selection of sizes; about 2 minutes on two CPU cores)
     python benchmarks/knn_cost.py --full     (every size: N, D, batch and k as the flags below list them)
 
-Measured, each as one record in OUT/knn_cost.jsonl, and shown in OUT/knn_cost.md (also printed) and two pictures,
-OUT/knn_cost.png (time against N, with the floor) and OUT/knn_cost_share.png (share of a training step):
+Each of the following measurements is a record in OUT/knn_cost.jsonl. OUT/knn_cost.md (also printed) has the tables,
+OUT/knn_cost.png shows time against N with the floor, and OUT/knn_cost_share.png the share of a training step.
 
-- search: one batch by each backend, ``MemoryBank.search``, which fetches the neighbors' rows too; and by the peers
-  that are installed (peers.py: product and top-k, faiss.knn or knn_gpu, lightly's bank, flashlib, cuVS), in turns.
-- authors: one step in the authors' formulation (msf_core.reference), in float32 whatever the bank's dtype: bank
-  write, loss by two distance matrices, backward to the prediction. At the paper's sizes.
-- step: the same with msf_core: push, search, loss, backward; in turns with the authors' step, and with a bare
-  faiss.knn and lightly's k = 1 bank over the same rows, in one run.
-- matmul_rate, memory_rate: the fastest matrix products and memory reads that this machine was seen to do.
+- search: the search of one batch by ``MemoryBank.search`` with each backend, including the copy of the neighbors'
+  rows, and by the other libraries that are installed (peers.py: product and top-k, faiss.knn or knn_gpu, lightly's
+  bank, flashlib, cuVS). The calls alternate.
+- authors: one step in the authors' formulation (msf_core.reference), at the paper's sizes, in float32 whatever the
+  bank's dtype: write to the bank, compute the loss from two distance matrices, backward to the prediction.
+- step: the same with msf_core (push, search, loss, backward). It alternates in one run with the authors' step, a bare
+  faiss.knn, and lightly's k = 1 bank over the same rows.
+- matmul_rate, memory_rate: the fastest matrix product and memory read observed on this machine.
 - resnet50_step: forward and backward of the online ResNet50 and forward of the target, 224 x 224 images.
-- extra_memory: the peak during one call above what was there before, in a fresh process (memory.py says how).
+- extra_memory: the peak during one call minus the memory in use before it, in a fresh process (see memory.py).
 
 Formulas and units:
 
-    GFLOP a query      = 2·N·D / 1e9 (search), 6·N·D / 1e9 (authors' step: two products forward, one backward);
-                         a multiply-add is two operations. Counted: torch.utils.flop_counter on a real run, a query;
-                         FAISS and Triton hide their products from it: there the count of the torch backend stands
-    GFLOP/s            = formula's GFLOP a query · batch / median time
+    GFLOP per query    = 2·N·D / 1e9 (search), 6·N·D / 1e9 (authors' step: two products forward, one backward);
+                         a multiply-add is two operations. "Counted" is the count of torch.utils.flop_counter in a
+                         real run, per query. It cannot see the products of FAISS and Triton; for these, the table
+                         has the count of the torch backend
+    GFLOP/s            = GFLOP per query by the formula · batch / median time
     product ceiling    = the fastest product in any dtype that an exact search of these rows can use for its screen:
                          bfloat16 or float32 on a CPU, that of the rows on CUDA (TF32 for float32)
-    floor              = the longer of 2·Q·N·D / product ceiling and N·D·(bytes a value) / memory ceiling
+    floor              = the larger of 2·Q·N·D / product ceiling and N·D·(bytes per value) / memory ceiling
     share of step      = search time / ResNet50 step time, both for one batch
     MB, GB             = 1e6, 1e9 bytes
 
-Times are medians with the 20 % and 80 % quantiles. On CUDA each search and step is timed twice: as called, and with the
-host hidden (measure.time_hidden: its kernels are queued before the GPU gets to them); the difference is what Python and
-the launches take. The second has not been run on a GPU yet. On a CPU the ResNet50 step is measured on a few images and
-scaled by their number. Recall is against a float64 brute force on eight queries.
+Times are medians with the 20 % and 80 % quantiles. On CUDA, each search and step is timed twice: as called, and
+without the host's overhead (measure.time_hidden queues all kernels before the GPU starts). The difference is the time
+of Python and of the launches. None of this has run on a GPU yet. On a CPU, the ResNet50 step is measured on a few
+images and scaled to the batch. Recall is relative to float64 brute force, on eight queries.
 """
 
 import argparse
@@ -91,25 +93,27 @@ def _plot(run: stages.Run) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ends with exit code 2 and a message where it is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="all N, D, batch and k, each with each")
+    parser.add_argument("--full", action="store_true", help="all combinations of all N, D, batch sizes and k")
     for flag, what, numbers, default in (
         ("--rows", "bank sizes N", ALL_ROWS, ROWS),
         ("--dim", "dimensions D", ALL_DIMS, DIM),
-        ("--batch", "queries of a batch", ALL_BATCHES, BATCH),
+        ("--batch", "batch sizes", ALL_BATCHES, BATCH),
         ("--k", "neighbors", ALL_K, K),
     ):
         listed = " ".join(map(str, numbers))
-        text = f"{what}, one or more, each with each (with --full: {listed}; else, beside other flags: {default})"
+        text = f"{what}; all combinations are run (default with --full: {listed}; with other size flags: {default})"
         parser.add_argument(flag, type=positive, nargs="+", help=text)
     parser.add_argument("--step-rows", type=positive, help=f"bank size of the step (default: {DEFAULT_STEP_ROWS})")
-    parser.add_argument("--repeats", type=positive, help=f"runs of each (default: {CPU_REPEATS}; CUDA {CUDA_REPEATS})")
+    parser.add_argument("--repeats", type=positive, help=f"repetitions (default: {CPU_REPEATS}; CUDA {CUDA_REPEATS})")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the rows (default: float32; CUDA bfloat16)"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="dtype of the rows (default: float32; CUDA bfloat16)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: auto and all that work here")
-    parser.add_argument("--no-peers", action="store_true", help="leave the other libraries out")
-    parser.add_argument("--no-resnet", action="store_true", help="leave the ResNet50 training step out")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: auto and all that work on this machine")
+    parser.add_argument("--no-peers", action="store_true", help="do not measure other libraries")
+    parser.add_argument("--no-resnet", action="store_true", help="do not measure the ResNet50 training step")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the results")
     args = parser.parse_args()
     _fill_in(parser, args)

@@ -1,19 +1,21 @@
-"""The drop-in of examples/integrations/lightly_nnclr.py beside lightly's own NNMemoryBankModule, in turns, in one run.
+"""Compare the replacement in examples/integrations/lightly_nnclr.py with lightly's own NNMemoryBankModule.
 
     python benchmarks/lightly_bank.py            (no arguments: 65,536 rows of 256 dimensions, batches of 256, k = 1)
 
-Both modules start with the same full bank of random unit rows, get the same batches, a new one a round, and are timed
-in a forward with update=False and one with update=True. One record a module and kind of forward goes to
-OUT/lightly_bank.jsonl, all of them to OUT/lightly_bank.md (also printed).
+Both modules start with the same full bank of random unit rows and get the same batches, a new one in each round. The
+forwards with update=False and with update=True are timed, alternating between the modules. OUT/lightly_bank.jsonl gets
+one record per module and value of update; OUT/lightly_bank.md (also printed) has the table.
 
-Recall is the share of queries whose answer is as near as the nearest row by brute force in float64, before the timing
-and after it; it also shows that both banks still hold the same. Batch divides the rows there, as lightly's bank needs.
+Recall is the share of queries whose result is as near as the nearest row by float64 brute force, before and after the
+timing. It also shows that both banks still have the same contents. The batch size must divide the number of rows,
+because lightly's bank drops rows otherwise.
 
-"Rows missing": a bank of at most 4,096 rows takes batches that do not divide it, three turns long. Then its newest rows
-are compared with collections.deque(maxlen=rows), by numbers that the signs of each row spell.
+"Rows missing": a bank of at most 4,096 rows is filled three times over with batches whose size does not divide its
+size. Then its newest rows are compared with collections.deque(maxlen=rows). Each row is identified by a number that is
+encoded in the signs of its values.
 
-"Times ours" compares medians with our default backend and the same update. Times are medians with the 20 % and 80 %
-quantiles; extra memory is the peak during one forward above what was there before it (see memory.py).
+"Times ours" is the ratio of medians to our default backend with the same update. Times are medians with the 20 % and
+80 % quantiles. Extra memory is the peak during one forward minus the memory in use before it (see memory.py).
 """
 
 import argparse
@@ -81,7 +83,7 @@ def main() -> None:
     try:
         methods = make_methods(task.device)
     except ImportError as error:
-        sys.exit(f"this needs lightly and the examples: pip install 'msf_core[peers,examples]': {error}")
+        sys.exit(f"this needs lightly and the examples: pip install -e '.[peers,examples]': {error}")
     records = measure(task, methods)
     report = write_report(records)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -274,7 +276,7 @@ def _row(record: Record) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; ends with exit code 2 and a message where it is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument("--rows", type=positive, default=65536, help="of the bank (default: 65536)")
     parser.add_argument("--dim", type=positive, default=256, help="dimensions (default: 256)")
     parser.add_argument("--batch", type=positive, default=256, help="queries, divides the rows (default: 256)")

@@ -1,11 +1,11 @@
-"""Which self-supervised method for these images? Train them alike, and print the MSF paper's Table 2 in small.
+"""Train self-supervised methods on the same images with one recipe, and compare them as in the MSF paper's Table 2.
 
-Needs: pip install 'msf_core[examples,bench,peers,faiss-cpu]'
+Needs, in a clone: pip install -e '.[examples,bench,peers,faiss-cpu]'
 
     python benchmarks/methods.py                                            all methods on scikit-learn's digits
     python benchmarks/methods.py --dataset fashion-mnist --data DIR --jobs 2     hours on two cores
     python benchmarks/methods.py --data MY_IMAGES --methods msf simclr byol      one folder per class (a GPU is advised)
-    python benchmarks/methods.py --dataset fashion-mnist --data DIR --cost       time and memory of a step, alone
+    python benchmarks/methods.py --dataset fashion-mnist --data DIR --cost       only time and memory of a step
 
 All methods get the same images, views, backbone, steps, optimizer and evaluation. First, each method is tried with the
 same learning rates and evaluated on a held-out part of the training images. Then it is trained on all training images
@@ -16,8 +16,8 @@ Each run writes a record to OUT/runs. A run that has its record is not repeated,
 stop, and more --methods or --seeds add to the existing runs. OUT/table.md has the table, OUT/records.jsonl all records.
 To start from the records of another machine, put their records.jsonl into a new OUT.
 
---budget passes is a second comparison: a method that sends both views through the encoder with gradient gets half the
-steps, because each takes about twice the time.
+With --budget passes, a method that sends both views through the encoder with gradient gets half the steps, because each
+of them takes about twice the time.
 """
 
 import argparse
@@ -43,7 +43,7 @@ try:
     from benchmarks.measuring.arguments import positive, settle_device_and_folder
     from benchmarks.measuring.tables import format_seconds
 except ModuleNotFoundError as missing:
-    print(f"methods.py: error: {missing}: pip install 'msf_core[examples,bench,peers,faiss-cpu]'", file=sys.stderr)
+    print(f"methods.py: error: {missing}: pip install -e '.[examples,bench,peers,faiss-cpu]'", file=sys.stderr)
     sys.exit(2)
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # the sweep: factors of the recipe's learning rate, the same for all methods
@@ -221,28 +221,35 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
-        "--dataset", choices=tuple(RECIPES), help="where the images are from (digits; with --data: folder)"
+        "--dataset", choices=tuple(RECIPES), help="data set (default: folder with --data, otherwise digits)"
     )
-    parser.add_argument("--data", default="", help="folder of the images, for all but the digits")
+    parser.add_argument("--data", default="", help="folder of the images (not for the digits)")
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=tuple(METHODS),
         default=list(METHODS),
         metavar="METHOD",
-        help=f"of {', '.join(METHODS)} (all)",
+        help=f"methods to compare: {', '.join(METHODS)} (default: all)",
     )
-    parser.add_argument("--seeds", type=positive, default=3, help="runs of each method (3)")
-    parser.add_argument("--steps", type=positive, help="of a run; the sweep's are a fifth (the recipe's)")
-    parser.add_argument("--budget", choices=("steps", "passes"), default="steps", help="what is equal for all (steps)")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time, with several one thread each (1)")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs per method (default: 3)")
+    parser.add_argument("--steps", type=positive, help="steps per run; in the sweep, a fifth (default: the recipe's)")
+    parser.add_argument(
+        "--budget",
+        choices=("steps", "passes"),
+        default="steps",
+        help="what is the same for all methods: steps, or passes through the encoder (default: steps)",
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=1, help="parallel runs; if more than one, each uses one thread (default: 1)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--out", type=Path, help="folder of records and tables (runs/methods-DATASET)")
+    parser.add_argument("--out", type=Path, help="output folder (default: runs/methods-DATASET)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--lr", type=float, help="one learning rate for all methods, without a sweep")
-    which.add_argument("--sweep", action="store_true", help="only the sweep of learning rates")
-    which.add_argument("--cost", action="store_true", help="only time and memory of a step, on an idle machine")
-    settings = parser.add_argument_group("instead of the recipe's")
+    which.add_argument("--sweep", action="store_true", help="run only the sweep of learning rates")
+    which.add_argument("--cost", action="store_true", help="only measure time and memory of a step (machine idle)")
+    settings = parser.add_argument_group("settings that replace the recipe's")
     for name in RECIPE_FLAGS:
         kind = {"arch": str, "stem": str, "momentum": float, "weight_decay": float}.get(name, positive)
         settings.add_argument("--" + name.replace("_", "-"), type=kind)

@@ -1,19 +1,19 @@
-"""What a step costs beside its arithmetic: host time and kernel launches of the criterion, by batch, rows and options.
+"""Overhead of a step: host time and kernel launches of the criterion, by batch size, bank size and options.
 
     python benchmarks/step_overhead.py                    a minute on one CPU core
     python benchmarks/step_overhead.py --device cuda
 
-A step is forward and backward of the criterion: push u, search, loss, gradient of v. Beside ours, in turns in the same
-run, stand the authors' formulation (`msf_core.reference`, with the queue that it needs) and lightly's bank with its
-loss for k = 1, where lightly is installed. On a CPU one thread is used and the sizes are tiny, so that the time is
-that of Python and of PyTorch's dispatcher; on a GPU it is the time until the last launch is queued.
+A step is forward and backward of the criterion: push u, search, loss, gradient of v. In the same run, it alternates
+with the authors' formulation (`msf_core.reference`, with the queue that it needs) and, if lightly is installed, with
+lightly's bank and its loss for k = 1. On a CPU, one thread and tiny sizes are used, so the time is mostly that of
+Python and of PyTorch's dispatcher. On a GPU, it is the time until the last launch is queued.
 
-Launches are the operations that would start a kernel on a GPU, counted on meta tensors: views and allocations are
-none, and the search counts as the launches of the Triton backend: 2, and for float32 and int8 rows 2 more that end at
-once where rows are not all alike. Lightly's bank reads a number back and cannot run
-on meta tensors, so its launches are those of a CPU run, its search included.
+Launches are the operations that would start a kernel on a GPU, counted on meta tensors. Views and allocations do not
+count. The search counts as the launches of the Triton backend: 2, and for float32 and int8 rows 2 more, which end at
+once unless almost all rows are alike. lightly's bank reads a number back and cannot run on meta tensors, so its
+launches are counted in a run on the CPU, including its search.
 
-Writes step_overhead.jsonl, one record a case, and step_overhead.md to --out. "times the authors'" is the ratio of
+Writes step_overhead.jsonl, one record per case, and step_overhead.md to --out. "times the authors'" is the ratio of
 medians at the same size.
 """
 
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, and write what was found."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=positive, default=400)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args(arguments)
     settle_device_and_folder(parser, args)

@@ -1,10 +1,11 @@
-"""What the trial of the Triton backend costs, which "auto" runs before it relies on it (`msf_core.search.trial`).
+"""Cost of the trial by which "auto" tests the Triton backend before its first use (`msf_core.search.trial`).
 
     python benchmarks/trial_cost.py          (under a minute; needs a CUDA device)
 
-For each dtype, D = 512, 256 queries, k = 5: the first trial in this process, which compiles the kernels or loads them
-from Triton's cache, and the median of the trials after it. Wall-clock time: a trial ends with waiting for the device.
-Writes trial_cost.jsonl, one record a dtype, to OUT, and prints the figures. It has not been run on a GPU yet.
+For each dtype, with D = 512, 256 queries and k = 5, it measures the first trial in this process, which compiles the
+kernels or loads them from Triton's cache, and the median of the trials after it. Times are wall-clock times; each
+trial waits for the device at its end. Writes trial_cost.jsonl, one record per dtype, to --out, and prints the figures.
+It has not been run on a GPU yet.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Which tiles and groups of the Triton search are fastest on this GPU, beside those that msf_core chooses.
+"""Find the fastest tiles and groups of the Triton search on this GPU, and compare them with msf_core's choice.
 
     python benchmarks/tune_triton.py         (some minutes; needs a CUDA device)
 
-Every combination of tile sizes, warps, stages and group size that fits the device is timed on the paper's sizes; one
-record each goes to OUT, and the three fastest of every size are printed beside the choice of
-`msf_core.search.triton_plan` (`tiles_for`, `choose_group`), which these figures are to keep up to date. Times are
-medians of the whole search, in seconds.
+Every combination of tile sizes, warps, stages and group size that fits the device is timed on the paper's sizes. The
+file --out gets one record per combination. For every size, the three fastest are printed next to the choice of
+`msf_core.search.triton_plan` (`tiles_for`, `choose_group`); use these figures to update that choice. Times are medians
+of the whole search, in seconds.
 """
 
 import argparse

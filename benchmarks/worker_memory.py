@@ -1,16 +1,17 @@
-"""Memory of the processes that read images, once each of them has looked at every path of a large data set.
+"""Memory of the worker processes that read images, after each has accessed every path of a large data set.
 
     python benchmarks/worker_memory.py          a minute on two CPU cores (Linux)
 
-Worker processes are forked, and share their parent's memory until one of them writes to it. Looking at a Python string
-counts a reference, which is a write. Compared are the list of (path, label) that torchvision's ImageFolder keeps, and
-the bytes in tensors of `pipeline.data.scanning.Paths`, which examples/imagenet_train.py reads from. There are no files:
-the paths are names as ImageNet has them. Measured is, by /proc/PID/smaps_rollup, what a worker of a DataLoader holds
-for itself alone (USS: private pages), before it has looked at any path and after it has looked at all of them.
+Worker processes are forked, and share their parent's memory until one of them writes to it. Even reading a Python
+string writes to memory, because it changes the reference count. The benchmark compares the list of (path, label) that
+torchvision's ImageFolder stores with `pipeline.data.scanning.Paths`, which stores the paths as bytes in tensors and is
+used by examples/imagenet_train.py. No files are needed: the paths are generated names like those of ImageNet. The
+private memory (USS) of each DataLoader worker is read from /proc/PID/smaps_rollup, before the worker has accessed any
+path and after it has accessed all of them.
 
-Writes worker_memory.jsonl, one record for each way to keep the paths, and worker_memory.md to --out. The figure is the
-growth of a worker; its spread is that over the workers. Beside it is the proportional share (PSS, in which a page that
-n processes share counts 1/n for each) of all workers and their parent together, after all that.
+Writes worker_memory.jsonl, one record for each way to store the paths, and worker_memory.md to --out. The figure is
+the growth of a worker, with its spread over the workers. The table also has the proportional share (PSS: a page that n
+processes share counts 1/n for each) of all workers and their parent together at the end.
 """
 
 import argparse

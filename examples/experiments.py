@@ -1,12 +1,12 @@
-"""Repeat the experiments of the MSF paper (section 3.4 and its figures), each with seeds, and draw its figure.
+"""Repeat the experiments of the MSF paper (section 3.4 and the figures) with several seeds, and draw the figures.
 
-Needs: pip install 'msf_core[examples]'
+Needs, in a clone: pip install -e '.[examples]'
 
-    python examples/experiments.py                                k = 1, 5 and 20 on the digits, some minutes
-    python examples/experiments.py k bank augmentation            these, on the digits, with all of their values
+    python examples/experiments.py                                k = 1, 5 and 20 on the digits: a few minutes
+    python examples/experiments.py k bank augmentation            these three experiments in full, on the digits
     python examples/experiments.py k bank --dataset fashion-mnist --data DIR      on Fashion-MNIST
     python examples/experiments.py bank --data IMAGENET           the paper's Figure 3, on ImageNet
-    python examples/experiments.py k --seeds 1 -- --arch resnet18 --epochs 20     what follows -- goes to the trainer
+    python examples/experiments.py k --seeds 1 -- --arch resnet18 --epochs 20     flags after -- go to the trainer
 
 Each experiment is a grid of runs of imagenet_train.py. Finished runs below --out are not repeated, and stopped runs are
 resumed. Experiments share the runs that they have in common.

@@ -1,16 +1,16 @@
 """Evaluate an encoder by the protocols of the MSF paper (sections 3.2 and 3.3).
 
-Needs: pip install 'msf_core[examples]'
+Needs, in a clone: pip install -e '.[examples]'
 
     python examples/imagenet_eval.py knn runs/digits                         a run of imagenet_train.py, on its data
     python examples/imagenet_eval.py linear runs/folder --data IMAGENET      the linear protocol
     python examples/imagenet_eval.py knn resnet50 --weights IMAGENET1K_V2 --data IMAGENET
-    python examples/imagenet_eval.py transfer runs/folder --data SETS        those of the ten transfer sets in SETS
+    python examples/imagenet_eval.py transfer runs/folder --data SETS        the transfer data sets found in SETS
     python examples/imagenet_eval.py export runs/folder --to detectron2      the backbone for another library
     torchrun --nproc-per-node=8 examples/imagenet_eval.py linear runs/folder --data IMAGENET     on 8 GPUs
 
-Each command prints a table, on ImageNet with the paper's results, and writes a JSON record with every setting of the
-protocol next to the encoder or to --out.
+Each command prints a table. For ImageNet and the transfer sets, the table also shows the paper's results. Each command
+writes a JSON record with every setting of the protocol, next to the encoder or to --out.
 """
 
 from pipeline.running import interrupts

@@ -1,6 +1,6 @@
 """Train an encoder with Mean Shift in plain PyTorch, in one file that you can copy from.
 
-Needs: pip install 'msf_core[examples]'
+Needs, in a clone: pip install -e '.[examples]'
 
     python examples/simple_train.py                  scikit-learn's digits, half a minute on two CPU cores
     python examples/simple_train.py --data DIR       a folder of images with a folder for each class (ImageFolder)

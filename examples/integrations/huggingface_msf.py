@@ -157,7 +157,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name or folder for AutoModel.from_pretrained; default: a small ResNet")
     parser.add_argument("--out", type=Path, help="folder for the backbone and for accelerate's state")
-    parser.add_argument("--resume", type=Path, help="state folder of a run that had --first-epoch epochs")
+    parser.add_argument("--resume", type=Path, help="OUT/state of an earlier run, which trained --first-epoch epochs")
     parser.add_argument("--first-epoch", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=64)

@@ -11,7 +11,7 @@ MSF. It applies to both files: `patch byol.py lightly_byol_to_msf.diff` changes 
 BYOL predicts each view from the other. In the MSF paper, only the strong view goes through the online encoder and only
 the weak one through the target, which halves the forwards. For a short run on digits, this file also has a ResNet with
 half the blocks, SGD with momentum, a lower target momentum, and weaker views. As in lightly's example, views of a
-folder have 32 pixels: for photographs, increase both input_size.
+folder have 32 × 32 pixels: for photographs, increase both values of input_size.
 """
 # ruff: noqa: I001  (imports in the order of lightly's example, so that one diff fits both)
 

@@ -4,8 +4,8 @@
     python examples/integrations/lightly_nnclr.py               (scikit-learn's digits: half a minute on two CPU cores)
     python examples/integrations/lightly_nnclr.py --data DIR    (a folder of images, as LightlyDataset reads it)
 
-Based on lightly's examples/pytorch/nnclr.py (lightly 1.6, MIT license). It has a smaller backbone, SGD with momentum
-and the temperature 0.1 of the NNCLR paper, so that a few epochs show an effect.
+Based on lightly's examples/pytorch/nnclr.py (lightly 1.6, MIT license). This file has a smaller backbone, SGD with
+momentum, and the temperature 0.1 of the NNCLR paper, so that a few epochs show an effect.
 """
 
 import argparse

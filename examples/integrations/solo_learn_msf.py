@@ -34,14 +34,14 @@ a weak crop for the target ("w/s" in the paper). These options exist:
 - ``symmetric: True`` makes both large crops targets, each for all crops but itself, as in solo-learn's BYOL. In this
   case, make both crops strong.
 - ``exclude_same_id: True`` excludes older views of an image from its neighbors. Use it if the bank is larger than the
-  data set. It needs the image index in each batch, which ``data.format: "dali"`` has only under
+  data set. It needs the image index in each batch, which ``data.format: "dali"`` provides only with
   ``dali.encode_indexes_into_labels: True``.
 
 The bank is in Lightning's checkpoint, and all ranks share it. The base class runs both large crops through both
 encoders; unless it is symmetric, the loss needs only half of this.
 
 Tested on 2026-11-25 with an unmodified clone (main at commit 9187ea3, version 1.0.6), Python 3.11, PyTorch 2.14 and
-Lightning 2.6 on a CPU: complete trainings, resuming, and two processes with bfloat16 and accumulated gradients (see
+Lightning 2.6 on a CPU: complete runs, resuming, and two processes with bfloat16 and accumulated gradients (see
 tests/integrations/test_solo_learn_msf.py of msf_core).
 """
 

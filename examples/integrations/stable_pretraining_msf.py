@@ -5,7 +5,7 @@ Needs, in a clone: pip install -e '.[examples]' 'stable-pretraining>=0.1.8'
     python examples/integrations/stable_pretraining_msf.py             scikit-learn's digits on the CPU, half a minute
     python examples/integrations/stable_pretraining_msf.py --resume PATH    # the checkpoint that it printed
 
-Copy the class `MSF`, a `stable_pretraining.Module`. It differs from the library's BYOL in three points:
+Copy the class `MSF`, a `stable_pretraining.Module`. It differs from the library's BYOL in three ways:
 
 - `EMATarget` replaces `TeacherStudentWrapper`. `TeacherStudentCallback` updates every module that has ``teacher`` and
   ``update_teacher``, so only these two names are needed. As in the paper, the momentum stays at 0.99 and the target

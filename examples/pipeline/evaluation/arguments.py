@@ -83,7 +83,11 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("encoder").add_argument
     add("encoder", help="a run's folder, checkpoint.pt or backbone.safetensors, or a torchvision or timm model name")
     add("--arch", default="", help="architecture of a safetensors file that does not contain it")
-    add("--weights", default="", help='weights of a named model, as IMAGENET1K_V2 (timm: "pretrained"); else random')
+    add(
+        "--weights",
+        default="",
+        help='weights of a named model, such as IMAGENET1K_V2 (timm: "pretrained"); default: random',
+    )
     add("--image-size", type=whole(8, 4096), metavar="PIXELS", help="default: that of the run, or 224")
 
 
@@ -112,7 +116,7 @@ def _add_machine(parser: argparse.ArgumentParser, command: str) -> None:
         add("--workers", type=whole(-1, 4096), default=-1, metavar="N", help=help_)
     add("--device", default="auto", help="auto: the GPU if there is one")
     add("--timeout", type=whole(), default=1800, metavar="SECONDS", help="how long ranks wait for each other")
-    out = f"file of the record; default: eval_{command}.json next to the encoder, or eval_{command}_MODEL.json here"
+    out = f"file of the record; default: eval_{command}.json next to the encoder, or ./eval_{command}_MODEL.json"
     add("--out", default="", metavar="FILE", help=out)
 
 
@@ -175,7 +179,7 @@ def _add_transfer(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=list(STRENGTHS),
         metavar="C",
-        help=f"values of C of the logistic regression to choose from; default: {strengths}",
+        help=f"values of C, the inverse regularization strength, to choose from; default: {strengths}",
     )
     group.add_argument("--download", action="store_true", help="let torchvision download missing data sets")
 
@@ -190,7 +194,7 @@ def _add_export(group: argparse._ArgumentGroup) -> None:
         metavar="LIBRARY",
         help=f"{', '.join(names)}; default: all that have this model",
     )
-    group.add_argument("--folder", default="", metavar="DIR", help="output folder; default: the encoder's, or here")
+    group.add_argument("--folder", default="", metavar="DIR", help="output folder; default: the encoder's, or .")
 
 
 _ADD: dict[str, Callable[[argparse._ArgumentGroup], None]] = {

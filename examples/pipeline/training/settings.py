@@ -141,11 +141,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 _HELP = {
     "dataset": "data set (default: folder with --data, otherwise digits)",
     "data": "folder with train/ and val/, each with one folder per class, like ImageNet (or a folder of images without "
-    "labels); for cifar10, cifar100, fashion-mnist and stl10, where they are or will be downloaded to; "
+    "labels); for cifar10, cifar100, fashion-mnist and stl10, the folder to read from or download to; "
     "for fashion-mnist also a folder with its four idx files, compressed or not",
     "val_split": "fraction of each class to hold out for evaluation, if --data has no val/; 0: none",
-    "recipe": "settings of another codebase for CIFAR, with its ResNet-18, instead of the data set's own",
-    "arch": "backbone: name of a torchvision or timm classification model, or 'digits'",
+    "recipe": "CIFAR settings of another codebase, with its ResNet-18; own: the defaults of the data set",
+    "arch": "backbone: a torchvision or timm classification model, or 'digits', a small residual network",
     "stem": "stem of torchvision's ResNets: imagenet has 7x7, stride 2 and max-pool; small has 3x3, stride 1 and no "
     "max-pool; auto is small for images up to 64 pixels",
     "image_size": "side of the views, in pixels",
@@ -154,13 +154,13 @@ _HELP = {
     "views": "two views of each image, or the same view for both encoders, which collapses in the paper",
     "method": "msf; or byol, which is k = 1 without a bank",
     "k": "number of neighbors, including the target embedding itself",
-    "k_end": "k at the end of the run, reached in a straight line; 0: k is constant",
+    "k_end": "k at the end of the run; k changes linearly from --k to this value; 0: k is constant",
     "symmetric": "both views go through both encoders: the mean of two losses, for twice the computation",
     "exclude_same_id": "embeddings of older views of the same image are never neighbors",
     "same_label": "only embeddings with the label of the image are neighbors: supervised mean shift (CMSF)",
     "bank_size": "rows of the memory bank",
     "bank_dtype": "dtype of the bank's rows; int8 takes a quarter of the memory of float32",
-    "bank_layout": "under torchrun: all rows on every rank, or a shard on each",
+    "bank_layout": "under torchrun: all rows on every rank (replicated), or a part of the rows on each (sharded)",
     "backend": "search backend of the bank",
     "momentum": "momentum of the target encoder, constant",
     "predictor": "mlp; or none, with which the encoder collapses",
@@ -179,13 +179,13 @@ _HELP = {
     "seed": "seed of weights, views and order",
     "device": "auto: the GPU if there is one",
     "workers": "worker processes per rank that read photographs; -1: this machine's cores divided by its ranks",
-    "on_bad_image": "if an image cannot be read: stop with an error, or train on another image in its place and "
-    f"evaluate without it (skip), and list it in the run's {LIST}",
+    "on_bad_image": "if an image cannot be read, error: stop; skip: train on another image in its place, evaluate "
+    f"without it, and list it in the run's {LIST}",
     "timeout": "seconds that ranks wait for each other",
     "eval_every": "epochs between nearest-neighbor evaluations; 0: only at the end",
-    "skip_baselines": "do not evaluate the untrained encoder (and raw pixels): this takes as long as the final one",
+    "skip_baselines": "do not evaluate the untrained encoder and raw pixels, to save the time of another evaluation",
     "checkpoint_every": "epochs between checkpoints",
-    "keep_every": "epochs between backbones to keep, including the first epoch; 0: only the last",
+    "keep_every": "save the backbone after the first epoch and then every N epochs; 0: only at the end",
     "logger": "log to tensorboard or wandb (pip install wandb), besides metrics.csv and losses.csv; csv and none "
     "write only these files",
     "out": "folder of the run; by default a new one below runs/",
