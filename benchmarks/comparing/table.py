@@ -112,23 +112,24 @@ def _notes(
     minutes = [record["training_seconds"] / 60 for record in all_records if record["run"]["steps"]]
     between = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}" if steps else "no"
     lines = [
-        f"Highest means: {_best(records)}. Differences within the deviations say nothing.",
-        f"Percent, mean ± deviation over {seeds} seed{'s' * (seeds > 1)}, on {images['val']:,} test images. "
+        f"Highest means: {_best(records)}. Differences within the standard deviations say nothing.",
+        f"Percent, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}, on {images['val']:,} test images. "
         f"{recipe.dataset}: {images['train']:,} training images of {images['classes']} classes, {recipe.image_size} "
         f"pixels, {recipe.arch}; {between} steps of {recipe.batch_size} images"
         + (f", {steps[-1] * recipe.batch_size:,} images seen at most" if steps else "")
-        + (f"; {min(minutes):.1f} to {max(minutes):.1f} minutes of training a run." if minutes else "."),
+        + (f"; {min(minutes):.1f} to {max(minutes):.1f} minutes of training per run." if minutes else "."),
         f"Trained on {trained_on(all_records)}.",
         f"Learning rates: {rates}",
         "Passes: how often a step sends each image through an encoder, with gradient + without. The paper counts a "
         "method with two of the former as 2x FLOPS.",
-        "linear: logistic regression on frozen features; 1-NN and 20-NN: cosine similarity; labels a class: 1-NN from "
-        f"so many, 10 draws; purity: of the {recipe.k - 1} nearest training images.",
+        "linear: logistic regression on frozen features; 1-NN and 20-NN: cosine similarity; labels a class: 1-NN with "
+        "this many labeled images per class, mean of 10 draws; purity: share of the "
+        f"{recipe.k - 1} nearest training images with the same label.",
         PAPER_NOTE,
     ]
     if cost is not None:
         lines.append(
-            f"Step and extra memory: {in_words(cost['environment'])} Views and what follows an epoch are not counted."
+            f"Step and extra memory: {in_words(cost['environment'])} Views and work between epochs are not included."
         )
     lines += [
         f"{METHODS[name].title}: {count} of {len(of)} runs diverged and {'is' if count == 1 else 'are'} left out."
@@ -180,8 +181,9 @@ def paired(records: dict[str, list[dict[str, Any]]]) -> list[str]:
         return []
     heading = "| | " + " | ".join(COLUMNS[key] for key in ORDER) + " |\n|" + " --- |" * (len(ORDER) + 1)
     sentence = (
-        "k = 5 minus k = 1 on the same views, in points, the runs of a seed paired: mean ± deviation, in how many "
-        "seeds k = 5 is ahead, p of a two-sided paired t-test. Each is at its own best learning rate."
+        "Difference between k = 5 and k = 1 on the same views, in points, paired by seed: mean ± standard deviation, "
+        "the number of seeds in which k = 5 is ahead, and the p-value of a two-sided paired t-test. Each method uses "
+        "its own best learning rate."
     )
     return [sentence, "\n".join([heading, *lines])]
 
