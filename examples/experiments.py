@@ -38,36 +38,36 @@ from pipeline.running.seeds import seed_of
 
 Variants = dict[str, tuple[str, ...]]  # name -> flags of the trainer
 SMALL = tuple(name for name in DATASETS if name not in ("digits", "folder"))
-PLAIN = ("--k", "5")  # the flags of the run that experiments share
+PLAIN = ("--k", "5")  # the flags of a run that most experiments share
 TSNE_CLASSES, TSNE_IMAGES = 10, 1_000
 QUERIES, NEIGHBORS, GALLERY = 8, 4, 5_000  # for Figure 2
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is varied, and what the paper found."""
+    """An experiment: what it varies, and what the paper found."""
 
     title: str
     paper: str
     variants: Callable[[str], Variants]  # given the name of a data set
-    x_label: str = ""  # given if the variants are numbers
+    x_label: str = ""  # set if the variants are numbers
     logarithmic: bool = False
 
 
 def k_values(dataset: str) -> Variants:
-    """Return the numbers of neighbors, including the target itself."""
+    """Return values of k, the number of neighbors including the target itself."""
     ks = (2, 5, 10, 20) if dataset in SMALL else (2, 5, 10, 20, 50)
     return {"1": ("--method", "byol"), **{str(k): ("--k", str(k)) for k in ks}}
 
 
 def quick_k_values(dataset: str) -> Variants:
-    """A few of them, on the digits for half as long."""
+    """Return a few values of k; on the digits, these runs are half as long."""
     shorter = ("--steps", "900") if dataset == "digits" else ()
     return {name: (*flags, *shorter) for name, flags in k_values(dataset).items() if name in ("1", "5", "20")}
 
 
 def bank_sizes(dataset: str) -> Variants:
-    """Rows: of the paper's Figure 3, or fewer for smaller data sets."""
+    """Return the bank sizes of the paper's Figure 3, or smaller ones for small data sets."""
     sizes: tuple[int, ...] = (256, 1_000, 4_000, 16_000, 64_000, 128_000, 256_000, 512_000, 1_024_000)
     if dataset == "digits":
         sizes = (64, 256, 1_024, 2_048)
@@ -98,7 +98,7 @@ def schedules(dataset: str) -> Variants:
 
 
 def same_views(dataset: str) -> Variants:
-    """Return two views, or one for both encoders."""
+    """Return training with two views, and with one view for both encoders."""
     return {"two views": PLAIN, "the same view": ("--views", "same")}
 
 
@@ -139,11 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
     flags, for_trainer = parser.parse_args(given[:end]), given[end + 1 :]
     names: list[str] = flags.experiment or ["quick"]
     if unknown := [name for name in names if name not in EXPERIMENTS]:
-        parser.error(f"no experiment {unknown[0]!r}: there are {', '.join(EXPERIMENTS)}")
+        parser.error(f"unknown experiment {unknown[0]!r}: choose from {', '.join(EXPERIMENTS)}")
     if flags.seeds < 1 or flags.jobs < 0:
-        parser.error(f"--seeds must be at least 1 and --jobs 0 or above, got {flags.seeds} and {flags.jobs}")
+        parser.error(f"--seeds must be at least 1 and --jobs at least 0, got {flags.seeds} and {flags.jobs}")
     if misplaced := {"--dataset", "--data"}.intersection(for_trainer):
-        parser.error(f"{min(misplaced)} decides the values of a grid: give it before the --")
+        parser.error(f"{min(misplaced)} determines the values of a grid: give it before the --")
     dataset = flags.dataset or ("folder" if flags.data else "digits")
     common = (*(("--dataset", dataset) if flags.dataset else ()), *(("--data", flags.data) if flags.data else ()))
     jobs = flags.jobs or (1 if dataset == "folder" else min(2, os.cpu_count() or 1))
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
                 runs.check(run)
         for name in names:
             wanted = grid(name, flags.seeds, dataset)
-            print(f"{name}: {len(wanted)} runs, {sum(map(runs.finished, wanted))} of them finished before")
+            print(f"{name}: {len(wanted)} runs, {sum(map(runs.finished, wanted))} of them already finished")
             runs.finish(wanted)
             report(name, runs, flags.seeds, dataset)
     except (ValueError, RuntimeError) as error:
@@ -189,7 +189,7 @@ def report(name: str, runs: Runs, seeds: int, dataset: str) -> None:
         for key in (*columns, "spread", "rank")
     }
     lines = [
-        f"{experiment.title}: mean and deviation over {of_them}, in percent. In the paper {experiment.paper}.",
+        f"{experiment.title}: mean and standard deviation over {of_them}, in percent. In the paper {experiment.paper}.",
         "",
         "| " + " | ".join(["", *(COLUMNS[key] for key in columns), "spread", "rank"]) + " |",
         "|" + " --- |" * (len(columns) + 3),
@@ -215,7 +215,7 @@ def report(name: str, runs: Runs, seeds: int, dataset: str) -> None:
     if name == "purity":
         draw_purity(path, runs, experiment.variants(dataset), seeds, title)
     elif not series:
-        return  # images without labels have only the table
+        return  # without labels, there is only the table
     elif experiment.x_label:
         draw_against(path, [float(x) for x in names], series, title, experiment.x_label, experiment.logarithmic)
     else:

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the script; return its exit status: 0, 2 after an error, 1 if a rank was lost, 130 after Ctrl-C.
 
     Args:
-        arguments: the flags; None are those of the command line.
+        arguments: the flags; None takes them from the command line.
     """
     return status_of(PROGRAM, lambda: evaluate(arguments))
 
@@ -64,7 +64,7 @@ def evaluate(arguments: list[str] | None) -> int:
             if found:
                 protocol["unreadable images"] = len(found)
                 write_list(path.parent / LIST, found)
-                print(f"{len(found):,} images could not be read: {path.parent / LIST} names them")
+                print(f"{len(found):,} images could not be read: see {path.parent / LIST}")
             report(subject, protocol, row, path, time.perf_counter() - started)
     return 0
 

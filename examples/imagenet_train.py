@@ -59,14 +59,14 @@ from pipeline.training.showing import add_rows_before, export, redraw_curves, re
 from pipeline.training.trainer import STATE, Diverged, StopRequest, Trainer
 
 PROGRAM = "imagenet_train.py"
-REDRAW = 60.0  # seconds between drawings of curves.png, each of which takes one or two
+REDRAW = 60.0  # least seconds between drawings of curves.png, which take one or two seconds each
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the script, here or in a notebook or a thread; return its exit status.
 
     Args:
-        arguments: the flags; None are those of the command line.
+        arguments: the flags; None takes them from the command line.
     """
     return status_of(PROGRAM, lambda: train(arguments))
 
@@ -90,7 +90,7 @@ def train(arguments: list[str] | None) -> int:
         with telling(PROGRAM, ranks, WRONG_INPUT):
             if check_alone:
                 return check_images(source_of(settings_of(given, ranks)[0], ranks, device), ranks)
-            # If torchrun restarts it on another machine, the file server may still hold the lock of the dead process.
+            # If torchrun restarts a run on another machine, the file server may still hold the dead process's lock.
             lock = stack.enter_context(FolderLock(patience=timeout / 2 if restarted() else 0))
             trainer, folder = prepare(given, ranks, device, lock)
             stop = stack.enter_context(StopRequest())
@@ -111,7 +111,7 @@ def prepare(
         lock: keeps other runs out of the folder while it is held.
 
     Raises:
-        ValueError, ImportError, RuntimeError, OSError: on all ranks, if there is an error on one.
+        ValueError, ImportError, RuntimeError, OSError: on all ranks, if one rank fails.
     """
     with shared(ranks):
         path = checkpoint_of(given)
@@ -129,7 +129,7 @@ def prepare(
         source = source_of(settings, ranks, device)
         check_source(settings, source)
     if ranks.size > 1:  # a rank that does not find the checkpoint would start from scratch
-        ranks.agree("prepare", same={"step to go on from": -1 if state is None else int(state["step"])})
+        ranks.agree("prepare", same={"step to resume from": -1 if state is None else int(state["step"])})
     trainer = Trainer(settings, source, device, ranks)
     if state is not None and path is not None:
         load_shards(path, state, trainer.criterion.state_dict())
@@ -157,7 +157,7 @@ def settings_of(given: dict[str, Any], ranks: Ranks) -> tuple[Settings, Path | N
 
 
 def source_of(settings: Settings, ranks: Ranks, device: torch.device) -> DataSource:
-    """Return the data source of the run, which gives this rank's part of each step."""
+    """Return the data source of the run, which yields this rank's part of each step."""
     return open_source(
         settings.dataset,
         settings.data,
@@ -174,7 +174,7 @@ def source_of(settings: Settings, ranks: Ranks, device: torch.device) -> DataSou
 
 
 def begin(trainer: Trainer, folder: Path) -> Logger:
-    """Describe the run, and return the logger of the first rank; the loggers of other ranks write nothing.
+    """Print what the run will do, and return its logger, which writes nothing on ranks other than 0.
 
     Raises:
         ImportError, RuntimeError, OSError: on all ranks, if the logger cannot be opened.
@@ -223,7 +223,7 @@ def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> in
             problem = error
         except Diverged as error:  # do not overwrite a good checkpoint with this state
             if trainer.leads:
-                kept = "; the last checkpoint is from before" if has_checkpoint(folder) else ""
+                kept = "; the last checkpoint is from before that" if has_checkpoint(folder) else ""
                 print(f"\nerror: {error}{kept}", file=sys.stderr)
             return 1
         if problem is not None or trainer.step < trainer.total_steps:
@@ -231,7 +231,7 @@ def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> in
         rows: dict[str, float] = {}
         try:
             rows = rows_after(trainer)
-        except OSError as error:  # an unreadable test image must not lose the trained weights
+        except OSError as error:  # the trained weights must be saved even if a test image cannot be read
             problem = error
         evaluated = {name: value for name, value in rows.items() if name in ("nn1", "nn20")}
         if trainer.leads:
@@ -239,7 +239,7 @@ def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> in
         if not save(trainer, folder, logger):
             return 1
         if trainer.leads:
-            with source.bad.tolerated():  # a picture must not end the run
+            with source.bad.tolerated():  # an unreadable image in a picture must not end the run
                 report(trainer, folder, rows, time.perf_counter() - started, trainer.step - first_step)
             if logger.new or not reported:
                 last = trainer.history[-1]
@@ -251,7 +251,8 @@ def run(trainer: Trainer, folder: Path, logger: Logger, stop: StopRequest) -> in
         if problem is not None:
             again = f"imagenet_eval.py knn {folder}, or imagenet_train.py --resume {folder}"
             print(
-                f"error: the encoder is trained, its evaluation failed: {problem}; repeat it: {again}", file=sys.stderr
+                f"error: the encoder is trained, but its evaluation failed: {problem}; repeat it with {again}",
+                file=sys.stderr,
             )
     return 0 if problem is None else 1
 
@@ -261,7 +262,7 @@ def stopped(trainer: Trainer, folder: Path, logger: Logger, problem: OSError | N
     saved = save(trainer, folder, logger)
     if trainer.leads:
         redraw_curves(trainer, folder)
-        then = f"go on with --resume {folder}" if has_checkpoint(folder) else "there is no checkpoint"
+        then = f"continue with --resume {folder}" if has_checkpoint(folder) else "there is no checkpoint"
         print(f"\nstopped after step {trainer.step} of {trainer.total_steps}; {then}")
         if problem is not None:
             print(f"error: {problem}", file=sys.stderr)
@@ -272,13 +273,13 @@ def stopped(trainer: Trainer, folder: Path, logger: Logger, problem: OSError | N
 def name_bad_images(trainer: Trainer, folder: Path) -> None:
     """Print how many images could not be read, and the file that lists them."""
     if found := trainer.notes.get("bad_images"):
-        print(f"{len(found):,} images could not be read: {folder / LIST} names them")
+        print(f"{len(found):,} images could not be read: see {folder / LIST}")
 
 
 def save(trainer: Trainer, folder: Path, logger: Logger | None = None) -> bool:
     """Write the checkpoint, the metrics and the log; return whether that worked. All ranks must call it.
 
-    A full disk does not end a run: the last complete checkpoint is kept, and the next one may work.
+    A full disk does not end a run: the last complete checkpoint is kept, and the next save may succeed.
     """
     before = trainer.notes.get("bad_images", {})
     found = before | trainer.source.bad.of_all(trainer.ranks)
@@ -292,7 +293,7 @@ def save(trainer: Trainer, folder: Path, logger: Logger | None = None) -> bool:
                     write_list(folder / LIST, found)
                 if new := sorted(found.keys() - before.keys()):
                     others = f" and {len(new) - 1:,} others" if len(new) > 1 else ""
-                    said = f"cannot read {printable(new[0])}{others}, did without: see {folder / LIST}"
+                    said = f"cannot read {printable(new[0])}{others}, skipped: see {folder / LIST}"
                     tqdm.write(f"warning: {said}", file=sys.stderr)
                 # write the losses first: a resumed run drops those that are newer than its checkpoint
                 if logger is not None:
@@ -315,17 +316,17 @@ def announce(trainer: Trainer, folder: Path) -> None:
     s, source = trainer.settings, trainer.source
     where = f"{trainer.device}" if trainer.ranks.size == 1 else f"{trainer.ranks.size} ranks of {trainer.device.type}"
     what = "BYOL (k = 1, no bank)" if s.method == "byol" else f"MSF: k = {s.k}, a bank of {s.bank_size:,} rows"
-    labels = "with labels, for purity and evaluation" if source.has_val else "with labels, for purity alone"
+    labels = "with labels, for purity and evaluation" if source.has_val else "with labels, for purity only"
     labels = labels if source.has_labels else "without labels: no evaluation"
     if s.same_label:
-        labels = "with labels, which choose the neighbors"
+        labels = "with labels, which restrict the neighbors"
     stem = " with the stem for small images" if stem_of(s.stem, s.arch, s.image_size) == "small" else ""
     for line in source.found.lines:
         print(line)
     print(f"{what}, views {s.augmentation}, {s.arch}{stem} on {where} in {trainer.precision}")
     readers = "" if source.workers is None else f", read by {source.workers} workers"
     if trainer.ranks.size > 1 and readers:
-        readers += " a rank"
+        readers += " per rank"
     length = f"{trainer.total_epochs} epoch{'s' * (trainer.total_epochs != 1)}, {trainer.total_steps:,} steps"
     print(f"{source.train_size:,} training images {labels}{readers}; {length}")
     print(f"writes to {folder}" + (f", from step {trainer.step}" if trainer.step else ""), flush=True)

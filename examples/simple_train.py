@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     half = torch.randperm(len(rows)) < len(rows) // 2
     guessed = knn_classify(rows[~half], rows[half], labels[half].to(device), k=1).cpu()
-    print(f"1-NN accuracy of one half of the images from the other: {(guessed == labels[~half]).float().mean():.3f}")
+    print(f"1-NN accuracy on half of the images, from the other half: {(guessed == labels[~half]).float().mean():.3f}")
 
 
 if __name__ == "__main__":

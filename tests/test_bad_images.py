@@ -245,7 +245,7 @@ def test_a_set_without_readable_images_is_an_error(tmp_path: Path) -> None:
     for path in tree.rglob("*.jpg"):
         path.write_bytes(b"")
     source = photos(tree, on_bad_image="skip")
-    with pytest.raises(UnreadableImage, match=f"the file is empty; nor could {TRIES} others"):
+    with pytest.raises(UnreadableImage, match=f"the file is empty; {TRIES} other images"):
         batches(source, epoch=0)
 
 
@@ -274,7 +274,7 @@ def test_a_run_stopped_by_a_bad_file_goes_on_without_it(
     assert train("--data", damaged, *SMALL, "--out", tmp_path / "run") == 1
     printed = capsys.readouterr()
     assert re.search(r"^error: cannot read image \S+/train/class./\S+\.jpg: .*--on-bad-image skip$", printed.err, re.M)
-    assert f"go on with --resume {tmp_path / 'run'}" in printed.out
+    assert f"continue with --resume {tmp_path / 'run'}" in printed.out
     bad = damaged / "train" / BAD["train"][0]
     content = bad.read_bytes()
     bad.unlink()
@@ -282,8 +282,8 @@ def test_a_run_stopped_by_a_bad_file_goes_on_without_it(
         refused = error_of(capsys, "--resume", tmp_path / "run", "--on-bad-image", "skip")
     finally:
         bad.write_bytes(content)
-    assert "had 12 training images, there are 11 here" in refused
-    assert "put removed files back (even an empty one" in refused
+    assert "had 12 training images, but there are now 11" in refused
+    assert "put removed files back (with --on-bad-image skip, an empty file" in refused
 
     assert train("--resume", tmp_path / "run", "--on-bad-image", "skip") == 0
     assert_same_run(skipped, tmp_path / "run")
@@ -292,7 +292,7 @@ def test_a_run_stopped_by_a_bad_file_goes_on_without_it(
     assert [line.partition(b"\t")[0] for line in lines] == sorted(expected)
     assert all(line.partition(b"\t")[2] for line in lines)
     printed = capsys.readouterr()
-    assert f"3 images could not be read: {tmp_path / 'run' / 'bad_images.txt'} names them" in printed.out
+    assert f"3 images could not be read: see {tmp_path / 'run' / 'bad_images.txt'}" in printed.out
     assert printed.err.count("warning: cannot read") >= 1
     assert printed.out.splitlines()[-1].endswith(", bad_images.txt"), "the closing list names every file"
 
@@ -305,7 +305,7 @@ def test_a_bad_test_image_costs_no_result(
     straight_to_training(monkeypatch)
     assert train("--data", tree, *SMALL, "--out", run) == 1
     said = capsys.readouterr().err
-    assert f"error: the encoder is trained, its evaluation failed: cannot read image {bad}: " in said
+    assert f"error: the encoder is trained, but its evaluation failed: cannot read image {bad}: " in said
     assert f"imagenet_eval.py knn {run}" in said
     assert {path.name for path in run.iterdir()} >= {
         "backbone.safetensors",
@@ -358,7 +358,7 @@ def test_a_worker_that_is_killed_is_an_error_where_its_images_are_waited_for(tmp
     os.kill(worker, signal.SIGINT)
     next(views)
     os.kill(worker, signal.SIGKILL)
-    with pytest.raises(ReaderEnded, match=r"has ended: SIGKILL, as when memory runs out: try fewer --workers"):
+    with pytest.raises(ReaderEnded, match=r"has ended: SIGKILL, probably because memory ran out: try fewer --workers"):
         list(views)
 
 
@@ -374,7 +374,7 @@ def test_a_file_that_crashes_its_decoder_is_named(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("pipeline.data.trees.read_image", crashing)
     source = photos(tree, workers=2)
     for split, reading in (("train", source.train_views(0, 0)), ("val", source.images("val"))):
-        said = f"has ended: SIGSEGV while it read {tree}/{split}/class1/1.jpg: mend or remove the file"
+        said = f"has ended: SIGSEGV while it read {tree}/{split}/class1/1.jpg: repair or remove the file"
         with pytest.raises(ReaderEnded, match=re.escape(said)):
             list(reading)
 

@@ -48,8 +48,8 @@ def test_a_grid_is_run_once_and_drawn(
 ) -> None:
     assert run(tmp_path, "views", "predictor", "--seeds", "1", *FAST) == 0
     printed = capsys.readouterr().out
-    assert "views: 2 runs, 0 of them finished before" in printed
-    assert "predictor: 2 runs, 1 of them finished before" in printed, "they share one"
+    assert "views: 2 runs, 0 of them already finished" in printed
+    assert "predictor: 2 runs, 1 of them already finished" in printed, "they share one"
     record = json.loads((tmp_path / "views.json").read_text())
     for place, name in enumerate(("k-5-seed-0", "views-same-seed-0")):
         folder = tmp_path / "runs" / name
@@ -111,12 +111,12 @@ def test_every_experiment_is_a_grid_of_flags_that_the_trainer_takes(tmp_path: Pa
     ("arguments", "message"),
     [
         (["k", "--data", ""], "argument --data: must not be empty"),
-        (["nosuch"], "no experiment 'nosuch': there are k, quick"),
+        (["nosuch"], "unknown experiment 'nosuch': choose from k, quick"),
         (["k", "--seeds", "0"], "--seeds must be at least 1"),
         (["k", "--", "--lr", "-1"], "--lr: must be at least 0"),
-        (["k", "--", "--dataset", "cifar10"], "--dataset decides the values of a grid: give it before the --"),
+        (["k", "--", "--dataset", "cifar10"], "--dataset determines the values of a grid: give it before the --"),
         (["k", "--", "--nosuch"], "unrecognized arguments: --nosuch"),
-        (["bank", "--", "--k", "100"], "--k must be at most --bank-size, 64"),
+        (["bank", "--", "--k", "100"], "--k must be at most --bank-size (64)"),
     ],
 )
 def test_wrong_input_is_a_clear_error_before_anything_runs(

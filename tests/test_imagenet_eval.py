@@ -291,8 +291,8 @@ def test_listed_images_are_matched_by_their_paths(tmp_path: Path) -> None:
         assert subsets.listed(path, source) == expected
     for content, message in (
         (b"0.jpg\n", r"list.txt: 0\.jpg may be class0/0\.jpg or class1/0\.jpg: list paths"),
-        (b"class0/0.jpg\nclass0/9.jpg\nclass1/8.jpg", "not there: 2 of the 3 that are listed, as class0/9.jpg"),
-        (b"class2/0.jpg\n", "not there: 1 of the 1 that are listed, as class2/0.jpg"),
+        (b"class0/0.jpg\nclass0/9.jpg\nclass1/8.jpg", "training set: 2 of 3 listed images, such as class0/9.jpg"),
+        (b"class2/0.jpg\n", "training set: 1 of 1 listed images, such as class2/0.jpg"),
         (b"\n# nothing\n", "list.txt lists no images"),
         (b"caf\xe9.jpg", "list.txt is not a text file in UTF-8"),
     ):
@@ -321,11 +321,11 @@ WRONG: dict[str, tuple[str, str]] = {
     "a checkpoint that is not there": ("knn nowhere/checkpoint.pt", "no checkpoint at nowhere/checkpoint.pt"),
     "a file of another kind": ("knn {run}/config.json", "neither a checkpoint"),
     "a checkpoint of something else": ("knn {tmp}/other.pt", "other.pt is not a checkpoint of this script"),
-    "no checkpoint": ("knn {tmp}/text.pt", "text.pt is damaged or not one of ours"),
+    "no checkpoint": ("knn {tmp}/text.pt", "text.pt is damaged or not a checkpoint of this script"),
     "no safetensors": ("knn {tmp}/text.safetensors", "text.safetensors cannot be read"),
     "digits in color": ("knn resnet18 --dataset digits", "the digits are gray"),
     "a folder of digits": ("knn {run} --data {tree}", "takes the digits, which are gray"),
-    "digits from a folder": ("knn {run} --data {tree} --dataset digits", "--data has no use"),
+    "digits from a folder": ("knn {run} --data {tree} --dataset digits", "--data cannot be used"),
     "digits of another size": ("knn {run} --image-size 32", "16 pixels wide, got --image-size 32"),
     "a model without images": ("knn resnet18", "give --data DIR"),
     "no data": ("knn resnet18 --data nowhere", "--data: no such folder: nowhere"),
@@ -335,20 +335,20 @@ WRONG: dict[str, tuple[str, str]] = {
     "weights of a run": ("knn {run} --weights DEFAULT", "--weights is for a model .* by name"),
     "arch of a run": ("knn {run} --arch resnet18", "--arch is for a safetensors file"),
     "arch of a name": ("knn resnet18 --arch resnet18 --data {tree}", "--arch is for a safetensors file"),
-    "another arch": ("knn {run}/backbone.safetensors --arch resnet18", "--arch resnet18: .* it is of digits"),
+    "another arch": ("knn {run}/backbone.safetensors --arch resnet18", "--arch resnet18: .* it belongs to digits"),
     "device": ("knn {run} --device gpu", "--device must be auto, .* got 'gpu'"),
     "a device that cannot compute": ("knn {run} --device meta", "--device meta: PyTorch cannot compute on it"),
     "tiny images": ("knn resnet18 --data {tree} --image-size 1", "--image-size: must be at least 8, got 1"),
     "images too small": ("knn vit_b_16 --data {tree} --image-size 32", "--image-size 32: 'vit_b_16' does not take"),
     "out is a folder": ("knn {run} --out {tmp}", "--out must be a file, got the folder"),
     "out below a file": ("knn {run} --out {run}/config.json/x/y.json", "--out: .*config.json is a file"),
-    "out is another file": ("knn {run} --out {run}/config.json", "--out: .*config.json is there and no record"),
-    "out is the encoder": ("knn {run} --out {run}/checkpoint.pt", "--out: .*checkpoint.pt is there and no record"),
+    "out is another file": ("knn {run} --out {run}/config.json", "--out: .*config.json exists and is not a record"),
+    "out is the encoder": ("knn {run} --out {run}/checkpoint.pt", "--out: .*checkpoint.pt exists and is not a record"),
     "percent": ("few-labels {run} --percent 101", "--percent: must be above 0 and at most 100, got 101"),
     "percent nan": ("few-labels {run} --percent nan", "--percent: must be a finite number"),
     "per class": ("few-labels {run} --per-class 9999", "--per-class 9999: class . has only"),
-    "a list of strangers": ("few-labels {photos} --list {run}/config.json", "images that are not there"),
-    "a list for digits": ("few-labels {run} --list {run}/config.json", "goes with a folder"),
+    "a list of strangers": ("few-labels {photos} --list {run}/config.json", "not in the training set"),
+    "a list for digits": ("few-labels {run} --list {run}/config.json", "--list needs a folder"),
     "no list": ("few-labels {photos} --list nowhere", "--list: no such file: nowhere"),
     "a list and a share": ("few-labels {run} --list x --percent 1", "--percent: not allowed with argument --list"),
     "a number and a share": ("few-labels {run} --per-class 1 --percent 1", "--percent: not allowed with"),
@@ -360,9 +360,9 @@ WRONG: dict[str, tuple[str, str]] = {
     "learning rate nan": ("linear {run} --lr nan", "--lr: must be a finite number, above 0, got nan"),
     "sweep": ("linear {run} --sweep 1 inf", "--sweep: must be a finite number, above 0, got inf"),
     "strengths": ("transfer {run} --strengths 0", "--strengths: must be above 0, got 0"),
-    "SGD's flags": ("linear {run} --solver logistic --epochs 3 --cache", "no use for --epochs, --cache"),
-    "nn without a number": ("few-labels {run} --classifier nn", "goes with --per-class"),
-    "nn with a rate": ("few-labels {run} --classifier nn --per-class 1 --lr 1", "no use for --lr"),
+    "SGD's flags": ("linear {run} --solver logistic --epochs 3 --cache", "cannot use --epochs, --cache"),
+    "nn without a number": ("few-labels {run} --classifier nn", "needs --per-class"),
+    "nn with a rate": ("few-labels {run} --classifier nn --per-class 1 --lr 1", "cannot use --lr"),
     "transfer without data": ("transfer resnet18", "transfer needs --data DIR"),
     "transfer of a file": ("transfer resnet18 --data {run}/config.json", "--data must be a folder"),
     "transfer of the digits": ("transfer {run} --data {tree}", "the transfer sets are in color"),
@@ -536,8 +536,8 @@ def test_20_nn_takes_20_images(photo_run: Path, tmp_path: Path, capsys: Any) -> 
     tree = make_tree(tmp_path / "tree", train=6, val=1)
     found, record = measured("knn", photo_run, "--data", tree, "--workers", 0, tmp_path / "record.json")
     assert list(found) == ["nn1"]
-    assert record["protocol"]["not measured"] == {"nn20": "needs 20 training images, there are 18"}
-    assert "not measured: 20-NN: needs 20 training images, there are 18\n" in capsys.readouterr().out
+    assert record["protocol"]["not measured"] == {"nn20": "needs 20 training images, but there are 18"}
+    assert "not measured: 20-NN: needs 20 training images, but there are 18\n" in capsys.readouterr().out
 
 
 def test_the_papers_rows_stand_beside_what_can_be_compared_alone() -> None:
@@ -588,5 +588,5 @@ def test_a_file_that_does_not_say_its_model_or_does_not_fit_is_refused(digits_ru
         load_encoder(str(tmp_path / "torn.safetensors"), Ranks(), arch="digits")
     tensors["stem.0.weight"][0] = torch.nan
     save_file(tensors, tmp_path / "diverged.safetensors")
-    with pytest.raises(ValueError, match=r"diverged\.safetensors are of no use: stem\.0\.weight has values"):
+    with pytest.raises(ValueError, match=r"diverged\.safetensors cannot be used: stem\.0\.weight has values"):
         load_encoder(str(tmp_path / "diverged.safetensors"), Ranks(), arch="digits", image_size=16)

@@ -243,7 +243,7 @@ def test_a_run_that_is_stopped_goes_on_exactly(
     with pytest.MonkeyPatch.context() as monkeypatch:
         stop_at(monkeypatch, step, number)
         assert train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run") == 128 + number
-    assert f"stopped after step {step + 1} of 30; go on with --resume" in capsys.readouterr().out
+    assert f"stopped after step {step + 1} of 30; continue with --resume" in capsys.readouterr().out
     assert (tmp_path / "run" / "curves.png").exists() == (step >= 20), "as soon as there is an epoch to draw"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if step == 4:  # as if an older version had begun it
@@ -355,7 +355,7 @@ def test_a_folder_trains_with_labels_and_without(
     assert ("no labeled test images to evaluate on" in printed) != labeled
     assert "read by 0 workers" in printed
     if labeled:
-        assert printed.count("the loader is the limit") == 1, "once, in two epochs"
+        assert printed.count("the loader is the bottleneck") == 1, "once, in two epochs"
     assert all((row["purity"] != "") == labeled for row in metrics(run))
     assert {path.name for path in run.iterdir()} >= FILES
     for name in ("curves.png", "neighbors.png"):
@@ -423,7 +423,7 @@ def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pyt
             self.train_size -= 1
 
         monkeypatch.setattr(Digits, "__init__", fewer)
-        assert "1347 training images, there are 1346" in error_of(capsys, "--resume", tmp_path / "run")
+        assert "1347 training images, but there are now 1346" in error_of(capsys, "--resume", tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == saved
 
 
@@ -431,7 +431,7 @@ def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pyt
     ("arguments", "message"),
     [
         ("--k 0", "argument --k: must be at least 1, got 0"),
-        ("--k 2000", "--k must be at most --bank-size, 1024, got 2000"),
+        ("--k 2000", "--k must be at most --bank-size (1024), got 2000"),
         ("--k 1348 --bank-size 4096", "--k 1348 is more than the 1347 training images"),
         ("--momentum 1.5", "argument --momentum: must be at least 0 and at most 1, got 1.5"),
         ("--lr nan", "argument --lr: must be a finite number, at least 0, got nan"),
@@ -441,17 +441,17 @@ def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pyt
         (f"--seed {2**64}", "argument --seed: must be at most"),
         ("--batch-size 1", "--batch-size must be at least 2"),
         ("--batch-size 5000 --bank-size 5000", "--batch-size 5000 is more than the 1347 training images"),
-        ("--bank-size 63", "--bank-size must be at least 64, the embeddings of a batch, got 63"),
-        ("--bank-size 64 --symmetric", "--bank-size must be at least 128, the embeddings of a batch (two of each"),
+        ("--bank-size 63", "--bank-size must be at least 64, one row per embedding of a batch, got 63"),
+        ("--bank-size 64 --symmetric", "--bank-size must be at least 128, one row per embedding of a batch (two of"),
         ("--image-size 32", "16 pixels wide, got --image-size 32"),
         ("--data TREE --image-size 1", "argument --image-size: must be at least 8, got 1"),
         ("--data TREE --arch test_vit3 --image-size 32", "; 'test_vit3' takes --image-size 160"),
-        ("--method byol --k 5", "--method byol is k = 1, got --k 5"),
+        ("--method byol --k 5", "--method byol requires k = 1, got --k 5"),
         ("--method byol --same-label", "--same-label chooses among neighbors, and --method byol has none"),
         ("--k 1 --exclude-same-id", "--exclude-same-id chooses among neighbors, and --k 1 has none"),
         ("--data TREE/train/class0 --same-label", "--same-label needs labels, and the training images of"),
         ("--dataset folder", "--dataset folder needs --data DIR"),
-        ("--dataset digits --data x", "--data goes with"),
+        ("--dataset digits --data x", "--data is for"),
         ("--data TREE --image-size 100000", "argument --image-size: must be at most 4096, got 100000"),
         ("--data=", "argument --data: must not be empty"),
         ("--resume=", "argument --resume: must not be empty"),
@@ -459,7 +459,7 @@ def test_a_resume_that_does_not_fit_is_a_clear_error(tmp_path: Path, capsys: pyt
         ("--data /nowhere/at/all", "--data: no such folder: /nowhere/at/all"),
         ("--arch resnet5000", "--arch: no model 'resnet5000' in torchvision or timm: did you mean resnet50"),
         ("--backend magic", "unknown search backend 'magic'"),
-        ("--device warp", "--device must be auto, cpu, cuda or a GPU as cuda:0, got 'warp'"),
+        ("--device warp", "--device must be auto, cpu, cuda or a GPU such as cuda:0, got 'warp'"),
         ("--device cuda:99", "--device cuda:99: PyTorch sees "),
         ("--epochs 5 --steps 100", "--epochs and --steps"),
         ("--data TREE --arch googlenet", "one feature vector"),
@@ -494,7 +494,7 @@ def test_two_runs_do_not_share_a_folder(
         assert status == 2
         assert f"{whole} is in use by another run of this process: choose another --out" in said
     assert len(disturbed[1]) == 4
-    assert "holds a run: go on with --resume" in error_of(capsys, *DIGITS, "--out", whole)
+    assert "holds a run: continue it with --resume" in error_of(capsys, *DIGITS, "--out", whole)
 
 
 def test_main_returns_a_status_in_a_thread_and_in_an_event_loop_as_notebooks_have_it(
@@ -561,8 +561,8 @@ def test_divergence_is_said_within_50_steps_and_leaves_the_last_sound_checkpoint
     assert train(*DIGITS, "--checkpoint-every", 1, "--out", tmp_path / "run") == 1
     said = capsys.readouterr().err
     found = stop + 1 if stop else 10 * -(-step // 10)
-    assert f"error: the loss became nan by step {found} of 30: train anew with a lower --lr than 0.1" in said
-    assert ("the last checkpoint is from before" in said) == (step > 21)
+    assert f"error: the loss became nan by step {found} of 30: start again with a lower --lr than 0.1" in said
+    assert ("the last checkpoint is from before that" in said) == (step > 21)
     assert (tmp_path / "run" / "checkpoint.pt").exists() == (step > 21)
     if step > 21:
         assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 21
@@ -574,7 +574,7 @@ def test_a_rate_that_is_far_too_high_is_said_before_the_loss_shows_it(
 ) -> None:
     assert train("--steps", 1, "--lr", 1e30, "--out", tmp_path / "run") == 1
     assert (
-        "error: a weight is no longer a finite number by step 1 of 1: train anew with a lower"
+        "error: a weight is no longer a finite number by step 1 of 1: start again with a lower"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "run" / "checkpoint.pt").exists()

@@ -79,7 +79,7 @@ def test_what_a_lock_cannot_know_is_a_warning(
     (tmp_path / ".lock").write_text("process 7 on elsewhere since yesterday\n")
     with FolderLock() as ours:
         ours.take(tmp_path)
-    said = f"warning: {tmp_path} was in use by process 7 on elsewhere since yesterday, which did not end by itself"
+    said = f"warning: {tmp_path} was in use by process 7 on elsewhere since yesterday, which did not end normally"
     assert said in capsys.readouterr().err
 
     def not_here(*arguments: object) -> None:

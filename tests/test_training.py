@@ -297,7 +297,7 @@ def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
     flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
     for damaged in (whole[:middle], b"", b"not a checkpoint at all", flipped):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged or not one of ours"):
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged or not a checkpoint of this script"):
             load_checkpoint(path, needed=set(), ranks=Ranks())
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="not a checkpoint of this script"):
@@ -405,7 +405,7 @@ def test_workers_are_the_cores_that_a_rank_has(monkeypatch: pytest.MonkeyPatch) 
 def test_a_loader_that_is_the_limit_is_said_with_what_helps() -> None:
     row = {"epoch": 2, "data_share": 0.46, "images_per_second": 812.3}
     said = loader_limit(row, workers=4, cores=16)
-    assert "waited for images for 46% of epoch 2, at 812 images/s with 4 workers a rank" in said
+    assert "waited for images for 46% of epoch 2, at 812 images/s with 4 workers per rank" in said
     assert "there are 16 cores for more --workers" in said
     assert "smaller files" in loader_limit(row, workers=16, cores=16)
     assert loader_limit(row | {"data_share": 0.05}, workers=4, cores=16) == ""

@@ -301,7 +301,7 @@ def test_a_tensor_too_many_or_of_another_shape_is_named() -> None:
 
 def test_what_a_library_does_not_have_is_refused(tmp_path: Path) -> None:
     for layout, arch, message in (
-        ("transformers", "resnext50_32x4d", "neither groups nor another width"),
+        ("transformers", "resnext50_32x4d", "supports neither the groups nor the width of 'resnext50_32x4d'"),
         ("transformers", "digits", "torchvision's ResNets"),
         ("detectron2", "digits", "torchvision's ResNets"),
         ("torchvision", "digits", "torchvision has no 'digits'"),
@@ -332,7 +332,7 @@ def test_the_export_command_writes_what_there_is_a_model_for_and_names_every_fil
     names = ["resnext50_32x4d-torchvision.safetensors", "resnext50_32x4d-timm.safetensors"]
     names += ["resnext50_32x4d-detectron2.pkl"]
     assert f"{tmp_path / 'out'}: {', '.join(names)}\n" in printed
-    assert "not measured: transformers: transformers' ResNet has neither groups" in printed
+    assert "not measured: transformers: transformers' ResNet supports neither" in printed
     written = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
     folder = tmp_path / "out" / "resnet18-transformers"
     assert written == {tmp_path / "out" / name for name in names} | {

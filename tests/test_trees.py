@@ -89,25 +89,25 @@ def test_leavings_of_systems_are_neither_classes_nor_images_and_all_that_is_left
     first = f"{tree}/train has 4 images of 2 classes to train on; {tree}/val has 2 images of 2 classes to evaluate on"
     assert found.lines == (
         first,
-        "left out: hidden or system folders (11), as .git",
-        "left out: hidden or system files (4), as train/.DS_Store",
-        "left out: links back to a folder that they are in (3), as train/cat/loop",
-        "left out: .heic files (2), as train/cat/a.heic",
-        "left out: .txt files (2), as train/list.txt",
-        "left out: folders without images (2), as train/none",
-        "left out: links that lead nowhere (2), as train/cat/gone.jpg",
-        "left out: .md files (1), as README.md",
-        "left out: 3 other kinds (3), as files without an ending",
+        "left out: hidden or system folders (11), such as .git",
+        "left out: hidden or system files (4), such as train/.DS_Store",
+        "left out: links back to a folder that they are in (3), such as train/cat/loop",
+        "left out: .heic files (2), such as train/cat/a.heic",
+        "left out: .txt files (2), such as train/list.txt",
+        "left out: folders without images (2), such as train/none",
+        "left out: links that lead nowhere (2), such as train/cat/gone.jpg",
+        "left out: .md files (1), such as README.md",
+        "left out: 3 other kinds (3), such as files without an extension",
     )
     assert len(found.lines) == SHOWN + 2
     assert found.no_val == ""
     few = grow(tmp_path / "few", *split("train"), "LICENSE", "raw/0.jpg", "1.jpg")
     os.mkfifo(few / "train" / "dog" / "pipe.jpg")  # reading it would wait for ever
     assert open_folder(few)[2].lines[1:-1] == (
-        "left out: files without an ending (1), as LICENSE",
-        "left out: folders beside train (1), as raw",
-        "left out: images beside train (1), as 1.jpg",
-        "left out: things that are neither file nor folder (1), as train/dog/pipe.jpg",
+        "left out: files without an extension (1), such as LICENSE",
+        "left out: folders beside train (1), such as raw",
+        "left out: images beside train (1), such as 1.jpg",
+        "left out: things that are neither files nor folders (1), such as train/dog/pipe.jpg",
     )
 
 
@@ -119,7 +119,7 @@ def test_a_file_name_that_is_no_text_is_read_and_can_be_printed(tmp_path: Path) 
     train, _, found = open_folder(tmp_path)
     assert all(os.path.exists(path) for path in train.paths)
     assert names(train)[1] == "dog\n/caf\udce9.jpg"
-    assert found.lines[1] == "left out: .txt files (2), as cat/\\xe9.txt"
+    assert found.lines[1] == "left out: .txt files (2), such as cat/\\xe9.txt"
     "\n".join(found.lines).encode()
 
 
@@ -149,24 +149,24 @@ def test_splits_are_known_by_their_customary_names(tmp_path: Path, paths: list[s
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "nothing": ([], r"no images \(\.jpg, .*\) below "),
-    "other files alone": (["cat/a.heic", "dog/b.heic"], r"no images .*; there are \.heic files \(2\), as cat/a\.heic"),
+    "other files alone": (["cat/a.heic", "dog/b.heic"], r"no images .*; there are \.heic files \(2\), such as cat/a\."),
     "val alone": (split("val"), "has a folder val but no folder train: there are val"),
     "a class beside a test set": ([*split("x"), "test/0.jpg"], "has a folder test but no folder train: .* test, x"),
     "two training sets": (split("train") + split("Train"), "has the folders Train, train: rename all but"),
     "two test sets": (split("train") + split("val") + split("valid"), "has the folders val, valid: rename all but"),
     "names with a year": (
         ["train2017/0.jpg", "val2017/0.jpg"],
-        "the folders train2017, val2017, which seem to be no .* or give --data .*/train2017 to train without",
+        "the folders train2017, val2017, which do not seem to be .* or give --data .*/train2017 to train without",
     ),
-    "names with a prefix": (split("seg_train") + split("seg_test"), "the folders seg_train, seg_test, which seem"),
-    "names in one": (split("TrainData") + split("testImages"), "the folders TrainData, testImages, which seem"),
+    "names with a prefix": (split("seg_train") + split("seg_test"), "the folders seg_train, seg_test, which do not"),
+    "names in one": (split("TrainData") + split("testImages"), "the folders TrainData, testImages, which do not seem"),
     "splits further down": (
         [*split("ILSVRC/Data/CLS-LOC/train"), "ILSVRC/Data/CLS-LOC/val/0.jpg", "ILSVRC/Lists/0.txt"],
         r"the folders train, val are further down: give --data .*/ILSVRC/Data/CLS-LOC$",
     ),
-    "splits in train": (split("train/train") + split("train/val"), "train has the folders train, val, which seem"),
+    "splits in train": (split("train/train") + split("train/val"), "train has the folders train, val, which do not"),
     "a class called train": (["train/0.jpg", "car/0.jpg"], "in train and, beside it, in car: if train is a class"),
-    "images beside classes": ([*split("train"), "train/0.jpg"], r"beside its class folders, as 0\.jpg: which class"),
+    "images beside classes": ([*split("train"), "train/0.jpg"], r"beside its class folders, such as 0\.jpg: which"),
     "a class that train lacks": (
         [*split("train"), *split("val"), "val/ant/0.jpg"],
         "val has classes that .* lacks: ant",
@@ -203,7 +203,7 @@ def test_a_val_that_does_not_serve_is_said_at_the_start_with_what_helps(
     train, val, found = open_folder(tmp_path)
     assert (len(train), val) == (4, None)
     assert re.search(
-        rf"^no evaluation: .*{message}.* expected is DIR/train/CLASS/IMAGE .*; --val-split 0\.1 evaluates on a tenth",
+        rf"^no evaluation: .*{message}.* expected DIR/train/CLASS/IMAGE .*; --val-split 0\.1 evaluates on a tenth",
         found.lines[-1],
     )
     assert message in found.no_val
@@ -229,7 +229,7 @@ def test_labels_of_val_are_places_in_the_classes_of_train(tmp_path: Path) -> Non
     train, val, found = open_folder(tmp_path)
     assert (train.targets.tolist(), val.targets.tolist()) == ([0, 1, 2], [1, 2])
     assert names(val) == ["b/1.jpg", "c/0.jpg"]
-    assert "left out: images beside class folders (1), as val/loose.jpg" in found.lines
+    assert "left out: images beside class folders (1), such as val/loose.jpg" in found.lines
 
 
 # What is held out
@@ -263,7 +263,7 @@ def test_a_split_that_does_not_go_with_the_images_is_a_clear_error(tmp_path: Pat
     for dataset, fraction, message in (
         ("folder", 1.0, r"at least 0 and below 1, got 1\.0"),
         ("folder", float("nan"), "at least 0 and below 1, got nan"),
-        ("digits", 0.1, "goes with a folder of images, and digits has test images of its own"),
+        ("digits", 0.1, "is for a folder of images, but digits has test images of its own"),
     ):
         with pytest.raises(ValueError, match=f"--val-split .*{message}"):
             source_of(tmp_path, dataset=dataset, val_split=fraction)

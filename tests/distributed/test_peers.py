@@ -79,13 +79,13 @@ def test_a_rank_that_lives_and_does_not_come_is_named_and_one_that_waits_is_not(
 
 def test_where_all_wait_for_one_another_none_is_named(peers: list[Peers]) -> None:
     for said in found_by(peers, 0, 1, 2):
-        assert said.endswith("but all of them live; the network was cut? gloo: Timed out")
+        assert said.endswith("but all of them are alive; was the network cut? gloo: Timed out")
 
 
 def test_where_the_store_is_gone_its_keeper_is(peers: list[Peers]) -> None:
     peers[0].stop()
     del peers[0].server
-    assert found_by(peers, 2) == ["lost rank 0 on left: it keeps the store, and does not answer rank 2 on right"]
+    assert found_by(peers, 2) == ["lost rank 0 on left: it hosts the store, and does not answer rank 2 on right"]
 
 
 def test_a_lost_rank_ends_the_process_with_one_line_and_other_errors_are_not_taken_for_it(

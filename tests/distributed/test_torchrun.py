@@ -95,5 +95,5 @@ def test_ranks_whose_workers_meet_a_bad_file_end(tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "class0/0.jpg: the file is empty; mend or replace the file" in error
+    assert "class0/0.jpg: the file is empty; repair or replace the file" in error
     assert "Original Traceback" not in done.stderr

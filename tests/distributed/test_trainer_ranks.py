@@ -106,7 +106,7 @@ def refused(rank: int, folder: str) -> str:
 
 
 def test_what_one_rank_cannot_do_is_an_error_on_all_before_anything_is_written(two_ranks: Any, tmp_path: Path) -> None:
-    wrong = "--batch-size must be at least 4 for BatchNorm, divided evenly by 2 ranks, got 33"
+    wrong = "--batch-size must be at least 4 for BatchNorm, and divisible by 2 ranks, got 33"
     assert two_ranks.run(refused, str(tmp_path / "run")) == [wrong, f"rank 0: {wrong}"]
     assert not (tmp_path / "run").exists()
 
@@ -137,7 +137,7 @@ def test_a_run_folder_may_have_a_name_that_is_not_utf8(two_ranks: Any, tmp_path:
 def one_sees_it(rank: int, folder: str) -> None:
     out = folder if rank == 0 else f"{folder}-elsewhere"
     with pytest.raises(
-        ValueError, match="step to go on from must be the same on all ranks, got 0 on rank 0, -1 on rank 1"
+        ValueError, match="step to resume from must be the same on all ranks, got 0 on rank 0, -1 on rank 1"
     ):
         train(rank, out, "--resume", "auto", "--steps", 3)
 

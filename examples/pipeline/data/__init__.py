@@ -1,1 +1,1 @@
-"""Where images come from: what lies in a folder, what is read of it, and every source of training views."""
+"""Images: scanning folders, reading files, and the sources of training views."""

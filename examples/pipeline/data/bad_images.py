@@ -1,4 +1,4 @@
-"""Images that cannot be read: which they are, and what stands in for them."""
+"""Images that cannot be read: records of them, and their replacements."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +15,10 @@ from pipeline.data.pixels import UnreadableImage
 from pipeline.running.seeds import seed_of
 
 ACTIONS = ("error", "skip")
-TRIES = 100  # replacements to try for an unreadable image before the data set is given up
+TRIES = 100  # number of replacements to try for an unreadable image before giving up
 LIST = "bad_images.txt"
-IDLE = -1  # in place of an image's place: a worker is not reading one
-Item = tuple[Any, list[UnreadableImage]]  # what a data set gives, or None, and what could not be read on the way
+IDLE = -1  # instead of an image's index: the worker is not reading an image
+Item = tuple[Any, list[UnreadableImage]]  # an item of a data set or None, and the images that could not be read for it
 
 
 class BadImages:
@@ -35,17 +35,17 @@ class BadImages:
         """Record the unreadable images of a batch.
 
         Args:
-            met: what could not be read.
-            lost: whether the batch could not be made without it.
+            met: the images that could not be read.
+            lost: whether there is no batch, because an image has no readable replacement.
 
         Raises:
-            UnreadableImage: images are not to be skipped, or nothing readable was found in place of one.
+            UnreadableImage: images are not to be skipped, or an image has no readable replacement.
         """
         if met and not self.skip:
-            reason = f"{met[0].reason}; mend or replace the file, or do without it: --on-bad-image skip"
+            reason = f"{met[0].reason}; repair or replace the file, or skip it: --on-bad-image skip"
             raise UnreadableImage(met[0].path, reason)
         if lost:
-            reason = f"{met[-1].reason}; nor could {TRIES} others that were drawn in place of an image, one by one"
+            reason = f"{met[-1].reason}; {TRIES} other images, tried one after another, could not be read either"
             raise UnreadableImage(met[-1].path, reason)
         self.found |= {error.path: error.reason for error in met}
 
@@ -68,14 +68,14 @@ class BadImages:
 
 
 class Noting(Dataset[Item]):
-    """The items of a data set, each with what could not be read for it: no `UnreadableImage` leaves a worker.
+    """The items of a data set, each with the images that could not be read for it; workers raise no `UnreadableImage`.
 
     Args:
-        items: a data set that raises it; a key, or the end of one that is a tuple, is an image's place.
-        bad: what to do then.
-        instead: of a key, the keys of other items to take in its place, the first that can be read.
-        blank: the item where there is none.
-        workers: how many processes read.
+        items: a data set that raises `UnreadableImage`. A key, or the last element of a tuple key, is an image's index.
+        bad: whether to skip unreadable images.
+        instead: maps a key to the keys of other items, of which the first readable one is taken in its place.
+        blank: the item if there is none to take.
+        workers: number of processes that read.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Noting(Dataset[Item]):
         return (self.blank if self.bad.skip else None), met
 
     def read_by(self, worker: int) -> int | None:
-        """Return the place of the image that a worker process is reading, also after its crash; None between images."""
+        """Return the index of the image that a worker is reading, or was when it crashed; None between images."""
         place = int(self._reading[worker])
         return None if place == IDLE else place
 
@@ -122,26 +122,26 @@ class Noting(Dataset[Item]):
 
 
 class Drawn:
-    """The keys of the images that stand in for one, a pure function of (seed, epoch, index)."""
+    """The keys of an image's replacements, a pure function of (seed, epoch, index)."""
 
     def __init__(self, seed: int, places: range | list[int]) -> None:
         self.seed, self.places = seed, places
 
     def __call__(self, key: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
-        """Yield (epoch, index, place to read): the views stay those of the index."""
+        """Yield (epoch, index, index of the image to read); the first index still determines the views."""
         for number in range(TRIES):
             yield (*key, self.places[seed_of(self.seed, *key, number) % len(self.places)])
 
 
 def collated(items: list[Item]) -> Item:
-    """Return a batch of items, or None where one is missing, and all that could not be read for it."""
+    """Return a batch of items, or None if one is missing, and all images that could not be read for it."""
     made = [item for item, _ in items]
     batch = None if any(item is None for item in made) else default_collate(made)
     return batch, [error for _, met in items for error in met]
 
 
 def write_list(path: Path, found: dict[str, str]) -> None:
-    """Write a line for each: its path, as the file system has it, a tab, and the reason."""
+    """Write a line for each image: its path as the file system has it, a tab, and the reason."""
     lines = [
         os.fsencode(name).replace(b"\n", b"\\n") + os.fsencode(f"\t{reason}\n")
         for name, reason in sorted(found.items())

@@ -1,4 +1,4 @@
-"""A look at every image file before a run."""
+"""Checks every image file before a run."""
 
 from msf_core.distributed import Ranks
 from pipeline.data.bad_images import BadImages
@@ -17,7 +17,7 @@ def check_images(source: DataSource, ranks: Ranks) -> int:
             print("these images are not read from image files: there is nothing to check")
         return 0
     if leads:
-        print(*source.found.lines, sep="\n")  # images that are left out are not checked
+        print(*source.found.lines, sep="\n")  # they list the files that are left out, which are not checked
     summary = []
     status = 0
     for split in ("train", "val") if source.has_val else ("train",):

@@ -1,4 +1,4 @@
-"""scikit-learn's digits as a source of images: all of them on the device of the training."""
+"""scikit-learn's digits as a source of images: all of them are on the training device."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +19,7 @@ from pipeline.views.augment import DIGITS_VIEWS
 class Digits:
     """scikit-learn's optical digits: 1,797 real scans, resized to 16×16, 1,347 to train on and 450 to test on.
 
-    With ``validation``, this part of the 1,347 is held out and tested on, and the 450 are not used.
+    With ``validation``, this fraction of the 1,347 is held out to test on, and the 450 are not used.
     """
 
     image_shape = (1, 16, 16)
@@ -35,7 +35,7 @@ class Digits:
         images = F.interpolate(images, size=(16, 16), mode="bicubic", align_corners=False).clamp_(0, 1)
         # The split is the same for every seed, so that runs of several seeds are tested on the same images.
         train, val = train_test_split(np.arange(len(labels)), test_size=450, stratify=labels, random_state=0)
-        if validation:  # that share of the training images is tested on, so that choices need no test image
+        if validation:  # test on a share of the training images, so that tuning never uses a test image
             train, val = train_test_split(train, test_size=validation, stratify=labels[train], random_state=0)
         self._images = {split: images[ids].to(device) for split, ids in (("train", train), ("val", val))}
         self._labels = {split: torch.tensor(labels[ids]).to(device) for split, ids in (("train", train), ("val", val))}

@@ -1,4 +1,4 @@
-"""One function that opens any data set: scikit-learn's digits, a folder, or a small set of torchvision's."""
+"""One function that opens any data set: scikit-learn's digits, a folder, or one of torchvision's small sets."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def open_source(
     if not 0 <= val_split < 1:
         raise ValueError(f"--val-split must be at least 0 and below 1, got {val_split}")
     if val_split and dataset != "folder":
-        raise ValueError(f"--val-split goes with a folder of images, and {dataset} has test images of its own")
+        raise ValueError(f"--val-split is for a folder of images, but {dataset} has test images of its own")
     if dataset == "digits":
         return Digits(augmentation, share, seed, device)
     options: dict[str, Any] = {

@@ -27,22 +27,23 @@ from pipeline.running.seeds import seed_of
 from pipeline.views.crops import PAPERS, PER_VIEW, SUPERVISED, View, crop_boxes, draws, resized_crop
 from pipeline.views.rendering import Normalization, Rendering
 
-LONGEST = 16  # images are cut to between this and 4 more times as long as wide before evaluation resizes them
+LONGEST = 16  # evaluation first cuts longer images to between 16 and 20 times their short side
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ReaderEnded(OSError):
-    """A process that reads images has ended, and it was not this one that ended it."""
+    """A process that reads images has ended unexpectedly."""
 
 
 class Photos:
     """Data sets of (image, label), read by worker processes.
 
-    A worker sends the two crops of an image as uint8, and the row of draws of which the rest of its views is made.
-    ``train`` is what the encoder learns from, ``gallery`` what evaluation calls "train" (the same, unless most
-    of it has no labels), ``val`` what it tests on. ``views`` are those of the target and of the
-    online encoder. ``bad`` notes what cannot be read. Where that is skipped, training sees another image of the
-    training set in its place, a classifier another of those that it is trained on, and evaluation does without.
+    A worker sends the two crops of an image as uint8, and the row of draws from which the rest of its views is
+    computed. The encoder is trained on ``train``. Evaluation uses ``gallery`` as its training set (by default
+    ``train``; another set if most of ``train`` has no labels), and tests on ``val``. ``views`` are the views of the
+    target and of the online encoder. ``bad`` records unreadable images. If they are skipped, each is replaced: in
+    training by another image of the training set, and for a classifier by another of the images that it is trained on.
+    Evaluation leaves them out.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Photos:
             yield self._classifier(self._to_device(crops), rows[:, :PER_VIEW]), self._to_device(labels)
 
     def check(self, split: str, indices: list[int], bad: BadImages) -> Iterator[int]:
-        """Read these images of "train" or "val" for ``bad`` to note; yield how many more have been read."""
+        """Read these images of "train" or "val", note unreadable ones in ``bad``, and yield the size of each batch."""
         looks = self._noting(_Looks(self._sets[split].images), bad, blank=1)
         for read in self._batches(DataLoader(looks, sampler=indices, **{**self._options, "batch_size": 16}), bad):
             yield len(read)
@@ -142,7 +143,7 @@ class Photos:
         return self._normalized.undone(images).numpy()
 
     def _batches(self, loader: DataLoader[Any], bad: BadImages | None = None) -> Iterator[Any]:
-        """Start a loader's workers, and return what it yields, once the images that it could not read are noted."""
+        """Start a loader's workers, and return an iterator over its batches that notes unreadable images in ``bad``."""
         return _noted(_started(loader), self.bad if bad is None else bad)
 
     def _rendered(self, batch: list[Tensor]) -> Views:
@@ -159,9 +160,9 @@ class Photos:
 
 
 class Crops(Dataset[tuple[Any, ...]]):
-    """A crop of an image for each kind of view, its row of draws, label and place: by (seed, epoch, index) alone.
+    """One crop of an image per kind of view, its row of draws, label and index: a function of (seed, epoch, index).
 
-    A key (epoch, index, place) reads the image of that place, and draws what (epoch, index) would.
+    A key (epoch, index, other) reads the image with index ``other``, with the draws of (epoch, index).
     """
 
     def __init__(self, images: Dataset[Any], kinds: list[View], size: int, seed: int, stream: int = 0) -> None:
@@ -195,10 +196,10 @@ class _Centred(Dataset[tuple[Tensor, int]]):
 
 
 def middle(image: Tensor) -> Tensor:
-    """Return the middle of a very long image [3, H, W], less than 20 times as long as wide; others as they are.
+    """Cut the ends off a very long image [3, H, W], to less than 20 times its short side; return others unchanged.
 
     If its short side is resized to 256, an image of 1 x 5,000 pixels takes a gigabyte, and the center crop keeps one
-    square of it. So the ends are cut off first. Each end loses a whole and even number of short sides, which keeps the
+    square of it. So the ends are cut off first. Each end loses an even multiple of the short side, which keeps the
     center and the resized pixels where they are.
     """
     short = min(image.shape[1:])
@@ -218,7 +219,7 @@ class _Looks(Dataset[int]):
 
 
 class _EpochOrder(Sampler[tuple[int, int]]):
-    """The (epoch, index) keys of this rank's images of one epoch, from a micro-batch on."""
+    """The (epoch, index) keys of this rank's images of one epoch, starting at micro-batch ``first``."""
 
     def __init__(self, size: int, seed: int, share: Share) -> None:
         self.size, self.seed, self.share = size, seed, share
@@ -231,7 +232,7 @@ class _EpochOrder(Sampler[tuple[int, int]]):
 
 
 def workers_of(wanted: int) -> int:
-    """Return how many processes read images for this rank: ``wanted``, or for −1 its part of this machine's cores."""
+    """Return the number of processes that read images for this rank: ``wanted``, or its share of the cores for −1."""
     return wanted if wanted >= 0 else max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -241,7 +242,7 @@ def cores() -> int:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Workers end when the parent does; a Ctrl-C or SIGTERM to the whole group must not take them from it."""
+    """Ignore a Ctrl-C or SIGTERM sent to the whole process group: workers end only when their parent does."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -252,14 +253,14 @@ _reading: "WeakSet[Any]" = WeakSet()  # iterators over loaders with workers
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Return an iterator over a loader, whose workers run, and end when this process comes to its end."""
+    """Start a loader's workers, and return an iterator over its batches. The workers end when this process exits."""
     if not loader.num_workers:
         return iter(loader)
     with _signals_kept():
         batches = iter(loader)
     _reading.add(batches)
     atexit.unregister(_end_workers)
-    atexit.register(_end_workers)  # what is registered last comes first, so before anything waits for the workers
+    atexit.register(_end_workers)  # the last one registered runs first, before anything waits for the workers
     return batches
 
 
@@ -280,7 +281,7 @@ def _noted(batches: Iterator[Any], bad: BadImages) -> Iterator[Any]:
 
 
 def _why_ended(batches: Any) -> str:
-    """Say how a worker came to its end, and which image a crash of its decoder happened on."""
+    """Return why a worker ended and, if its decoder crashed, on which image."""
     closed = connection.wait([worker.sentinel for worker in batches._workers], timeout=1)
     for worker in batches._workers:
         if worker.sentinel in closed:
@@ -292,10 +293,10 @@ def _why_ended(batches: Any) -> str:
     what = signal.Signals(-code).name if code < 0 else f"exit status {code}"
     place = batches._dataset.read_by(number)
     if what == "SIGKILL":
-        what += ", as when memory runs out: try fewer --workers"
+        what += ", probably because memory ran out: try fewer --workers"
     elif place is not None:
         path = path_of(batches._dataset.items.images, place)
-        what += f" while it read {printable(path)}: mend or remove the file"
+        what += f" while it read {printable(path)}: repair or remove the file"
     return f"a process that reads images has ended: {what}"
 
 
@@ -304,8 +305,8 @@ def _signals_kept() -> Iterator[None]:
     """Block SIGINT and SIGTERM while workers start in this block, and restore the handler of SIGCHLD afterwards.
 
     So no signal can end a worker before it ignores signals. PyTorch's handler of SIGCHLD would raise an error when a
-    worker dies, even in the middle of a step. Without it, the error is raised within seconds where the worker's images
-    are waited for, and no step is left half done.
+    worker dies, even in the middle of a step. Without it, the error is raised within seconds by the code that waits for
+    the worker's images, and no step is left half done.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

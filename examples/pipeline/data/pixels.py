@@ -40,11 +40,11 @@ class UnreadableImage(OSError):
 
 
 def read_image(path: str) -> Tensor:
-    """Return the pixels [3, H, W] uint8 of an image file, as RGB; of an animation, the first picture.
+    """Return the pixels [3, H, W] uint8 of an image file as RGB; for an animation, those of the first picture.
 
     Grayscale, palettes and CMYK are converted, and an alpha channel is dropped. 16-bit gray is scaled to 8 bits; of
-    16-bit color, the low bits are dropped. JPEG and WebP are decoded by torchvision, everything else, and what
-    torchvision refuses, by Pillow. EXIF orientation is ignored, except for TIFF: so does torchvision's ImageFolder.
+    16-bit color, the low bits are dropped. torchvision decodes JPEG and WebP; Pillow decodes everything else, and what
+    torchvision refuses. EXIF orientation is ignored except in TIFF files, as in torchvision's ImageFolder.
 
     Raises:
         OSError: not a regular file, not an image, or pixels (floats, 32-bit integers) without a known range.
@@ -91,7 +91,7 @@ def pixels_of(images: Dataset[Any], index: int) -> tuple[Tensor, int]:
     """Return (pixels [3, H, W] uint8, label) of an image of a data set that has tensors or Pillow images.
 
     Raises:
-        UnreadableImage: it cannot be read; has its path.
+        UnreadableImage: it cannot be read; the error has its path.
     """
     try:
         image, label = images[index]
@@ -129,7 +129,7 @@ def labels_of(images: Dataset[Any]) -> Tensor:
             break
     else:
         if not hasattr(images, "_samples"):
-            raise ValueError(f"{type(images).__name__} does not tell its labels")
+            raise ValueError(f"{type(images).__name__} does not provide its labels")
         labels = torch.tensor([label for _, label in images._samples])
     places = getattr(images, "target_transform", None)
     return labels if places is None else torch.tensor([places(int(label)) for label in labels])

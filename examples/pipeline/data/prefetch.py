@@ -24,7 +24,7 @@ class SideStream:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def over(self, batches: Iterator[Batch], prepare: Callable[[Batch], Views]) -> Iterator[Views]:
-        """Yield what ``prepare`` makes of each batch. The current stream waits for it, the host does not.
+        """Yield the result of ``prepare`` for each batch. The current stream waits for it, but the host does not.
 
         The host is ahead of the GPU: it asks for the next batch while the GPU still computes the previous step.
         """

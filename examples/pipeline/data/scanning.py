@@ -1,4 +1,4 @@
-"""Find the images below a folder in one pass, and what is left out and why."""
+"""Find the images below a folder in one pass, and count the other files by kind."""
 
 import itertools
 import os
@@ -76,9 +76,9 @@ class LeftOut:
     def lines(self) -> list[str]:
         """Return each kind with its count and its example, the most frequent first."""
         ordered = sorted(self._found.items(), key=lambda item: (-item[1][0], item[0]))
-        lines = [f"{kind} ({count:,}), as {printable(example)}" for kind, (count, example) in ordered[:SHOWN]]
+        lines = [f"{kind} ({count:,}), such as {printable(example)}" for kind, (count, example) in ordered[:SHOWN]]
         if rest := ordered[SHOWN:]:
-            lines.append(f"{len(rest)} other kinds ({sum(count for _, (count, _) in rest):,}), as {rest[0][0]}")
+            lines.append(f"{len(rest)} other kinds ({sum(count for _, (count, _) in rest):,}), such as {rest[0][0]}")
         return lines
 
 
@@ -177,9 +177,9 @@ def _entries(path: str, folder: str, left_out: LeftOut) -> tuple[list[os.DirEntr
 def _kind_of(entry: os.DirEntry[str]) -> str:
     """Return what kind of thing it is, in words; it is not an image."""
     if not _is(os.DirEntry.is_file, entry):
-        return "links that lead nowhere" if entry.is_symlink() else "things that are neither file nor folder"
+        return "links that lead nowhere" if entry.is_symlink() else "things that are neither files nor folders"
     ending = os.path.splitext(entry.name)[1].lower()
-    return f"{printable(ending)} files" if ending else "files without an ending"
+    return f"{printable(ending)} files" if ending else "files without an extension"
 
 
 def _is(kind: Callable[[os.DirEntry[str]], bool], entry: os.DirEntry[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Small images: the whole data set is on the device as uint8, and views are drawn there, keyed by image."""
+"""Small images: the whole data set is on the device as uint8, if it fits, and views are computed there."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

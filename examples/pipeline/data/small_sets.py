@@ -14,7 +14,7 @@ from pipeline.data.pixels import labels_of
 from pipeline.data.small import Split
 from pipeline.views.crops import View
 
-# train, and test: images and labels
+# (images, labels) of the training and of the test set
 IDX_FILES = (
     ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -38,12 +38,12 @@ def open_small(name: str, root: Path) -> tuple[Split, Split, Split | None]:
         root: folder of the downloads; for "fashion-mnist" also a folder with its four idx files, with or without .gz.
 
     Raises:
-        ValueError: the files are not there and cannot be downloaded, or are not what they should be.
+        ValueError: the files are missing and cannot be downloaded, or they are damaged.
     """
     if name == "fashion-mnist" and any(_found(root, file) for pair in IDX_FILES for file in pair):
         train, test = (read_pair(root, *pair) for pair in IDX_FILES)
         if train.images.shape[1:] != test.images.shape[1:]:
-            raise ValueError(f"the images of training and test in {root} differ in size")
+            raise ValueError(f"the training and test images in {root} differ in size")
         return train, test, None
     try:
         if name == "stl10":
@@ -80,7 +80,7 @@ def read_pair(root: Path, images: str, labels: str) -> Split:
     """
     pixels, classes = read_idx(root, images, 3), read_idx(root, labels, 1)
     if len(pixels) != len(classes) or not len(pixels):
-        raise ValueError(f"{root / images} has {len(pixels)} images, {labels} {len(classes)} labels")
+        raise ValueError(f"{root / images} has {len(pixels)} images, but {labels} has {len(classes)} labels")
     return Split(torch.from_numpy(pixels)[:, None], torch.from_numpy(classes).long())
 
 
@@ -103,7 +103,7 @@ def read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
     shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
     if len(content) != header + math.prod(shape):
         raise ValueError(
-            f"{path} should hold {math.prod(shape):,} bytes after its header, has {len(content) - header:,}"
+            f"{path} should hold {math.prod(shape):,} bytes after its header, but has {len(content) - header:,}"
         )
     pixels: np.ndarray = np.frombuffer(bytearray(content), np.uint8, offset=header).reshape(shape)
     return pixels

@@ -118,12 +118,12 @@ def open_folder(root: Path, val_split: float = 0.0) -> tuple[ImageTree, ImageTre
     lines += [f"left out: {line}" for line in left_out.lines()]
     if val is None:
         instead = "; --val-split 0.1 evaluates on a tenth of each class, which is not trained on" if classes else ""
-        lines.append(f"no evaluation: {no_val}; expected is {LAYOUT}{instead}")
+        lines.append(f"no evaluation: {no_val}; expected {LAYOUT}{instead}")
     return train, val, Found(tuple(map(printable, lines)), no_val if val is None else "")
 
 
 def _splits(root: Path, left_out: LeftOut) -> tuple[str, str]:
-    """Return the names of the folders of the training and of the test images, "" if there is none.
+    """Return the names of the folders with the training and the test images; "" if there is no such folder.
 
     Raises:
         ValueError: there seem to be splits, but it is unclear which is which.
@@ -133,7 +133,7 @@ def _splits(root: Path, left_out: LeftOut) -> tuple[str, str]:
     tested = val or test
     for several in (train, tested):
         if len(several) > 1:
-            raise ValueError(f"{root} has the folders {_listed(several)}: rename all but the one that is to serve")
+            raise ValueError(f"{root} has the folders {_listed(several)}: rename all but the one to use")
     if not train:
         if tested:
             raise ValueError(f"{root} has a folder {tested[0]} but no folder train: there are {_listed(folders)}")
@@ -142,7 +142,7 @@ def _splits(root: Path, left_out: LeftOut) -> tuple[str, str]:
         )
         if like_train and like_test:
             raise ValueError(
-                f"{root} has the folders {_listed([like_train[0], like_test[0]])}, which seem to be no classes: "
+                f"{root} has the folders {_listed([like_train[0], like_test[0]])}, which do not seem to be classes: "
                 f"call them train and val, or give --data {root / like_train[0]} to train without evaluation"
             )
         return "", ""
@@ -169,9 +169,9 @@ def _classes(found: Scan) -> list[str]:
         return []
     if found.loose:
         example = printable(found.paths.name(0))
-        raise ValueError(f"{found.root} has images beside its class folders, as {example}: which class are they?")
+        raise ValueError(f"{found.root} has images beside its class folders, such as {example}: which class are they?")
     if splits := _pair(classes):
-        raise ValueError(f"{found.root} has the folders {_listed(splits)}, which seem to be no classes")
+        raise ValueError(f"{found.root} has the folders {_listed(splits)}, which do not seem to be classes")
     return classes
 
 
@@ -182,7 +182,7 @@ def _pair(folders: Iterable[str]) -> list[str]:
 
 
 def _refuse_a_class_called_train(root: Path, train_name: str) -> None:
-    """Raise ValueError if the folder train has images and others beside it too, which may all be classes."""
+    """Raise ValueError if other folders beside train have images, too: all of them may be classes."""
     others = [name for name in list_folder(root, LeftOut())[0] if name.lower() not in TRAIN | VAL | TEST]
     if others := [name for name in others if len(Scan(root / name).paths)]:
         raise ValueError(
@@ -201,7 +201,7 @@ def _inner_splits(found: Scan, classes: list[str]) -> list[str]:
     """Return notes on folders further down that look like splits or classes.
 
     Raises:
-        ValueError: there are splits, and no classes above them.
+        ValueError: there are folders that look like splits, and no classes above them.
     """
     inner = [(found.root / folder, names) for folder, names in found.children.items() if _pair(names)]
     for folder, names in inner[:1]:

@@ -56,7 +56,7 @@ def build_parser(description: str) -> Parser:
         _add_encoder(sub)
         if name != "export":
             _add_images(sub, name)
-        _ADD[name](sub.add_argument_group("what is measured" if name != "export" else "what is written"))
+        _ADD[name](sub.add_argument_group("measurement" if name != "export" else "output"))
         _add_machine(sub, name)
     return parser
 
@@ -65,12 +65,12 @@ def check_flags(flags: argparse.Namespace) -> None:
     """Raise ValueError if flags do not fit together."""
     given = [f"--{name}" for name, default in SGD.items() if getattr(flags, name, default) != default]
     if flags.command == "linear" and flags.solver == "logistic" and given:
-        raise ValueError(f"--solver logistic has no use for {', '.join(given)}: they belong to --solver sgd")
+        raise ValueError(f"--solver logistic cannot use {', '.join(given)}, which belong to --solver sgd")
     if flags.command == "few-labels" and flags.classifier == "nn":
         if not flags.per_class:
-            raise ValueError("--classifier nn goes with --per-class")
+            raise ValueError("--classifier nn needs --per-class")
         if given:
-            raise ValueError(f"--classifier nn has no use for {', '.join(given)}: they belong to --classifier linear")
+            raise ValueError(f"--classifier nn cannot use {', '.join(given)}, which belong to --classifier linear")
     if flags.command == "transfer" and not flags.data:
         raise ValueError("transfer needs --data DIR, the folder with the data sets")
 
@@ -106,7 +106,7 @@ def _add_images(parser: argparse.ArgumentParser, command: str) -> None:
         )
     add("--on-bad-image", choices=ACTIONS, default="error", help="skip: evaluate without images that cannot be read")
     add("--batch-size", type=whole(), default=256, metavar="N", help="images per step over all ranks, also in training")
-    add("--seed", type=whole(0, _MOST_SEED), default=0, metavar="N", help="seed of order, views and draws")
+    add("--seed", type=whole(0, _MOST_SEED), default=0, metavar="N", help="seed of the order, views and random subsets")
 
 
 def _add_machine(parser: argparse.ArgumentParser, command: str) -> None:

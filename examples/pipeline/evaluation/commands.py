@@ -45,7 +45,7 @@ class Subject:
         self.bad = BadImages(getattr(flags, "on_bad_image", "error"))
         batch_size = getattr(flags, "batch_size", ranks.size)
         if batch_size < ranks.size:
-            raise ValueError(f"--batch-size must be at least the {ranks.size} ranks, got {batch_size}")
+            raise ValueError(f"--batch-size must be at least {ranks.size}, one image per rank, got {batch_size}")
         size = flags.image_size or 0
         self.encoder: LoadedEncoder = load_encoder(flags.encoder, ranks, flags.arch, flags.weights, size)
         self.gray = self.encoder.gray
@@ -54,7 +54,7 @@ class Subject:
 
 
 class Evaluation(Subject):
-    """It, and the images that it is measured on."""
+    """An encoder, and the images that it is evaluated on."""
 
     def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         if flags.data and flags.dataset in ("", "folder"):
@@ -88,23 +88,25 @@ class Evaluation(Subject):
         flags = self.flags
         if self.dataset == "digits":
             if not self.gray:
-                raise ValueError(f"the digits are gray, {self.encoder.arch} takes colors: give --data DIR or --dataset")
+                raise ValueError(
+                    f"the digits are gray, but {self.encoder.arch} takes color images: give --data DIR or --dataset"
+                )
             if flags.data:
-                raise ValueError("--data has no use with --dataset digits: they come with scikit-learn")
+                raise ValueError("--data cannot be used with --dataset digits, which come with scikit-learn")
             if self.image_size != 16:
                 raise ValueError(f"the digits are 16 pixels wide, got --image-size {self.image_size}")
         elif self.gray:
-            raise ValueError(f"{flags.encoder} takes the digits, which are gray: leave --data and --dataset out")
+            raise ValueError(f"{flags.encoder} takes the digits, which are gray: leave out --data and --dataset")
         elif not self.data:
-            raise ValueError(f"{flags.encoder} does not say which images it is of: give --data DIR, or --dataset")
+            raise ValueError(f"{flags.encoder} does not name the images to use: give --data DIR, or --dataset")
         elif self.dataset == "folder":
-            named = "--data" if flags.data else f"--data is needed: the images of {flags.encoder} are gone"
+            named = "--data" if flags.data else f"--data is needed, because the images of {flags.encoder} are gone"
             existing_folder(named, self.data)
         elif Path(self.data).is_file():
             existing_folder("--data", self.data)
 
     def _val_split(self) -> float:
-        """Return the fraction to hold out: the one that is asked for, or on the run's images the run's."""
+        """Return the fraction to hold out: --val-split or, if the images are those of the run, the run's fraction."""
         known = self.encoder.trained_on
         if self.flags.val_split is not None:
             return float(self.flags.val_split)
@@ -112,7 +114,7 @@ class Evaluation(Subject):
         return float(known.get("val_split", 0.0)) if same else 0.0
 
     def part(self, split: str) -> Iterator[Batch]:
-        """Yield the features of this rank's part of a split, with progress."""
+        """Yield the features of this rank's part of a split, and show a progress bar."""
         with progress_bar(
             f"features of {split}", "image", self.source.size(split) // self.ranks.size, self.ranks
         ) as bar:
@@ -126,15 +128,15 @@ class Evaluation(Subject):
 
 
 def knn(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
-    """1-NN and 20-NN by cosine similarity of the features, over the library's own search."""
+    """1-NN and 20-NN by cosine similarity of the features, with the library's own search."""
     dtype = getattr(torch, evaluation.flags.dtype)
     size = evaluation.source.size("train")
     train, val = evaluation.part("train"), evaluation.part("val")
     row = nearest_neighbor_accuracy(train, size, val, evaluation.ranks, dtype)
     protocol: dict[str, Any] = {"view": view(evaluation), "similarity": "cosine", "vote": "majority"}
     protocol["dtype"] = evaluation.flags.dtype
-    # With k > n, only n neighbors would vote: another classifier under the same name.
-    too_many = {f"nn{k}": f"needs {k} training images, there are {size}" for k in NEIGHBORS if k > size}
+    # With k > n, only n neighbors would vote, so the result would not be that of k-NN.
+    too_many = {f"nn{k}": f"needs {k} training images, but there are {size}" for k in NEIGHBORS if k > size}
     if too_many:
         protocol["not measured"] = too_many
     return protocol, {name: value for name, value in row.items() if name not in too_many}
@@ -185,9 +187,9 @@ def few(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Train layers on these training images; return the protocol, and the accuracy with the paper's learning rate.
+    """Train layers on these training images; return the protocol, and the accuracy with the learning rate --lr.
 
-    With a sweep "best top1" is that of the best learning rate, chosen on the test images as is customary.
+    With --sweep, "best top1" is the accuracy with the best learning rate, chosen on the test images as is customary.
     """
     flags, ranks, source = evaluation.flags, evaluation.ranks, evaluation.source
     protocol = Protocol(
@@ -219,7 +221,7 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
     results = accuracy(list(layers), standardize, evaluation.part("val"), ranks)
     described: dict[str, Any] = {
         **asdict(protocol),
-        "optimizer": "SGD, learning rate to a tenth at the milestones",
+        "optimizer": "SGD, learning rate divided by 10 at the milestones",
         "features": "normalized to unit length, then standardized over the labeled training images",
         "training view": view(evaluation) if flags.cache else supervised_view(evaluation),
         "features cached, no augmentation": flags.cache,
@@ -231,15 +233,15 @@ def linear_on(evaluation: Evaluation, places: list[int]) -> tuple[dict[str, Any]
         if not all(parameter.isfinite().all() for parameter in layer.parameters()):
             described.setdefault("diverged", []).append(lr)
             if ranks.rank == 0:
-                print(f"warning: training diverged at learning rate {lr:g}: its accuracy says nothing", file=sys.stderr)
+                print(f"warning: training diverged at learning rate {lr:g}: ignore its accuracy", file=sys.stderr)
     if flags.sweep:
         row["best top1"] = max(result["top1"] for result in results)
-        described["best top1"] = "of these learning rates the best on the test images"
+        described["best top1"] = "the best of these learning rates on the test images"
     return described, row
 
 
 class Transfer(Subject):
-    """It, and the folder of the data sets."""
+    """An encoder, and the folder of the transfer data sets."""
 
     def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         if not flags.download or Path(flags.data).exists():
@@ -326,7 +328,7 @@ def photos_of(subject: Subject, images: Dataset[Any]) -> Photos:
 
 
 class Export(Subject):
-    """It, and where its backbone is written, in which layouts."""
+    """An encoder, and the folder and the layouts in which its backbone is written."""
 
     def __init__(self, flags: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         super().__init__(flags, ranks, device)
@@ -345,7 +347,7 @@ class Export(Subject):
 
 
 def export(subject: Export) -> tuple[dict[str, Any], dict[str, float]]:
-    """Write the backbone in the layouts of other libraries, and verify each."""
+    """Write the backbone in the layouts of other libraries, and verify each file."""
     protocol: dict[str, Any] = {}
     if subject.ranks.rank > 0:
         return protocol, {}
@@ -362,13 +364,13 @@ def export(subject: Export) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 def shown(bar: tqdm, loss: float) -> None:
-    """Count an epoch."""
+    """Advance the bar by an epoch, and show its loss."""
     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     bar.update()
 
 
 def view(evaluation: Evaluation) -> str:
-    """Describe how test images are seen."""
+    """Describe the view of the test images."""
     if evaluation.dataset == "digits":
         return "16 x 16, as they are"
     if evaluation.dataset != "folder":
@@ -377,12 +379,12 @@ def view(evaluation: Evaluation) -> str:
 
 
 def view_of(size: int) -> str:
-    """Describe how test images are seen."""
+    """Describe the evaluation view of photographs at this size."""
     return f"resize {round(size * 256 / 224)}, center crop {size}"
 
 
 def supervised_view(evaluation: Evaluation) -> str:
-    """Describe how training images are seen."""
+    """Describe the views that a classifier is trained on."""
     if evaluation.dataset == "digits":
         return "weak view"
     return f"random resized crop {evaluation.image_size} (area 0.08 to 1), horizontal flip"

@@ -18,7 +18,7 @@ NEIGHBORS = (1, 20)  # the classifiers of the paper (section 3.2)
 
 @torch.no_grad()
 def features_of(backbone: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the features of batches of images in eval mode, and leave the backbone in the mode it had."""
+    """Yield the features of batches of images, computed in eval mode; then restore the backbone's mode."""
     mode = backbone.training
     try:
         for images, labels in batches:
@@ -32,7 +32,7 @@ def readable(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Yield batches of images without those that could not be read.
 
     Raises:
-        OSError: there are no others.
+        OSError: none of the images could be read.
     """
     some = False
     for images, labels in batches:
@@ -47,20 +47,20 @@ def readable(batches: Iterable[Batch]) -> Iterator[Batch]:
 def part_of_images(
     backbone: nn.Module, source: DataSource, split: str, ranks: Ranks, places: list[int] | None = None
 ) -> Iterator[Batch]:
-    """Yield the features of this rank's part of a split, batch by batch; the parts in rank order are the split.
+    """Yield the features of this rank's part of a split, batch by batch; in rank order, the parts make up the split.
 
-    All ranks see them through the BatchNorm statistics of rank 0, whose backbone is the one that is exported. Images
-    that cannot be read, and are to be skipped, are left out.
+    All ranks use the BatchNorm statistics of rank 0, whose backbone is the one that is exported. Unreadable images are
+    left out if they are to be skipped.
 
     Args:
-        backbone: images [b, C, H, W] to features [b, F].
-        source: of the images.
+        backbone: maps images [b, C, H, W] to features [b, F].
+        source: source of the images.
         split: "train" or "val".
-        ranks: who takes part.
-        places: of the images; None are all of them.
+        ranks: the ranks that take part.
+        places: indices of the images; None means all images.
 
     Raises:
-        ValueError: fewer images than ranks.
+        ValueError: there are fewer images than ranks.
     """
     if ranks.size == 1:
         return features_of(backbone, readable(source.images(split, places)))
@@ -77,7 +77,7 @@ def part_of_images(
 def extract(
     backbone: nn.Module, source: DataSource, split: str, ranks: Ranks, places: list[int] | None = None
 ) -> Batch:
-    """Return the features [n, F] and labels [n] of the images that `part_of_images` divides, on every rank."""
+    """Return, on every rank, the features [n, F] and labels [n] of the parts of all ranks (see `part_of_images`)."""
     parts = part_of_images(backbone, source, split, ranks, places)
     with shared(ranks):
         batches = list(parts)
@@ -97,14 +97,14 @@ def nearest_neighbor_accuracy(
 ) -> dict[str, float]:
     """Return the accuracy of 1-NN and 20-NN by cosine similarity (paper section 3.2), as "nn1" and "nn20".
 
-    Each rank keeps 1/W of the features, which are those of a batch at a time beside it, and searches them.
+    Each of W ranks stores and searches 1/W of the training features, and otherwise holds only one batch at a time.
 
     Args:
         train: features and labels of this rank's part of the training images.
-        size: of all parts together, n, or more.
+        size: the number of training images on all ranks, or more.
         val: features and labels of this rank's part of the test images.
-        ranks: who takes part; None is this process alone.
-        dtype: of the features that are kept.
+        ranks: the ranks that take part; None means this process alone.
+        dtype: dtype of the stored features.
     """
     several = ranks is not None and ranks.size > 1
     bank: MemoryBank | None = None
@@ -131,7 +131,7 @@ def nearest_neighbor_accuracy(
 
 
 def together(batches: Iterable[Batch], ranks: Ranks | None) -> Iterator[Batch]:
-    """Yield batches until every rank has none left; a rank that is done yields empty ones. All ranks share errors."""
+    """Yield batches until no rank has any left; a rank that is done yields empty ones. All ranks share errors."""
     if ranks is None or ranks.size == 1:
         yield from batches
         return

@@ -27,7 +27,7 @@ class Protocol:
 
 
 class Standardize(nn.Module):
-    """Features to unit length, then every dimension to zero mean and unit variance over the training set."""
+    """Scales features to unit length, then every dimension to zero mean and unit variance over the training set."""
 
     mean: Tensor
     deviation: Tensor
@@ -43,7 +43,7 @@ class Standardize(nn.Module):
 
     @classmethod
     def fitted(cls, batches: Iterable[Batch], ranks: Ranks) -> "Standardize":
-        """Take the statistics of features [b, F]; every rank brings its part. A constant dimension is not scaled."""
+        """Compute the statistics of all ranks' features, in batches [b, F]. A constant dimension is not scaled."""
         sums = None
         for features, _ in together(batches, ranks):
             unit = F.normalize(features, dim=1).double()
@@ -76,12 +76,12 @@ def train_linear(
     """Return a trained layer for each of the protocol's learning rates; all see the same features.
 
     Args:
-        views: of an epoch, this rank's features [b, F] and labels [b], batch by batch as `batches_of` divides them.
-        standardize: of the features.
-        classes: how many there are.
-        protocol: how.
-        ranks: who takes part.
-        progress: is told after every epoch of the mean loss in it.
+        views: maps an epoch to this rank's features [b, F] and labels [b], in the batches of `batches_of`.
+        standardize: standardizes the features.
+        classes: the number of classes.
+        protocol: how to train.
+        ranks: the ranks that take part.
+        progress: called after every epoch with its mean loss.
     """
     torch.manual_seed(protocol.seed)
     first = nn.Linear(len(standardize.mean), classes)
@@ -122,13 +122,13 @@ def train_linear(
 def accuracy(
     layers: Sequence[nn.Module], standardize: Standardize, batches: Iterable[Batch], ranks: Ranks
 ) -> list[dict[str, float]]:
-    """Return top-1 and top-5 of each layer, "top1" and "top5" (the latter from five classes on).
+    """Return the accuracy of each layer: "top1" and, with at least five classes, "top5".
 
     Args:
-        layers: of `train_linear`.
-        standardize: of the features.
+        layers: the layers from `train_linear`.
+        standardize: standardizes the features.
         batches: features and labels of this rank's part of the test images.
-        ranks: who takes part.
+        ranks: the ranks that take part.
     """
     right = torch.zeros(len(layers), 2, dtype=torch.float64, device=standardize.mean.device)
     total = torch.zeros((), dtype=torch.float64, device=standardize.mean.device)

@@ -1,4 +1,4 @@
-"""The paper's rows that stand beside ours (Table 2 left and Table 3): ResNet50 on ImageNet, in percent."""
+"""The paper's results to print beside ours (Tables 1, 2 left and 3): ResNet50 trained on ImageNet, in percent."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ CLASSES, TEST_IMAGES = 1000, 50_000  # on ImageNet
 
 
 def comparable(record: dict[str, Any]) -> Rows:
-    """Return the rows that the results of a record can be compared with: on ImageNet, or on all ten transfer sets."""
+    """Return the paper's rows that a record can be compared with, if it is on ImageNet or all ten transfer sets."""
     command, protocol, data = record["command"], record["protocol"], record.get("data", {})
     if command == "transfer":
         return TRANSFER if "mean" in record["results"] else {}
@@ -43,7 +43,7 @@ def comparable(record: dict[str, Any]) -> Rows:
 
 
 def table(rows: Rows, columns: list[str]) -> str:
-    """Return rows of percent as a Markdown table; those that have none of the columns are left out."""
+    """Return rows of percentages as a Markdown table; rows without any of the columns are left out."""
     rows = {name: row for name, row in rows.items() if row.keys() & set(columns)}
     width = max(map(len, rows))
     headings = [f"{HEADINGS.get(key, key):>5}" for key in columns]

@@ -12,10 +12,10 @@ from pipeline.running.flags import writable_file
 
 
 def record_path(flags: argparse.Namespace, subject: Subject | None = None) -> Path | None:
-    """Return where the record goes: --out, or the default, which takes the subject to be known; else None.
+    """Return the path of the record: --out, or a default that depends on the subject; None without either.
 
     Raises:
-        ValueError: it cannot be written there, or is a file of another kind, which would be lost.
+        ValueError: the record cannot be written there, or would overwrite a file of another kind.
     """
     if flags.out:
         path = Path(flags.out)
@@ -27,7 +27,7 @@ def record_path(flags: argparse.Namespace, subject: Subject | None = None) -> Pa
         path = Path(f"eval_{flags.command}_{subject.encoder.arch}.json")
     writable_file("--out", path)
     if path.is_file() and path.stat().st_size and not _is_record(path):
-        raise ValueError(f"--out: {path} is there and no record of an evaluation: choose another name")
+        raise ValueError(f"--out: {path} exists and is not a record of an evaluation: choose another name")
     return path
 
 
@@ -35,7 +35,7 @@ def report(subject: Subject, protocol: dict[str, Any], row: dict[str, float], pa
     """Write the record and print the table; a record that cannot be written is printed too.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the record could not be written.
     """
     record = describe(subject, protocol, row, seconds)
     text, problem = json.dumps(record, indent=2) + "\n", None
@@ -77,7 +77,7 @@ def describe(subject: Subject, protocol: dict[str, Any], row: dict[str, float], 
 
 
 def tables(name: str, row: dict[str, float], paper: Rows) -> str:
-    """Return the results as a table, and the paper's rows in it, or, if they have fewer columns, below it."""
+    """Return the results as a table, with the paper's rows in it or, if these have fewer columns, in a table below."""
     percent = {key: 100 * value for key, value in row.items()}
     shared = [key for key in row if any(key in other for other in paper.values())]
     theirs = {f"paper, ImageNet: {title}": other for title, other in paper.items()}
@@ -89,7 +89,7 @@ def tables(name: str, row: dict[str, float], paper: Rows) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file completely or keep the old one. A device such as /dev/stdout is written directly."""
+    """Write a file completely or keep the old one. A device such as /dev/stdout is written to directly."""
     if path.exists() and not path.is_file():
         path.write_text(text)
         return

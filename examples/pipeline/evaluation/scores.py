@@ -16,7 +16,7 @@ from pipeline.running.ranks import shared
 
 Features = dict[str, tuple[Tensor, Tensor]]  # "train" and "val" -> features [n, F] float32, labels [n]
 
-# With more training images, the linear probe and the rows with few labels are left to imagenet_eval.py.
+# With more training images, `evaluate` leaves the linear probe and few-label scores to imagenet_eval.py.
 PROBE_LIMIT = 60_000
 DRAWS = 10
 COLUMNS = {
@@ -51,7 +51,7 @@ def warmed_up(backbone: nn.Module, source: DataSource, ranks: Ranks, batches: in
 
 
 def nearest_neighbors(backbone: nn.Module, source: DataSource, ranks: Ranks) -> dict[str, float]:
-    """Return the accuracy of 1-NN and 20-NN on the test images (paper section 3.2); all ranks work on it."""
+    """Return the accuracy of 1-NN and 20-NN on the test images (paper section 3.2). All ranks must call it."""
     train, val = (part_of_images(backbone, source, split, ranks) for split in ("train", "val"))
     return nearest_neighbor_accuracy(train, source.size("train"), val, ranks)
 
@@ -59,9 +59,9 @@ def nearest_neighbors(backbone: nn.Module, source: DataSource, ranks: Ranks) -> 
 def evaluate(backbone: nn.Module, source: DataSource, k: int, ranks: Ranks) -> dict[str, float]:
     """Return a row of the table, with the keys of `COLUMNS`. All ranks extract the features; rank 0 computes the row.
 
-    purity: of each training image's k nearest in the training set, itself the first and left out.
-    linear: logistic regression on normalized, then standardized features (the paper's, section 3.2).
-    one_label, ten_labels: 1-NN from that many labeled images a class, mean of 10 draws.
+    purity: purity of each training image's k nearest training images; the first is the image itself and not counted.
+    linear: logistic regression on features that are normalized and standardized as in the paper (section 3.2).
+    one_label, ten_labels: 1-NN accuracy with that many labeled images per class, mean of 10 draws.
     """
     if source.size("train") > PROBE_LIMIT:
         return nearest_neighbors(backbone, source, ranks)
@@ -95,7 +95,7 @@ def linear_probe(features: Features) -> float:
 
 
 def few_labels(features: Features, per_class: int) -> float:
-    """Return the 1-NN accuracy from ``per_class`` labeled training images a class, mean of 10 seeded draws."""
+    """Return the 1-NN accuracy with ``per_class`` labeled training images per class, mean of 10 seeded draws."""
     train, train_labels = features["train"]
     val, val_labels = features["val"]
     accuracies = []
@@ -107,7 +107,7 @@ def few_labels(features: Features, per_class: int) -> float:
 
 
 def purity(features: Tensor, labels: Tensor, k: int) -> float:
-    """Return the purity (paper section 3.4) of each image's k nearest among all of them."""
+    """Return the purity (paper section 3.4) of each image's k nearest neighbors among all of these images."""
     unit = F.normalize(features, dim=1)
     _, index = find_backend("auto", unit.device).topk(unit, unit, k)
     found = labels[index.clamp(min=0)].masked_fill(index < 0, -1)

@@ -12,7 +12,7 @@ from pipeline.running.seeds import seed_of
 
 
 def share_of_each_class(labels: Tensor, percent: float, seed: int) -> list[int]:
-    """Return the places of ``percent`` of each class's images, rounded, at least one."""
+    """Return the indices of ``percent`` % of each class's images, rounded, but at least one per class."""
     if not 0 < percent <= 100:
         raise ValueError(f"--percent must be above 0 and at most 100, got {percent:g}")
     counts = {label: max(1, round(count * percent / 100)) for label, count in _counts(labels).items()}
@@ -20,10 +20,10 @@ def share_of_each_class(labels: Tensor, percent: float, seed: int) -> list[int]:
 
 
 def some_of_each_class(labels: Tensor, count: int, seed: int) -> list[int]:
-    """Return the places of ``count`` images of each class.
+    """Return the indices of ``count`` images of each class.
 
     Raises:
-        ValueError: a class has fewer.
+        ValueError: a class has fewer images.
     """
     if count < 1:
         raise ValueError(f"--per-class must be at least 1, got {count}")
@@ -33,19 +33,19 @@ def some_of_each_class(labels: Tensor, count: int, seed: int) -> list[int]:
 
 
 def listed(path: Path, source: DataSource) -> list[int]:
-    """Return the places of the images that a file lists, a line each; one that is listed twice is taken once.
+    """Return the indices of the images that a file lists, one per line; duplicates are taken once.
 
-    A line is a path below the folder of the training images ("class/image.jpg"), or the name of a file alone, as in
-    SimCLR's 1percent.txt, if no other image is called so. Empty lines and lines that begin with # are left out.
+    A line is a path below the folder of the training images ("class/image.jpg"), or only a file name, as in SimCLR's
+    1percent.txt, if no other image has this name. Empty lines and lines that begin with # are ignored.
 
     Raises:
-        ValueError: no such file, none that is text, images that are not there or not the only ones of their name,
-            none at all, or a source whose images are no files.
+        ValueError: the file does not exist, is not text, or lists no images; a listed image does not exist, or its
+            name is not unique; or the images of the source are not files.
     """
     wanted = _lines(existing_file("--list", str(path)))
     places = {name: place for place, name in enumerate(source.names())}
     if not places:
-        raise ValueError("--list goes with a folder of images in class folders")
+        raise ValueError("--list needs a folder of images in class folders")
     called = defaultdict(list)
     for name in places:
         called[PurePosixPath(name).name].append(name)
@@ -66,15 +66,15 @@ def listed(path: Path, source: DataSource) -> list[int]:
         else:
             strangers.append(line)
     if strangers:
-        count = f"{len(strangers)} of the {len(wanted)} that are listed, as {strangers[0]}"
-        raise ValueError(f"--list {path}: images that are not there: {count}")
+        count = f"{len(strangers)} of {len(wanted)} listed images, such as {strangers[0]}"
+        raise ValueError(f"--list {path}: not in the training set: {count}")
     if not found:
         raise ValueError(f"--list {path} lists no images")
     return sorted(found)
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty, without the byte order mark that Windows puts first."""
+    """Return the nonempty lines of a text file, without the byte order mark that Windows programs may write first."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

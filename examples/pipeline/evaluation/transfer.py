@@ -23,7 +23,7 @@ STRENGTHS = tuple(10.0**power for power in range(-5, 2))  # weights of the data 
 
 @dataclass
 class Parts:
-    """The images of one data set: to train on, to choose the strength on (None: a fifth of those), to test on."""
+    """The images of one data set; without ``val``, a fifth of ``train`` is used to choose the strength."""
 
     train: Dataset[Any]
     val: Dataset[Any] | None
@@ -32,7 +32,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class TransferSet:
-    """A data set, how it is customarily divided, and what is counted on it."""
+    """A data set, its customary split, and its metric."""
 
     name: str
     open: Callable[[Path, bool, int], Parts]  # arguments: the folder of all sets, whether to download, the seed
@@ -106,10 +106,11 @@ def _of_each_class(images: Dataset[Any], train: int, test: int | None, seed: int
 def classify(
     train: Batch, val: Batch | None, test: Batch, per_class: bool, strengths: tuple[float, ...]
 ) -> dict[str, Any]:
-    """Return the test accuracy of L2-regularized logistic regression, "accuracy", and the strength taken, "C".
+    """Return the test "accuracy" of L2-regularized logistic regression, its "C", and the "validation" scores.
 
-    Features are normalized to unit length and standardized over the training images (paper section 3.2). The
-    strength is the best on the validation images, or on a seeded fifth of each class; then it learns from both.
+    Features are normalized to unit length and standardized over the training images (paper section 3.2). C is the
+    strength with the best score on the validation images or, without these, on a seeded fifth of each class. The final
+    classifier is trained on the validation images, too.
     """
     x, y = _arrays(train)
     if val is None:

@@ -21,7 +21,7 @@ TRAINER = Path(__file__).resolve().parents[2] / "imagenet_train.py"
 
 @dataclass(frozen=True)
 class Run:
-    """One run: the flags of the trainer without --seed and --out."""
+    """One run: its seed, and the trainer's flags without --seed and --out."""
 
     flags: tuple[str, ...]
     seed: int
@@ -40,7 +40,7 @@ class Runs:
         self.folder, self.flags, self.jobs = folder, flags, jobs
 
     def folder_of(self, run: Run) -> Path:
-        """Return where a run is or will be."""
+        """Return the folder of a run, which may not exist yet."""
         return self.folder / "runs" / run.name
 
     def check(self, run: Run) -> None:
@@ -56,7 +56,7 @@ class Runs:
         """Start or resume the runs that are not finished.
 
         Raises:
-            RuntimeError: a run failed; those that ran at the same time were finished.
+            RuntimeError: at least one run failed. All other runs have been carried out before.
         """
         missing = [run for run in dict.fromkeys(wanted) if not self.finished(run)]
         if not missing:

@@ -1,4 +1,4 @@
-"""The paper's figures, drawn from what was measured."""
+"""The paper's figures, drawn from our own measurements."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ DPI = 110
 
 
 def spread_of(values: list[float]) -> str:
-    """Return mean and deviation over the seeds, as percent."""
+    """Return the mean and standard deviation over the seeds as text, in percent."""
     finite = [100 * value for value in values if math.isfinite(value)]
     if not finite:
         return "–"
@@ -51,7 +51,7 @@ def draw_against(path: Path, xs: list[float], series: Series, title: str, x_labe
 
 
 def draw_bars(path: Path, names: list[str], series: Series, title: str) -> Figure:
-    """Draw accuracies of things that have no order: a bar for the mean, a point for each seed."""
+    """Draw accuracies of variants that have no order: a bar for the mean, a point for each seed."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH * len(series), 2.2 + 0.5 * len(names)), layout="constrained")
         figure.suptitle(wrapped(title, WIDTH * len(series), 13))
@@ -74,7 +74,7 @@ def draw_bars(path: Path, names: list[str], series: Series, title: str) -> Figur
 
 
 def draw_over_epochs(path: Path, curves: dict[str, list[list[float]]], title: str, y_label: str) -> Figure:
-    """Draw for each name one curve a seed, thin, and their mean, thick."""
+    """Draw, for each name, a thin curve for each seed and a thick curve for their mean."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 4.8 + 0.3 * -(-len(curves) // 3)), layout="constrained")
         axes: Axes = figure.subplots()
@@ -93,7 +93,7 @@ def draw_over_epochs(path: Path, curves: dict[str, list[list[float]]], title: st
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # type: ignore[call-arg]
         axes.set_ylabel(wrapped(y_label, 3.5, 11))
         axes.grid(alpha=0.3)
-        title = f"{lines}; number: of the last epoch"
+        title = f"{lines}; number: value at the last epoch"
         figure.legend(title=title, title_fontsize=10, frameon=False, loc="outside lower center", ncols=3)
         return write_picture(figure, path, DPI)
 
@@ -102,11 +102,11 @@ def draw_points(path: Path, panels: dict[str, np.ndarray], labels: np.ndarray, n
     """Draw points [n, 2] of every panel in the colors of their classes.
 
     Args:
-        path: of the picture.
-        panels: a heading -> points [n, 2].
-        labels: [n], the class of each.
-        names: of the classes, by their label.
-        title: of the whole.
+        path: path of the picture.
+        panels: heading -> points [n, 2].
+        labels: the label [n] of each point.
+        names: the names of the classes; a label is an index into them.
+        title: title of the picture.
     """
     classes = np.unique(labels)
     with mpl.rc_context(STYLE):
@@ -116,7 +116,7 @@ def draw_points(path: Path, panels: dict[str, np.ndarray], labels: np.ndarray, n
         legend_columns = int(wide // 2)
         below = 0.5 * -(-len(classes) // legend_columns)
         figure = Figure(figsize=(wide, 3.5 * rows + 1 + below), layout="constrained")
-        heading = "one dot an image, in the color of its class; nearby dots have similar features"
+        heading = "one dot per image, in the color of its class; nearby dots have similar features"
         figure.suptitle(wrapped(f"{title}\n{heading}", wide, 13))
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat:

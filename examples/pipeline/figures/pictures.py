@@ -24,8 +24,8 @@ PANELS = (
     ("difference", "difference of the two views", "in standard deviations of their pixels"),
 )
 LEGEND = (
-    "The line joins one point an epoch, the mean over its steps; 20-NN is measured after some of the epochs. "
-    "Where points are few, they are dots. The number in a heading is the last point's."
+    "Each point of a line is the mean over the steps of an epoch; 20-NN is measured after some epochs only. "
+    "Few points are shown as dots. The number in a heading is that of the last point."
 )
 # frames: the query's class, another one, unknown
 FRAMES: dict[bool | None, tuple[str, int, str]] = {
@@ -33,7 +33,7 @@ FRAMES: dict[bool | None, tuple[str, int, str]] = {
     False: ("tab:red", 3, "red and crossed: another class"),
     None: ("0.6", 1, "gray: class unknown"),
 }
-MOST_DOTS = 25  # curves with at most this many points get a dot at each
+MOST_DOTS = 25  # curves with fewer points than this get a dot at each
 
 
 def wrapped(text: str, inches: float, size: float) -> str:
@@ -79,14 +79,14 @@ def draw_curves(path: Path, history: list[Row], title: str) -> Figure:
 
 
 def draw_neighbors(path: Path, queries: np.ndarray, rows: list[Row], title: str) -> Figure:
-    """Draw queries with their nearest neighbors at some epochs, as the paper's Fig. 2.
+    """Draw queries with their nearest neighbors at some epochs, as in the paper's Fig. 2.
 
     Args:
-        path: of the picture.
-        queries: [Q, H, W, 3] in [0, 1].
-        rows: for each epoch shown, "title", "images" [Q, n, H, W, 3] and "right" [Q, n]: True, False, or None
-            where labels are unknown.
-        title: of the whole.
+        path: path of the picture.
+        queries: images [Q, H, W, 3] in [0, 1].
+        rows: for each epoch shown, "title", "images" [Q, n, H, W, 3], and "right" [Q, n]: whether the neighbor has the
+            query's label, or None if a label is unknown.
+        title: title of the picture.
     """
     count, n = rows[0]["images"].shape[:2]
     side, pitch, gap = 0.64, 1.12, 0.4  # in inches; the other sizes are in units of it

@@ -60,13 +60,13 @@ def build_backbone(arch: str, image_shape: tuple[int, int, int], stem: str = "im
     """Return a randomly initialized backbone without its classifier, and its number of features.
 
     Args:
-        arch: "digits", or a classification model of torchvision or timm by its name there.
-        image_shape: (channels, height, width) of its images; it is tried on a few of them.
-        stem: "imagenet" leaves the model as it is, "small" gives one of torchvision's ResNets `small_stem`.
+        arch: "digits", or the name of a classification model of torchvision or timm.
+        image_shape: (channels, height, width) of its images; it is tried on a few images of this shape.
+        stem: "imagenet" leaves the model as it is; "small" gives a ResNet of torchvision the `small_stem`.
 
     Raises:
-        ValueError: no such model, one that does not turn these images into one feature vector each, or a small stem
-            for what is no ResNet of torchvision's.
+        ValueError: there is no such model, it does not turn such images into one feature vector each, or a small stem
+            is requested for a model other than torchvision's ResNets.
     """
     if arch == "digits":
         backbone: nn.Module = DigitsResNet(image_shape[0])
@@ -89,7 +89,7 @@ def count_features(
     """Return the number of features per image, after trying the backbone on a few images.
 
     Args:
-        backbone: images [B, C, H, W] to features [B, F].
+        backbone: maps images [B, C, H, W] to features [B, F].
         arch: its name, for the message.
         image_shape: (channels, height, width).
         in_training: try it in training mode too.
@@ -110,7 +110,7 @@ def count_features(
             f"--image-size {height}: {arch!r} does not take images of {width} x {height} pixels in {kind}: {error}"
         ) from error
     if any(not isinstance(output, Tensor) or output.ndim != 2 for output in outputs):
-        raise ValueError(f"{arch!r} does not give one feature vector an image, so it cannot serve as a backbone")
+        raise ValueError(f"{arch!r} does not give one feature vector per image, so it cannot serve as a backbone")
     return int(outputs[0].shape[1])
 
 
@@ -140,11 +140,11 @@ def small_stem(model: ResNet) -> ResNet:
 
 
 def export_backbone(backbone: nn.Module, path: Path, **facts: object) -> None:
-    """Write the backbone as safetensors that load with ``strict=True`` into the model of its name.
+    """Write the backbone as a safetensors file that loads with ``strict=True`` into the model of the same name.
 
-    The metadata's "stem" is "small" for one that has been through `small_stem`: so must be the model that loads it.
-    torchvision's models have a classifier, which MSF does not train: it is written as zeros, and the file's
-    metadata says so. timm's load with ``num_classes=0``. So does it give the ``facts``.
+    The file's metadata contains the ``facts``, and "stem", which is "small" after `small_stem`: the model that loads
+    the file needs the same stem. torchvision's models have a classifier, which MSF does not train. It is written as
+    zeros, and the metadata says so. timm's models must be created with ``num_classes=0``.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     classifier: dict[str, list[int]] = getattr(backbone, "classifier_shapes", {})
@@ -160,10 +160,10 @@ def export_backbone(backbone: nn.Module, path: Path, **facts: object) -> None:
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file completely or not at all, with the permissions of any new file.
 
-    safetensors' own `save_file` leaves it readable by its owner alone.
+    The file that safetensors' own `save_file` writes can be read only by its owner.
 
     Raises:
-        OSError: it could not be written; a file that was there before is still there.
+        OSError: the file could not be written; an earlier file is still there.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -186,10 +186,10 @@ def _build_timm(arch: str) -> nn.Module:
 
 
 def remove_classifier(model: nn.Module, arch: str) -> None:
-    """Take the last linear layer off, and keep the shapes of its tensors as ``classifier_shapes``."""
+    """Remove the last linear layer, and keep the shapes of its tensors as ``classifier_shapes``."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError(f"{arch!r} has no linear classifier to take off, so it cannot serve as a backbone")
+        raise ValueError(f"{arch!r} has no linear classifier to remove, so it cannot serve as a backbone")
     parent, _, child = linear[-1].rpartition(".")
     classifier = model.get_submodule(linear[-1])
     shapes = {f"{linear[-1]}.{name}": list(tensor.shape) for name, tensor in classifier.named_parameters()}

@@ -1,7 +1,8 @@
 """Checkpoints that are written completely or not at all, with errors that say what is wrong.
 
-``checkpoint.pt`` is rank 0's. Of a sharded bank each rank writes its part as safetensors into a folder beside it
-(torch.distributed.checkpoint), which ``checkpoint.pt`` names; renaming that file is what makes both of them count.
+Rank 0 writes ``checkpoint.pt``. If the bank is sharded, each rank writes its part as safetensors into a folder beside
+it (torch.distributed.checkpoint), whose name is in ``checkpoint.pt``. Both become valid when ``checkpoint.pt`` is
+renamed from its temporary name.
 """
 
 import os
@@ -27,7 +28,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
     """Write the state to a temporary file and rename it to ``path``, so that a crash keeps the earlier checkpoint.
 
     Raises:
-        OSError: it could not be written, on all ranks; the earlier one is still there.
+        OSError: on all ranks, if it could not be written; the earlier checkpoint is still there.
     """
     state = {"format": FORMAT, **state, "criterion": dict(state["criterion"])}
     shards = {name: tensor for name, tensor in state["criterion"].items() if is_shard(tensor)}
@@ -51,10 +52,10 @@ def save_checkpoint(path: Path, state: dict[str, Any], ranks: Ranks) -> None:
 def load_checkpoint(path: Path, needed: set[str], ranks: Ranks) -> dict[str, Any]:
     """Return what `save_checkpoint` wrote, on the CPU: a dict with the keys ``needed``. Runs no code from the file.
 
-    Of a sharded bank the files are looked at, each by one of the ranks; `load_shards` reads them.
+    The files of a sharded bank are only verified, each by one of the ranks; `load_shards` reads them.
 
     Raises:
-        ValueError: no such file, a damaged one, or one that is no checkpoint of this script.
+        ValueError: the file does not exist, is damaged, or is not a checkpoint of this script.
     """
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
@@ -64,9 +65,9 @@ def load_checkpoint(path: Path, needed: set[str], ranks: Ranks) -> dict[str, Any
                 raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"checkpoint {path} is damaged or not one of ours: {error}") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint of this script: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= needed:
-        raise ValueError(f"{path} is not a checkpoint of this script, or of another version of it")
+        raise ValueError(f"{path} is not a checkpoint of this script, or was written by another version of it")
     files = sorted(state.get("shards", {}).get("files", {}).items())
     for name, checksum in files[ranks.rank :: ranks.size]:
         file = path.parent / name
@@ -81,9 +82,10 @@ def load_shards(path: Path, state: dict[str, Any], room: dict[str, Tensor]) -> N
     """Put the parts of a sharded bank that ``state`` names into its "criterion".
 
     Args:
-        path: of the checkpoint.
-        state: as `load_checkpoint` returned it.
-        room: the "criterion" of the run that loads: tensors, or shards on other ranks than those that saved.
+        path: path of the checkpoint.
+        state: the result of `load_checkpoint`.
+        room: the "criterion" of the run that loads. Its tensors may be sharded over a different number of ranks than
+            the saved ones, or not at all.
     """
     if "shards" not in state:
         return
@@ -124,7 +126,7 @@ def _save_shards(path: Path, shards: dict[str, Tensor], ranks: Ranks) -> dict[st
     files: dict[str, int] = {}
     try:
         dcp.save(shards, storage_writer=_storage().HuggingFaceStorageWriter(str(folder), save_distributed=True))
-        if ranks.rank == 0:  # the script that writes checkpoint.pt
+        if ranks.rank == 0:  # the rank that writes checkpoint.pt
             files = {f"{folder.name}/{file.name}": _checksum(file) for file in sorted(folder.iterdir())}
     except (OSError, dcp.api.CheckpointException) as error:
         problem = OSError(f"{folder} could not be written: {error}")

@@ -17,7 +17,7 @@ from pipeline.models.checkpoint import load_checkpoint
 
 @dataclass
 class LoadedEncoder:
-    """A backbone without classifier, and where it is from."""
+    """A backbone without classifier, and where it comes from."""
 
     backbone: nn.Module
     arch: str
@@ -36,14 +36,14 @@ def load_encoder(name: str, ranks: Ranks, arch: str = "", weights: str = "", ima
 
     Args:
         name: a run's folder, its checkpoint.pt, a backbone.safetensors, or a model of torchvision or timm.
-        ranks: who loads it.
-        arch: of a safetensors file that does not say.
-        weights: of a model by name: those of torchvision by their names ("IMAGENET1K_V2"), "pretrained" of timm.
-            Without, the model is at random.
-        image_size: on which it is tried; 0 is what it was trained with, or 224.
+        ranks: the ranks that load it.
+        arch: architecture of a safetensors file that does not contain it.
+        weights: weights of a named model: a name such as "IMAGENET1K_V2" for torchvision, "pretrained" for timm.
+            Without weights, the model is randomly initialized.
+        image_size: size of the images that it is tried on; 0 is the size that it was trained with, or 224.
 
     Raises:
-        ValueError: no such thing, or a damaged one, or weights that do not fit.
+        ValueError: there is no such encoder, its file is damaged, or its weights do not fit.
     """
     path = Path(name)
     if path.is_dir():
@@ -52,14 +52,14 @@ def load_encoder(name: str, ranks: Ranks, arch: str = "", weights: str = "", ima
         if path.exists():
             raise ValueError(f"{path} is neither a checkpoint (.pt) nor an exported backbone (.safetensors)")
         if arch:
-            raise ValueError(f"--arch is for a safetensors file that does not say, got the name {name}")
+            raise ValueError(f"--arch is for a safetensors file without an architecture, got the model name {name}")
         return _by_name(name, weights, image_size or 224)
     if weights:
         raise ValueError(f"--weights is for a model of torchvision or timm by name, but {path} has weights of its own")
     if path.suffix == ".safetensors":
         return _from_file(path, arch, image_size)
     if arch:
-        raise ValueError(f"--arch is for a safetensors file that does not say, but {path} does")
+        raise ValueError(f"--arch is for a safetensors file without an architecture, but {path} contains one")
     return _from_checkpoint(path, ranks, image_size)
 
 
@@ -84,10 +84,10 @@ def _from_file(path: Path, arch: str, image_size: int) -> LoadedEncoder:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if arch and facts.get("arch", arch) != arch:
-        raise ValueError(f"--arch {arch}: {path} says that it is of {facts['arch']}")
+        raise ValueError(f"--arch {arch}: {path} says that it belongs to {facts['arch']}")
     arch = arch or facts.get("arch", "")
     if not arch:
-        raise ValueError(f"{path} does not say which model it is of: give --arch")
+        raise ValueError(f"{path} does not say which model it belongs to: give --arch")
     trained_on = {key: facts[key] for key in ("dataset",) if key in facts}
     if facts.get("image_size", "").isdecimal():
         trained_on["image_size"] = int(facts["image_size"])
@@ -121,7 +121,7 @@ def _by_name(name: str, weights: str, image_size: int) -> LoadedEncoder:
             remove_classifier(backbone, name)
         else:
             backbone = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # a failed download, a full disk: the libraries' own kinds
+    except Exception as error:  # a failed download, a full disk: each library raises its own kinds
         raise ValueError(f"--weights {weights} of {name} could not be loaded: {error}") from error
     count_features(backbone, name, (3, image_size, image_size), in_training=False)
     return LoadedEncoder(backbone, name, source)
@@ -143,12 +143,12 @@ def _load(backbone: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if odd:
-        there, here = found.get(odd[0], "missing"), wanted.get(odd[0], "not part of it")
+        there, here = found.get(odd[0], "missing"), wanted.get(odd[0], "missing")
         raise ValueError(
-            f"the weights in {path} do not fit the model; tensors that differ: {len(odd)}, "
-            f"as {odd[0]}, {there} in the file and {here} in the model"
+            f"the weights in {path} do not fit the model; number of tensors that differ: {len(odd)}, "
+            f"such as {odd[0]}: {there} in the file, {here} in the model"
         )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"the weights in {path} are of no use: {name} has values that are infinite or no numbers")
+            raise ValueError(f"the weights in {path} cannot be used: {name} has values that are infinite or NaN")
     backbone.load_state_dict(tensors, strict=True)

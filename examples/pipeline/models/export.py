@@ -32,21 +32,21 @@ class Exported:
 
 @dataclass(frozen=True)
 class Layout:
-    """How another library wants a backbone."""
+    """The form in which another library expects a backbone."""
 
     check: Callable[[LoadedEncoder], None]  # raises ValueError if the library has no such model
     write: Callable[[LoadedEncoder, Path, int], Exported]  # arguments: the folder, and the size of the images
 
 
 def export_to(layout: str, encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
-    """Write the backbone in a layout of `LAYOUTS`, load it where that library is installed, and compare.
+    """Write the backbone in a layout of `LAYOUTS`, load it with that library if it is installed, and compare.
 
-    The files are moved to their place only if all of this succeeded.
+    The files are moved to their place only if all of this succeeds.
 
     Raises:
-        ValueError: that layout has no such model.
-        RuntimeError: what was written does not give the same features, or has other tensors than that library's.
-        OSError: it could not be written.
+        ValueError: the library has no such model.
+        RuntimeError: the written backbone gives different features, or its tensors differ from those of the library.
+        OSError: the files could not be written.
     """
     LAYOUTS[layout].check(encoder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def check_torchvision(encoder: LoadedEncoder) -> None:
 
 
 def to_torchvision(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
-    """One file for ``load_state_dict(…, strict=True)``; the classifier is zeros."""
+    """Write one file for ``load_state_dict(…, strict=True)``; the classifier is zeros."""
     import torchvision
 
     path = folder / f"{encoder.arch}-torchvision.safetensors"
@@ -102,7 +102,7 @@ def check_timm(encoder: LoadedEncoder) -> None:
 
 
 def to_timm(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
-    """One file for ``timm.create_model(arch, num_classes=0, checkpoint_path=…)``."""
+    """Write one file for ``timm.create_model(arch, num_classes=0, checkpoint_path=…)``."""
     import timm
 
     path = folder / f"{encoder.arch}-timm.safetensors"
@@ -112,12 +112,12 @@ def to_timm(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
 
 
 def check_transformers(encoder: LoadedEncoder) -> None:
-    """Raise ValueError unless it is a ResNet of plain width without groups."""
+    """Raise ValueError unless it is a ResNet of standard width without groups."""
     resnet_of(encoder, plain=True)
 
 
 def to_transformers(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
-    """A folder for ``transformers.ResNetModel.from_pretrained(…)``."""
+    """Write a folder for ``transformers.ResNetModel.from_pretrained(…)``."""
     model = resnet_of(encoder, plain=True)
     path = folder / f"{encoder.arch}-transformers"
     path.mkdir(parents=True, exist_ok=True)
@@ -154,10 +154,10 @@ def check_detectron2(encoder: LoadedEncoder) -> None:
 
 
 def to_detectron2(encoder: LoadedEncoder, folder: Path, image_size: int) -> Exported:
-    """A pickle of NumPy arrays, as detectron2's converter for torchvision writes: ``MODEL.WEIGHTS`` for R-CNN.
+    """Write a pickle of NumPy arrays for ``MODEL.WEIGHTS``, like detectron2's converter for torchvision.
 
-    With ``MODEL.RESNETS.STRIDE_IN_1X1 False``, ``INPUT.FORMAT RGB``, and ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD`` those
-    of ImageNet × 255.
+    It needs ``MODEL.RESNETS.STRIDE_IN_1X1 False``, ``INPUT.FORMAT RGB``, and ImageNet's mean and standard deviation,
+    times 255, as ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD``.
     """
     model = resnet_of(encoder, plain=False)
     path = folder / f"{encoder.arch}-detectron2.pkl"
@@ -188,10 +188,10 @@ def tensors_of(backbone: nn.Module) -> Tensors:
 
 @torch.no_grad()
 def compared(backbone: nn.Module, peer: Callable[[Tensor], Tensor], image_size: int, library: str) -> str:
-    """Compare features of a few images, and say so.
+    """Compare the features of a few images; return the result in words.
 
     Raises:
-        RuntimeError: they differ.
+        RuntimeError: the features differ.
     """
     images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     if isinstance(peer, nn.Module):
@@ -204,7 +204,7 @@ def compared(backbone: nn.Module, peer: Callable[[Tensor], Tensor], image_size: 
 
 
 def check_list(tensors: Tensors, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise RuntimeError unless these are the tensors expected, by name and shape."""
+    """Raise RuntimeError unless the tensors have the expected names and shapes."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -215,14 +215,14 @@ def resnet_of(encoder: LoadedEncoder, *, plain: bool) -> ResNet:
     """Return the backbone as torchvision's ResNet.
 
     Raises:
-        ValueError: it is none, or none of plain width without groups.
+        ValueError: it is not one; or, with ``plain``, it has groups or another width.
     """
     model = encoder.backbone
     if not isinstance(model, ResNet):
         raise ValueError(f"this layout is for torchvision's ResNets, got {encoder.arch!r}")
     refuse_small_stem(encoder, "this layout")
     if plain and (model.groups != 1 or model.base_width != 64):
-        raise ValueError(f"transformers' ResNet has neither groups nor another width, as {encoder.arch!r} has")
+        raise ValueError(f"transformers' ResNet supports neither the groups nor the width of {encoder.arch!r}")
     return model
 
 
@@ -238,7 +238,7 @@ def refuse_small_stem(encoder: LoadedEncoder, layout: str) -> None:
 
 
 def shape_of(model: ResNet) -> tuple[list[int], list[int], bool]:
-    """Return blocks and output channels of the four stages, and whether the blocks are bottlenecks."""
+    """Return the numbers of blocks and output channels of the four stages, and whether the blocks are bottlenecks."""
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
     bottleneck = isinstance(model.layer1[0], Bottleneck)
     last = "conv3" if bottleneck else "conv2"
@@ -247,7 +247,7 @@ def shape_of(model: ResNet) -> tuple[list[int], list[int], bool]:
 
 
 def inner_width(model: ResNet) -> tuple[int, int]:
-    """Return the channels within the blocks of the first stage, and the groups."""
+    """Return the number of channels within the blocks of the first stage, and the number of groups."""
     return model.layer1[0].conv1.out_channels, model.groups
 
 

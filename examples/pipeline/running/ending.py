@@ -33,10 +33,10 @@ def status_of(program: str, work: Callable[[], int]) -> int:
         work: returns a status, or raises SystemExit, as argparse and `telling` do.
 
     Returns:
-        That status; 1 where a rank was lost, and 130 after Ctrl-C, each of which is told in a line.
+        That status. If a rank was lost, 1; after Ctrl-C, 130. In both cases, one line says so.
 
     Raises:
-        Exception: whatever else the work raises: it is a bug, and its traceback is wanted.
+        Exception: anything else that ``work`` raises. This is a bug, and its traceback should be seen.
     """
     try:
         return work()
@@ -59,16 +59,16 @@ def telling(
     kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
     status: int = 2,
 ) -> Iterator[None]:
-    """Print errors of the block in one line and end the script with a status. `joined` handles a lost rank.
+    """Print an error of the block in one line, and end the script. Errors of a lost rank are left to `joined`.
 
     Args:
         program: the name that the line begins with.
-        ranks: those that have found one another, of which one tells; None before they have.
-        kinds: of errors that are told.
-        status: of the script.
+        ranks: the ranks, of which only one prints the error; None before they have joined.
+        kinds: the kinds of errors to print.
+        status: the exit status of the script.
 
     Raises:
-        SystemExit: with that status, in place of an error of these kinds.
+        SystemExit: with this status, instead of an error of these kinds.
     """
     try:
         yield
@@ -83,10 +83,12 @@ def telling(
 
 
 def let_the_first_speak() -> None:
-    """Wait before the ranks have joined, unless this is the first process of this machine.
+    """Let the first process on this machine print its error: any other that torchrun has started waits for a minute.
 
-    An error that all of them have is told by the first, and once that has ended, torchrun ends the others here. Whoever
-    is not ended has an error of its own to tell. Without waiting, torchrun would end the first if another were faster.
+    This is for errors before the ranks have joined. If all processes have the same error, the first prints it and ends,
+    and torchrun then ends the others while they wait here. A process that is still there after the wait has an error of
+    its own to print. Without the wait, a faster process could end before the first has printed its error, and torchrun
+    would end the first.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["LOCAL_RANK"]):
         sys.stdout.flush()
@@ -102,12 +104,12 @@ def _is_first() -> bool:
     """Return whether this is the first rank to call this."""
     try:
         return _get_default_store().add("errors told", 1) == 1
-    except (RuntimeError, ValueError):  # the rank that kept the store ended, with an error of its own
+    except (RuntimeError, ValueError):  # the rank that hosted the store has ended, with an error of its own
         return False
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return what happened, in one line: of an error that came with a traceback of another process, its cause.
+    """Return the message of an error in one line; if it contains another process's traceback, the last error there.
 
     >>> in_one_line(KeyError("x"))
     "KeyError: 'x'"

@@ -22,7 +22,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def in_words(found_with: dict[str, Any]) -> str:
-    """Return what `environment` told, for the title of a picture.
+    """Return the result of `environment` as text, for the title of a picture.
 
     >>> in_words({"device": "CPU, 2 cores", "versions": {"torch": "2.15.0+cu132"}, "date": "2026-11-25T02:30:00+00:00"})
     'CPU, 2 cores; PyTorch 2.15.0; 2026-11-25'

@@ -1,8 +1,8 @@
 """Types and ranges of the scripts' flags, and errors in one line that names the flag.
 
-`whole` and `finite` make types for ``add_argument``. The checks of files (`existing_folder`, `existing_file`,
-`writable_file`) are no such types but called later, with the flag's name, once the ranks can share an error: what is
-on one machine's disk need not be on another's.
+`whole` and `finite` make types for ``add_argument``. The file checks (`existing_folder`, `existing_file`,
+`writable_file`, `writable_folder`) are called later, with the flag's name, once the ranks can share an error: a file
+that exists on one machine may be missing on another.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 
 from pipeline.running.ending import let_the_first_speak
 
-MOST = 2**31 - 1  # largest whole number by default: more than any batch, epoch or second needs, without overflow
+MOST = 2**31 - 1  # default maximum of whole numbers: larger than any flag needs, and too small to overflow
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, said once where torchrun has started several of these processes.
+    """A parser whose errors are one line, printed only once if torchrun has started several processes.
 
-    It refuses empty values: an unset variable of a shell script must not pass as the folder ``.``.
+    It rejects empty values, so that an unset variable of a shell script does not become the folder ``.``.
 
     >>> Parser(prog="script", add_help=False).parse_args(["--data", ""])
     Traceback (most recent call last):
@@ -105,7 +105,7 @@ def existing_folder(flag: str, text: str) -> Path:
     """Return the folder that a flag names.
 
     Raises:
-        ValueError: there is none, it is a file, or it cannot be looked at.
+        ValueError: it does not exist, is a file, or cannot be accessed.
     """
     path = _existing(flag, text, "folder")
     if not path.is_dir():
@@ -117,7 +117,7 @@ def existing_file(flag: str, text: str) -> Path:
     """Return the file that a flag names.
 
     Raises:
-        ValueError: there is none, it is a folder, or it cannot be looked at.
+        ValueError: it does not exist, is a folder, or cannot be accessed.
     """
     path = _existing(flag, text, "file")
     if path.is_dir():
@@ -126,7 +126,7 @@ def existing_file(flag: str, text: str) -> Path:
 
 
 def writable_file(flag: str, path: Path) -> Path:
-    """Return the path of a file that can be written, as far as can be known beforehand. Nothing is made or changed.
+    """Check, as far as possible without writing, that a file can be written; return its path.
 
     Raises:
         ValueError: it is a folder, or cannot be written.
@@ -143,7 +143,7 @@ def writable_file(flag: str, path: Path) -> Path:
 
 
 def writable_folder(flag: str, path: Path) -> Path:
-    """Return the path of a folder that files can be written to, or that can be made. It is not made yet.
+    """Check that a folder can be written to, or that it can be created, without creating it; return its path.
 
     Raises:
         ValueError: it is a file or below one, or cannot be written to.
@@ -152,7 +152,7 @@ def writable_folder(flag: str, path: Path) -> Path:
         there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not there.is_dir():
             raise ValueError(f"{flag}: {there} is a file, not a folder")
-        with tempfile.TemporaryFile(dir=there):  # permission bits are not enough to know
+        with tempfile.TemporaryFile(dir=there):  # permission bits alone do not tell
             pass
     except OSError as error:
         raise ValueError(f"{flag}: nothing can be written to {path}: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""Ctrl-C at any time ends a script with one line and status 130. Imported before what takes seconds to import."""
+"""Lets Ctrl-C end a script at any time, with one line and status 130. Import it before any slow imports."""
 
 import atexit
 import os
@@ -12,13 +12,13 @@ LINE = "stopped by Ctrl-C"
 
 
 def leave_on_interrupt() -> None:
-    """Make Ctrl-C end the process at once: an exception amid an import may be swallowed, or become another one."""
+    """Make Ctrl-C end the process at once: an exception during an import may be swallowed or replaced by another."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise ignored, as under nohup
         signal.signal(signal.SIGINT, _leave)
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run a script's main function, with Ctrl-C as the KeyboardInterrupt that it expects, and exit with its status."""
+    """Run a script's main function, in which Ctrl-C raises KeyboardInterrupt as usual, and exit with its status."""
     ours = signal.getsignal(signal.SIGINT) is _leave
     if ours:
         signal.signal(signal.SIGINT, signal.default_int_handler)

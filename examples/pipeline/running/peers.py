@@ -1,7 +1,8 @@
-"""Finds out which rank is gone, and on which host, when ranks wait for one another in vain.
+"""Finds out which rank is gone, and on which host, when other ranks wait for it in vain.
 
-A backend knows of sockets and of time alone. So a thread of each rank counts in the store in which torchrun's ranks
-have found each other; whoever is waiting in vain says so there, and looks who neither counts on nor waits.
+The errors of a communication backend only name sockets and time-outs. So a thread of each rank increments a counter in
+the store through which torchrun's ranks found each other. A rank that waits in vain says so in the store, and looks
+for ranks that neither wait nor continue to count.
 """
 
 import os
@@ -32,11 +33,11 @@ def lost_touch(error: BaseException) -> bool:
 
 
 class Peers:
-    """The ranks of a start, by host, and whether they live.
+    """The ranks that started together, the hosts that they are on, and whether they are alive.
 
     Args:
-        rank, size: this one, and how many there are; all of them make their `Peers` together.
-        prefix: of the keys in the store at MASTER_ADDR and MASTER_PORT; another for every start.
+        rank, size: this rank, and the number of ranks; all ranks must create their `Peers` at the same time.
+        prefix: prefix of the keys in the store at MASTER_ADDR and MASTER_PORT; different for every start.
         silence: seconds without a sign of life after which a rank counts as lost.
     """
 
@@ -51,7 +52,7 @@ class Peers:
         self._store.set(f"host {rank}", f"{keeps:d}{socket.gethostname()}")
         self._tell(WORKS)
         told = self._store.multi_get([f"host {other}" for other in range(size)])
-        self._store.multi_get(self._keys())  # until all ranks are counted
+        self._store.multi_get(self._keys())  # wait for all ranks
         self.hosts = [one.decode()[1:] for one in told]
         self.keepers = [other for other, one in enumerate(told) if one[:1] == b"1"]
         self._stopped = threading.Event()
@@ -59,12 +60,12 @@ class Peers:
         self._thread.start()
 
     def stop(self) -> None:
-        """Give no more signs of life."""
+        """Stop giving signs of life."""
         self._stopped.set()
         self._thread.join(timeout=self.silence)
 
     def find(self, error: BaseException) -> LostRank:
-        """Return what to raise instead of the backend's error; it takes up to twice the silence."""
+        """Return the error to raise instead of the backend's. This takes up to twice ``silence`` seconds."""
         self.stop()
         found: list[list[int]] = []
 
@@ -79,17 +80,17 @@ class Peers:
         if not found:
             if len(self.keepers) == self.size:
                 return LostRank(f"lost torchrun's store on {self.hosts[self.rank]}")
-            why = f"it keeps the store, and does not answer rank {self.rank} on {self.hosts[self.rank]}"
+            why = f"it hosts the store, and does not answer rank {self.rank} on {self.hosts[self.rank]}"
             return LostRank(f"lost {self._named(self.keepers)}: {why}")
         lost = found[0]
         self._let_others_ask(lost)
         if lost:
             return LostRank(f"lost {self._named(lost)}: no answer to rank {self.rank} on {self.hosts[self.rank]}")
         first = str(error).partition("\n")[0]
-        return LostRank(f"the ranks lost touch with one another, but all of them live; the network was cut? {first}")
+        return LostRank(f"the ranks lost contact, but all of them are alive; was the network cut? {first}")
 
     def _ask(self) -> list[int]:
-        """Return the ranks that are silent; if none is, those that live and have not come to where others wait."""
+        """Return the silent ranks; if there are none, the ranks that are alive but do not wait like the others."""
         self._tell(WAITS)
         began, before = time.monotonic(), self._states()
         while True:
@@ -101,7 +102,7 @@ class Peers:
                 return silent or working
 
     def _let_others_ask(self, lost: list[int]) -> None:
-        """Wait a little for the others, where the store may end with this process."""
+        """If the store may end with this process, give the other ranks a little time to read it first."""
         until = time.monotonic() + self.silence / 2
         while self.rank in self.keepers and time.monotonic() < until:
             if all(state == ENDS or other in lost for other, state in enumerate(self._states())):

@@ -15,16 +15,16 @@ SILENCE = 600.0  # seconds between lines without a bar, because epochs may take 
 
 
 class Progress:
-    """Prints a line an epoch to stdout, and shows a bar on stderr where that is a terminal.
+    """Prints one line per epoch to stdout, and shows a progress bar if stderr is a terminal.
 
-    Elsewhere, as in a batch job's log, a line also comes within an epoch that takes longer than `SILENCE`.
+    Otherwise, as in a batch job's log, it also prints lines within epochs that take longer than `SILENCE`.
 
     Args:
-        step: at which the run begins, or goes on.
-        total_steps: of the run.
-        total_epochs: of the run.
-        batch_size: images a step.
-        speaks: whether this process is the one that reports; others say nothing.
+        step: the step at which the run starts or resumes.
+        total_steps: number of steps of the run.
+        total_epochs: number of epochs of the run.
+        batch_size: number of images per step.
+        speaks: whether this process reports; others print nothing.
     """
 
     def __init__(self, step: int, total_steps: int, total_epochs: int, batch_size: int, speaks: bool) -> None:
@@ -51,9 +51,9 @@ class Progress:
         """Move the bar, or print a line after a long silence.
 
         Args:
-            step: the steps of the run so far.
-            epoch: the one under way, from 1 on.
-            means: gives the averages over the epoch so far.
+            step: number of steps so far.
+            epoch: the current epoch, counted from 1.
+            means: returns the averages over the epoch so far.
         """
         if not self._speaks:
             return
@@ -66,7 +66,7 @@ class Progress:
             self._say(step, epoch, means(), (step - self._said_step) * self._batch_size / seconds)
 
     def after_epoch(self, row: dict[str, Any]) -> None:
-        """Print the line of an epoch, of its row of the metrics."""
+        """Print the line of an epoch, given its metrics."""
         if self._speaks:
             self._say(row["step"], row["epoch"], row, row["images_per_second"])
 
@@ -82,7 +82,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words, to about a hundredth of it.
+    """Return a time in words, in at most two units.
 
     >>> [duration(seconds) for seconds in (12.3, 90, 9_000, 200_000)]
     ['12 s', '1 min 30 s', '2 h 30 min', '2 d 8 h']
@@ -102,6 +102,6 @@ def _measures(measured: dict[str, Any]) -> list[str]:
 
 
 def progress_bar(what: str, unit: str, total: int, ranks: Ranks) -> "tqdm[None]":
-    """Return a bar that rank 0 shows; a log file gets a line now and then."""
+    """Return a progress bar that only rank 0 shows; in a log file, it prints a line every ten seconds at most."""
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(desc=what, unit=unit, total=total, disable=ranks.rank > 0, mininterval=interval)

@@ -36,15 +36,15 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the ranks that torchrun started, if there are any, and leave them at the end.
 
     Args:
-        device: a device of PyTorch's by name; "auto" is the GPU if there is one, each rank's own under torchrun.
+        device: name of a PyTorch device; "auto" is the GPU if there is one. Under torchrun, each rank has its own GPU.
         timeout: seconds that a rank waits for another.
 
     Yields:
         The ranks, and the device of this one.
 
     Raises:
-        ValueError: no such device here, or torchrun's restarts would not find each other.
-        LostRank: a rank that this one waits for does not answer, within the time-out.
+        ValueError: there is no such device here, or ranks would not find each other after a restart by torchrun.
+        LostRank: a rank that this one waits for does not answer within the time-out.
     """
     chosen = device_of(device)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -59,7 +59,7 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
     if agent_store and may_restart() and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise ValueError(
             "torchrun --max-restarts on several hosts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: "
-            "each host counts its restarts alone, and ranks of different counts would not find each other"
+            "each host counts only its own restarts, and ranks with different counts would not find each other"
         )
     silence = min(SILENCE, timeout / 8)
     patience = timedelta(seconds=timeout - 3 * silence)  # the rest is for finding the lost rank
@@ -81,25 +81,25 @@ def joined(device: str, timeout: int) -> Iterator[tuple[Ranks, torch.device]]:
 
 
 def device_of(name: str) -> torch.device:
-    """Return a device of PyTorch's by name, or for "auto" the GPU if there is one.
+    """Return the PyTorch device with this name; for "auto", the GPU if there is one.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: there is no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device must be auto, cpu, cuda or a GPU as cuda:0, got {name!r}") from None
+        raise ValueError(f"--device must be auto, cpu, cuda or a GPU such as cuda:0, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: PyTorch sees no GPU here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here, the first is cuda:0")
-    if device.type != "cuda":  # without using a GPU: each rank will have its own
+    if device.type != "cuda":  # GPUs are not tried here: under torchrun, each rank gets its own later
         try:
             torch.zeros(1, device=device).tolist()
-        except Exception as error:  # each kind of device has its own
+        except Exception as error:  # each kind of device raises its own
             raise ValueError(f"--device {name}: PyTorch cannot compute on it here ({type(error).__name__})") from None
     return torch.device("cpu") if device.type == "cpu" else device
 
@@ -126,16 +126,16 @@ def synchronized(module: nn.Sequential, device: torch.device) -> nn.Sequential:
 
 
 def parallel(module: nn.Module, image_shape: tuple[int, ...], device: torch.device) -> DistributedDataParallel:
-    """Return the module in DDP, with gradients that are added in the same order in the first step as in all others.
+    """Return the module in DDP, which adds gradients in the same order in the first step as in all later ones.
 
-    After its first backward pass DDP divides the gradients into other buckets, so that three or more ranks add them in
-    another order: a run that is resumed would not be that which went on. Here that pass comes before the training, over
-    two empty images, and leaves no trace in parameters, buffers, gradients and random numbers.
+    After its first backward pass, DDP regroups the gradients into different buckets, so that three or more ranks add
+    them in a different order. A resumed run would then differ from an uninterrupted one. Here, that pass takes place
+    before training, on two images of zeros, and leaves parameters, buffers, gradients and random numbers unchanged.
 
     Args:
-        module: from images [B, *image_shape] to anything that has a sum.
-        image_shape: [C, H, W] of the images to come.
-        device: where the module is.
+        module: maps images [B, *image_shape] to a tensor.
+        image_shape: shape [C, H, W] of the images.
+        device: the device of the module.
     """
     wrapped = DistributedDataParallel(module)
     before = [buffer.clone() for buffer in module.buffers()]
@@ -149,7 +149,7 @@ def parallel(module: nn.Module, image_shape: tuple[int, ...], device: torch.devi
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; so is its gradient."""
+    """The sum of a tensor over all ranks; the gradient is summed over all ranks, too."""
 
     @staticmethod
     def forward(context: Any, part: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class SyncBatchNormAnywhere(_BatchNorm):
-    """PyTorch's SyncBatchNorm runs on GPUs only; this one runs where all_reduce does. All ranks bring equal shapes."""
+    """A SyncBatchNorm for any device with all_reduce; PyTorch's needs a GPU. All ranks must pass the same shape."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input`` [B, C, …] normalized over the batches of all ranks."""
@@ -192,13 +192,13 @@ class SyncBatchNormAnywhere(_BatchNorm):
 
 
 def shuffled(module: Callable[[Tensor], Tensor], images: Tensor, ranks: Ranks, *seeds: int) -> Tensor:
-    """Return ``module(images)``, each rank having run the images of a random share of all ranks (MoCo's shuffled BN).
+    """Return ``module(images)``, where each rank processes a random share of all ranks' images (MoCo's shuffled BN).
 
     Args:
-        module: images [B, …] to embeddings [B, D].
-        images: this rank's, as many as every other rank's.
-        ranks: those that take part.
-        seeds: of the order, the same on all ranks.
+        module: maps images [B, …] to embeddings [B, D].
+        images: images [B, …] of this rank; B must be the same on all ranks.
+        ranks: the ranks that take part.
+        seeds: seeds of the random order, the same on all ranks.
     """
     counts = [len(images)] * ranks.size
     everyones = ranks.gather(images, counts)

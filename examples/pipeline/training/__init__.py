@@ -1,1 +1,1 @@
-"""A training run: its settings, its loop, its folder, and what it leaves behind."""
+"""A training run: its settings, its loop, its folder, and its output."""

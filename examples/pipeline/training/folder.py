@@ -12,7 +12,7 @@ def checkpoint_of(given: dict[str, Any]) -> Path | None:
     """Return the checkpoint to resume from: the file or folder given by --resume, or the one in --out.
 
     Raises:
-        ValueError: there is none, or a run that may be restarted has no --out to find its checkpoint in.
+        ValueError: there is no such checkpoint, or a run that torchrun may restart has no --out to look for it in.
     """
     resume = given.get("resume", "auto" if restarted() else "")
     if may_restart() and not given.get("out") and resume in ("", "auto"):
@@ -38,7 +38,7 @@ def folder_of(given: dict[str, Any], checkpoint: Path | None) -> Path | None:
 
 
 def new_run_folder(dataset: str) -> Path:
-    """Make a new folder below runs/, named after the data set, and return it.
+    """Create a new folder below runs/, named after the data set, and return it.
 
     Raises:
         ValueError: nothing can be written there.
@@ -51,7 +51,7 @@ def new_run_folder(dataset: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ValueError(f"no folder can be made below runs/: {error.strerror}; choose one with --out") from None
+            raise ValueError(f"no folder can be created below runs/: {error.strerror}; choose one with --out") from None
     raise AssertionError("unreachable")
 
 
@@ -59,12 +59,12 @@ def occupy(folder: Path, checkpoint: Path | None, lock: FolderLock | None) -> No
     """Create the folder of the run if it does not exist, and lock it.
 
     Args:
-        folder: of the run.
-        checkpoint: that the run goes on from.
-        lock: to take.
+        folder: the folder of the run.
+        checkpoint: the checkpoint that the run resumes from.
+        lock: the lock to take.
 
     Raises:
-        ValueError: another run is there, or was and has left a checkpoint; or nothing can be written there.
+        ValueError: another run uses the folder or has left a checkpoint in it, or it cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def occupy(folder: Path, checkpoint: Path | None, lock: FolderLock | None) -> No
         raise ValueError(f"--out: nothing can be written to {folder}: {error.strerror or error}") from None
     other = checkpoint is None or checkpoint.parent.resolve() != folder.resolve()
     if other and has_checkpoint(folder):
-        raise ValueError(f"{folder} holds a run: go on with --resume {folder}, or choose another --out")
+        raise ValueError(f"{folder} holds a run: continue it with --resume {folder}, or choose another --out")
 
 
 def has_checkpoint(folder: Path) -> bool:

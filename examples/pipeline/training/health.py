@@ -12,9 +12,10 @@ from msf_core import MemoryBank, Neighbors, effective_rank, embedding_spread, ne
 # `effective_rank` of u; the mean similarity of neighbors 2 to k, and how long ago they were pushed; and how far the
 # two views are apart, in standard deviations of their pixels.
 MEASURES = ("loss", "purity", "spread", "rank", "similarity", "age", "difference")
-COLLAPSING = 0.5  # a spread below this; on the digits healthy runs stay above 0.8, without a predictor it falls to 0.2
-LINE = 1.5  # an effective rank below this
-SAME = 0.01  # a difference below this
+# On the digits, the spread stays above 0.8 in healthy runs, and falls to 0.2 without a predictor.
+COLLAPSING = 0.5  # warn if the spread is lower
+LINE = 1.5  # warn if the effective rank is lower
+SAME = 0.01  # warn if the difference is lower
 
 
 def measure(
@@ -25,7 +26,7 @@ def measure(
     views: tuple[Tensor, Tensor],
     bank: MemoryBank | None,
 ) -> dict[str, Tensor]:
-    """Return the `MEASURES` of a micro-batch, scalars on its device, the age in rows; NaN where there is nothing."""
+    """Return the `MEASURES` of a micro-batch as scalars on its device, the age in rows; NaN if not measurable."""
     others = neighbors.similarity[:, 1:]
     found = others > -torch.inf
     similarity = torch.where(found, others, 0.0).sum() / found.sum()
@@ -49,14 +50,14 @@ def warnings_of(row: dict[str, Any]) -> list[str]:
     said = []
     if row["spread"] < COLLAPSING or row["rank"] < LINE:
         said.append(
-            "the encoder is collapsing: the embeddings of different images come to be the same "
+            "the encoder is collapsing: the embeddings of different images are becoming the same "
             f"(spread below {COLLAPSING}, or effective rank below {LINE}); is there a predictor on the online side, "
             "and BatchNorm in it?"
         )
     if row["difference"] < SAME:
         said.append(
             "both encoders see the same view: neighbors will be those of an untrained encoder, or worse, although "
-            "loss and spread look well (paper section 3); give the two encoders views drawn apart"
+            "loss and spread look healthy (paper section 3); draw the views of the two encoders independently"
         )
     return said
 
@@ -70,7 +71,7 @@ class Averages:
         self._copied: torch.cuda.Event | None = None
 
     def add(self, measured: dict[str, Tensor]) -> None:
-        """Count a micro-batch's `MEASURES`."""
+        """Add a micro-batch's `MEASURES`."""
         measures = torch.stack([measured[name].double() for name in MEASURES])
         counts = measures.isfinite()
         counts[0] = True
@@ -92,6 +93,6 @@ class Averages:
 
 
 def means_of(sums: Tensor) -> dict[str, float]:
-    """Return the averages of sums [2, measures]; NaN where nothing was measured."""
+    """Return the averages, given sums and counts [2, measures]; NaN if nothing was measured."""
     total, count = sums.tolist()
     return {name: a / n if n else math.nan for name, a, n in zip(MEASURES, total, count, strict=True)}

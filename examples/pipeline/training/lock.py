@@ -15,7 +15,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-# held by this process, which the system's locks do not exclude
+# Locks that this process holds: the system's locks do not exclude two runs of the same process.
 _held: dict[str, "FolderLock"] = {}
 
 
@@ -28,8 +28,8 @@ class FolderLock:
     with ``flock``). There the server drops the lock of a host that has died, in NFS after 90 seconds by default.
 
     Some file systems have no locks, or keep them to one host (BeeGFS by default, ``localflock``, ``nolock``). A
-    warning says so in the first case. In the second, a run on another host that is still alive cannot be told from one
-    that was killed: a warning names it.
+    warning says so in the first case. In the second, a run that is still alive on another host cannot be distinguished
+    from one that was killed, so a warning names it.
 
     Args:
         patience: seconds to wait for another run to end.
@@ -58,10 +58,10 @@ class FolderLock:
         return (folder / ".lock").exists()
 
     def take(self, folder: Path) -> None:
-        """Lock the folder, which must exist. If this lock is taken already, do nothing.
+        """Lock the folder, which must exist. If this lock is already taken, do nothing.
 
         Raises:
-            ValueError: another run is there.
+            ValueError: another run uses the folder.
             OSError: the folder cannot be written to.
         """
         if self._file is not None:
@@ -89,7 +89,7 @@ class FolderLock:
         self._file = file
         before, host = _signature(file), platform.node()
         if before and f" on {host} " not in before:
-            text = f"{folder} was in use by {before}, which did not end by itself: if it still runs, stop it"
+            text = f"{folder} was in use by {before}, which did not end normally: if it still runs, stop it"
             print(f"warning: {text}", file=sys.stderr)
         with contextlib.suppress(OSError):  # a full disk
             file.truncate(0)
@@ -103,7 +103,7 @@ def _signature(file: IO[str]) -> str:
 
 
 def _locked(file: IO[str], folder: Path) -> bool:
-    """Lock the file and return True; return False where another process has locked it."""
+    """Lock the file and return True; return False if another process has locked it."""
     try:
         if fcntl is None:
             raise OSError(errno.ENOSYS, "not on this system")

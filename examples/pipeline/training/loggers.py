@@ -14,14 +14,14 @@ Numbers = dict[str, float]
 
 
 class Logger:
-    """Writes nothing: what ``--logger csv`` and ``--logger none`` are, and the interface of the others.
+    """Writes nothing: the logger of ``--logger csv`` and ``--logger none``, and the interface of the others.
 
-    A logger gets the numbers in the order of their steps, each once. After a resume the run computes again what came
-    after its checkpoint; what a logger got of that before, it drops or keeps instead.
+    A logger gets the numbers in the order of their steps, each once. A resumed run repeats the steps after its
+    checkpoint. If a logger already has their numbers, it either replaces them or keeps them and ignores the new ones.
 
     Attributes:
-        new: whether it has nothing yet of the run, which may have been resumed with another logger.
-        last_step: up to which it has the numbers of the steps.
+        new: whether it has no numbers of the run yet, for example because the run had another logger before.
+        last_step: the last step whose numbers it has.
     """
 
     new = False
@@ -31,28 +31,28 @@ class Logger:
         """Log the loss and the learning rate of the steps after `last_step`."""
 
     def epoch(self, step: int, row: Numbers) -> None:
-        """Log the averages of an epoch that has ended with this step."""
+        """Log the averages of an epoch that ended with this step."""
 
     def result(self, step: int, row: Numbers, final: Numbers, settings: dict[str, Any], pictures: list[Path]) -> None:
         """Log the result of the run.
 
         Args:
-            step: the last.
-            row: what the evaluation after the last epoch adds to the epoch's averages.
-            final: the results.
-            settings: of the run.
-            pictures: PNG files.
+            step: the last step.
+            row: the metrics that the evaluation after the last epoch adds to the epoch's averages.
+            final: the final metrics of the run.
+            settings: the settings of the run.
+            pictures: the paths of PNG files.
         """
 
     def flush(self) -> None:
         """Write what has been logged, so that nothing recorded in the next checkpoint can be lost."""
 
     def close(self) -> None:
-        """Write everything."""
+        """Write what has been logged, and close the logger."""
 
 
 class TensorBoard(Logger):
-    """Event files below a folder."""
+    """Writes TensorBoard's event files into a folder."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -72,7 +72,7 @@ class TensorBoard(Logger):
         self._add(step, {f"epoch/{name}": value for name, value in row.items()})
 
     def result(self, step: int, row: Numbers, final: Numbers, settings: dict[str, Any], pictures: list[Path]) -> None:
-        """See `Logger`. `SummaryWriter.add_hparams` would begin another run; these belong to this one."""
+        """See `Logger`. `SummaryWriter.add_hparams` would create a second run, so this writes the summaries itself."""
         from matplotlib.image import imread
         from torch.utils.tensorboard.summary import hparams
 
@@ -99,9 +99,9 @@ class TensorBoard(Logger):
 
 
 class WandB(Logger):
-    """A run of Weights & Biases, which goes on under the same id after a resume.
+    """A Weights & Biases run, which continues under the same id after a resume.
 
-    Its steps only ever rise: of the steps that a resumed run repeats, it keeps what it has.
+    Its steps can only increase, so it keeps the earlier numbers of steps that a resumed run repeats.
     """
 
     def __init__(self, folder: Path, step: int, settings: dict[str, Any], notes: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ def check_logger(name: str) -> None:
 
     Raises:
         ImportError: its library is missing.
-        ValueError: Weights & Biases does not know whose run it is.
+        ValueError: Weights & Biases is not logged in.
     """
     if name == "tensorboard":
         try:
@@ -160,7 +160,7 @@ def check_logger(name: str) -> None:
             raise ImportError("--logger tensorboard needs TensorBoard: pip install tensorboard") from error
     elif name == "wandb":
         try:
-            from wandb import init, login, setup  # noqa: F401  # a folder of its runs called wandb/ has no such names
+            from wandb import init, login, setup  # noqa: F401  # a local folder wandb/ has no such names
         except ImportError as error:
             raise ImportError("--logger wandb needs Weights & Biases: pip install wandb") from error
         if setup().settings.mode == "online" and not login(prompt=sys.stdin.isatty()):
@@ -171,10 +171,10 @@ def open_logger(folder: Path, step: int, settings: dict[str, Any], notes: dict[s
     """Return the logger that ``settings["logger"]`` names.
 
     Args:
-        folder: of the run.
-        step: at which it begins, or goes on.
-        settings: of the run.
-        notes: kept in its checkpoint; Weights & Biases adds the id of its run.
+        folder: the folder of the run.
+        step: the step at which the run starts or resumes.
+        settings: the settings of the run.
+        notes: values kept in the checkpoint; Weights & Biases adds the id of its run.
 
     Raises:
         RuntimeError: Weights & Biases cannot be reached.

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def write_csv(path: Path, history: list[Row]) -> None:
-    """Write one line an epoch, nothing before the first; a cell that was not measured stays empty."""
+    """Write one line per epoch, or no file before the first; values that were not measured are empty."""
     if not history:
         return
     names = list(dict.fromkeys(name for row in history for name in row))
@@ -50,7 +50,7 @@ def keep_losses(path: Path, last_step: int) -> None:
 
 
 def read_losses(path: Path) -> list[float]:
-    """Return what `write_losses` wrote, in the order of the steps; nothing if there is no such file."""
+    """Return the losses that `write_losses` wrote, in the order of the steps; [] if there is no such file."""
     if not path.exists():
         return []
     with path.open() as file:
@@ -75,7 +75,7 @@ FILES = (
 
 
 def written(folder: Path) -> list[str]:
-    """Return the files of a run that are in its folder; of several of a kind the pattern and how many."""
+    """Return the files of a run that are in its folder; several files of a kind as their pattern and number."""
     names = []
     for pattern in FILES:
         found = sorted(folder.glob(pattern))

@@ -15,7 +15,7 @@ def log(logger: Logger, trainer: Trainer) -> None:
 
 
 def log_losses(logger: Logger, trainer: Trainer, losses: list[float], last_step: int) -> None:
-    """Log those of the losses, the last of them of ``last_step``, that have not been logged."""
+    """Log the losses that have not been logged yet; the last of ``losses`` is that of ``last_step``."""
     steps = range(max(logger.last_step, last_step - len(losses)), last_step)
     if steps:
         logger.last_step = steps.start
@@ -34,5 +34,5 @@ def catch_up(logger: Logger, trainer: Trainer, folder: Path) -> None:
 
 
 def numbers_of(row: Row) -> dict[str, float]:
-    """Return an epoch's metrics without those that say when it was, and without the rate, which is logged by steps."""
+    """Return an epoch's metrics without its number, its last step, and the learning rate, which each step logs."""
     return {name: value for name, value in row.items() if name not in ("epoch", "step", "lr")}

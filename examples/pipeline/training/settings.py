@@ -14,7 +14,7 @@ from pipeline.views.augment import AUGMENTATIONS
 
 METHODS = ("msf", "byol")
 STEMS = ("auto", "imagenet", "small")
-# Settings that may change when a run is resumed. All others change its numbers.
+# Settings that may change when a run is resumed. All others would change its results.
 FREE_TO_CHANGE = {"out", "resume", "device", "workers", "eval_every", "checkpoint_every", "data", "backend"}
 FREE_TO_CHANGE |= {"bank_layout", "timeout", "keep_every", "logger", "on_bad_image", "skip_baselines"}
 # Version 0.2.0: settings that differ from today's defaults, and data sets that it normalized differently.
@@ -24,7 +24,7 @@ _NORMALIZED_OTHERWISE = ("cifar10", "cifar100", "stl10")
 
 @dataclass
 class Settings:
-    """One run. The defaults are the paper's (section 3.1)."""
+    """The settings of a run. The defaults are the paper's (section 3.1)."""
 
     dataset: str = "folder"
     data: str = "data"
@@ -99,7 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 5,
         "checkpoint_every": 10,
     },
-    # Found on 10,000 of the training images for two CPU cores, see docs/guides/trainer.md; views are in small_sets.py.
+    # Tuned on 10,000 training images for two CPU cores (see docs/guides/trainer.md). The views are in small_sets.py.
     "fashion-mnist": {
         "arch": "digits",
         "image_size": 28,
@@ -114,7 +114,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "workers": 0,
         "eval_every": 4,
     },
-    # Sizes and rates are those of lightly's recipe below for a batch of 256.
+    # Sizes and rates follow lightly's recipe below, with the learning rate for a batch of 256.
     "cifar10": {"image_size": 32, **_SMALL},
     "cifar100": {"image_size": 32, **_SMALL},
     "stl10": {"image_size": 96, **_SMALL, "blur": 0.5, "bank_size": 16_384},
@@ -163,7 +163,7 @@ _HELP = {
     "bank_layout": "under torchrun: all rows on every rank (replicated), or a part of the rows on each (sharded)",
     "backend": "search backend of the bank",
     "momentum": "momentum of the target encoder, constant",
-    "predictor": "mlp; or none, with which the encoder collapses",
+    "predictor": "mlp; or none, which makes the encoder collapse",
     "hidden": "hidden units of the projection and the prediction MLP",
     "dim": "dimension of the embeddings",
     "epochs": "passes over the training images",
@@ -176,7 +176,7 @@ _HELP = {
     "sgd_momentum": "momentum of SGD",
     "weight_decay": "weight decay of SGD",
     "precision": "auto: bfloat16 autocast on a GPU that supports it, otherwise float32",
-    "seed": "seed of weights, views and order",
+    "seed": "seed of the initial weights, the views and the order of the images",
     "device": "auto: the GPU if there is one",
     "workers": "worker processes per rank that read photographs; -1: this machine's cores divided by its ranks",
     "on_bad_image": "if an image cannot be read, error: stop; skip: train on another image in its place, evaluate "
@@ -207,7 +207,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "logger": LOGGERS,
     "on_bad_image": ACTIONS,
 }
-# Ranges of numbers. All other numbers must be finite, and integers not negative.
+# Ranges of numbers. All other numbers must be finite, and integers must not be negative.
 _TYPES: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("k", "bank_size", "hidden", "dim", "epochs", "accumulate"), whole(1)),
     **dict.fromkeys(("checkpoint_every", "timeout"), whole(1)),
@@ -240,7 +240,7 @@ _METAVARS = {"data": "DIR", "out": "DIR", "resume": "DIR", "arch": "NAME", "back
 
 
 def build_parser(description: str, examples: str = "") -> Parser:
-    """Return the parser of the flags. Flags that are not given are missing in its result."""
+    """Return the parser of the flags. Flags that are not given are missing from its result."""
     parser = Parser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     named = {name for names in _GROUPS.values() for name in names}
     groups = {**_GROUPS, "more": tuple(field.name for field in fields(Settings) if field.name not in named)}
@@ -289,7 +289,7 @@ def complete(given: dict[str, Any]) -> Settings:
     if dataset == "folder" and "data" not in given:
         raise ValueError("--dataset folder needs --data DIR")
     if dataset == "digits" and "data" in given:
-        raise ValueError(f"--data goes with --dataset {', '.join(name for name in DATASETS if name != 'digits')}")
+        raise ValueError(f"--data is for --dataset {', '.join(name for name in DATASETS if name != 'digits')}")
     recipe = RECIPES[given.get("recipe", Settings.recipe)]
     if recipe and dataset not in ("cifar10", "cifar100"):
         raise ValueError(f"--recipe {given['recipe']} is for --dataset cifar10 or cifar100, got {dataset}")
@@ -301,9 +301,9 @@ def complete(given: dict[str, Any]) -> Settings:
     settings = Settings(**{**preset, **given})
     if settings.method == "byol":
         if given.get("k", 1) != 1:
-            raise ValueError(f"--method byol is k = 1, got --k {settings.k}")
+            raise ValueError(f"--method byol requires k = 1, got --k {settings.k}")
         if settings.k_end:
-            raise ValueError(f"--method byol is k = 1, got --k-end {settings.k_end}")
+            raise ValueError(f"--method byol requires k = 1, got --k-end {settings.k_end}")
         settings.k = 1
     check(settings)
     return settings
@@ -315,7 +315,7 @@ def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Settings:
     Settings that an older version did not have get the value that corresponds to its behavior.
 
     Raises:
-        ValueError: if a given flag differs that must not change, or this version cannot resume the run.
+        ValueError: if a given flag differs from a setting that must not change, or this version cannot resume the run.
     """
     names = {field.name for field in fields(Settings)}
     if unknown := [flag_of(name) for name in saved if name not in names]:
@@ -346,11 +346,11 @@ def check(settings: Settings) -> None:
     s = settings
     for name in ("k", "k_end"):
         if getattr(s, name) > s.bank_size:
-            raise ValueError(f"{flag_of(name)} must be at most --bank-size, {s.bank_size}, got {getattr(s, name)}")
+            raise ValueError(f"{flag_of(name)} must be at most --bank-size ({s.bank_size}), got {getattr(s, name)}")
     pushed = s.batch_size // s.accumulate * (2 if s.symmetric else 1)
     if s.method == "msf" and s.bank_size < pushed:
         raise ValueError(
-            f"--bank-size must be at least {pushed}, the embeddings of a batch"
+            f"--bank-size must be at least {pushed}, one row per embedding of a batch"
             f"{' (two of each image with --symmetric)' if s.symmetric else ''}, got {s.bank_size}"
         )
     for name in ("exclude_same_id", "same_label"):
@@ -373,9 +373,9 @@ def check_source(settings: Settings, source: DataSource) -> None:
 
 
 def check_division(settings: Settings, ranks: int) -> None:
-    """Raise ValueError unless a step's images can be divided evenly, with at least two for each BatchNorm."""
+    """Raise ValueError unless a batch divides evenly into parts of at least two images, which BatchNorm needs."""
     parts = settings.accumulate * ranks
     if settings.batch_size % parts or settings.batch_size < 2 * parts:
         ways = [f"{ranks} ranks"] * (ranks > 1) + [f"--accumulate {settings.accumulate}"] * (settings.accumulate > 1)
-        evenly = f", divided evenly by {' x '.join(ways)}" if ways else ""
+        evenly = f", and divisible by {' x '.join(ways)}" if ways else ""
         raise ValueError(f"--batch-size must be at least {2 * parts} for BatchNorm{evenly}, got {settings.batch_size}")

@@ -21,7 +21,7 @@ from pipeline.training.report import Row, table
 from pipeline.training.settings import Settings
 from pipeline.training.trainer import Trainer
 
-RAW_LIMIT = 10_000  # most training images for which raw pixels are evaluated: every pixel is a feature
+RAW_LIMIT = 10_000  # maximum number of training images to evaluate raw pixels with: every pixel is a feature
 SHOWN_QUERIES, SHOWN_NEIGHBORS, GALLERY = 8, 5, 5_000
 
 
@@ -41,7 +41,7 @@ def add_rows_before(trainer: Trainer) -> None:
         rows["untrained"] = evaluate(untrained, source, k, trainer.ranks)
     with shared(trainer.ranks):
         if trainer.leads:
-            with source.bad.tolerated():  # a picture must not end the run
+            with source.bad.tolerated():  # an unreadable image in a picture must not end the run
                 trainer.notes["untrained_neighbors"] = find_neighbors(trainer, untrained)
     trainer.notes["before"] = rows
 
@@ -54,12 +54,12 @@ def rows_after(trainer: Trainer) -> dict[str, float]:
 
 
 def neighbors_of(trainer: Trainer) -> int:
-    """Return the number of neighbors that purity is measured with."""
+    """Return the number of neighbors k for which purity is measured."""
     return min(max(trainer.settings.k, 5), trainer.source.size("train"))
 
 
 def report(trainer: Trainer, folder: Path, after: dict[str, float], seconds: float, steps: int) -> None:
-    """Print the table, write pictures, weights and the record."""
+    """Print the table, and write the pictures, the weights and the record."""
     s, source = trainer.settings, trainer.source
     name, title = name_of(s), title_of(trainer)
     export(trainer, folder / "backbone.safetensors")
@@ -112,12 +112,12 @@ def name_of(settings: Settings) -> str:
 
 
 def picture(trainer: Trainer, path: Path, title: str) -> None:
-    """Draw the queries' neighbors before training and at its end."""
+    """Draw the queries' neighbors before and after training."""
     source = trainer.source
     queries, _ = shown(source)
     images, labels = gather(source, "val" if source.has_val else "train", queries)
     rows = []
-    # Runs started by version 0.2.0 have the neighbors after the first epoch; without any, only the last are shown.
+    # Runs started by version 0.2.0 have the neighbors after the first epoch; without either, only the last are shown.
     titles = {"untrained_neighbors": "before training", "first_neighbors": "after epoch 1"}
     ends = [(title, trainer.notes[key]) for key, title in titles.items() if key in trainer.notes][:1]
     ends.append((f"after epoch {trainer.total_epochs}", find_neighbors(trainer, trainer.backbone)))
@@ -134,7 +134,7 @@ def picture(trainer: Trainer, path: Path, title: str) -> None:
 
 
 def find_neighbors(trainer: Trainer, backbone: torch.nn.Module) -> list[list[int]]:
-    """Return for a few fixed queries the places of their nearest images in a fixed gallery of training images."""
+    """Return, for a few fixed queries, the indices of their nearest images in a fixed gallery of training images."""
     source = trainer.source
     queries, gallery = shown(source)
     wanted = (("val" if source.has_val else "train", queries), ("train", gallery))
@@ -153,7 +153,7 @@ def find_neighbors(trainer: Trainer, backbone: torch.nn.Module) -> list[list[int
 
 
 def shown(source: DataSource) -> tuple[list[int], list[int]]:
-    """Return the places of the queries and of the gallery: the same at every epoch, apart from one another."""
+    """Return the indices of the queries and of the gallery: the same at every epoch, and without overlap."""
     generator = torch.Generator().manual_seed(seed_of(0))
     order = torch.randperm(source.size("train"), generator=generator).tolist()
     if source.has_val:
@@ -164,14 +164,14 @@ def shown(source: DataSource) -> tuple[list[int], list[int]]:
 
 
 def gather(source: DataSource, split: str, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the evaluation images and labels at these places; an unreadable image is black, its label UNKNOWN."""
+    """Return the evaluation images and labels at these indices; an unreadable image is black and labeled UNKNOWN."""
     parts = list(source.images(split, places))
     labels = torch.cat([labels.cpu() for _, labels in parts])
     return torch.cat([images.cpu() for images, _ in parts]), labels.clamp(min=UNKNOWN)
 
 
 def verdict(rows: dict[str, dict[str, float]], name: str, last: Row, *, with_labels: bool = False) -> str:
-    """Say in one sentence what happened; ``with_labels`` where they chose the neighbors."""
+    """Return one sentence about the result, or the warnings; ``with_labels``: whether labels restrict the neighbors."""
     how = "with labels" if with_labels else "without labels"
     if warnings := warnings_of(last):
         return "\n".join(f"warning: {warning}" for warning in warnings)

@@ -10,7 +10,7 @@ from torch import Tensor
 from msf_core.search import find_backend
 
 Item = TypeVar("Item")
-LOADER_SHARE = 0.1  # share of an epoch spent waiting for images that is worth a warning
+LOADER_SHARE = 0.1  # waiting for images for more than this share of an epoch gives a warning
 
 
 class TimedSearch:
@@ -37,7 +37,7 @@ class TimedSearch:
         return found
 
     def take_seconds(self) -> float:
-        """Return the seconds since the last call, once the GPU is done with them."""
+        """Return the time of the searches since the last call, after waiting for the GPU to finish them."""
         seconds = self._seconds + _seconds_between(self._events)
         self._seconds, self._events = 0.0, []
         return seconds
@@ -46,8 +46,8 @@ class TimedSearch:
 class WaitClock:
     """Adds up the time that a loop waits for its next item, on the device that works on the items.
 
-    On a CPU that is the time in which the item is asked for. On a GPU the host is ahead, and its waiting says little:
-    events tell how long the GPU had nothing to do between what it was given before the item and the item's arrival.
+    On a CPU, this is the time it takes to get the item. On a GPU, the host runs ahead, so its own waiting time says
+    little. Instead, CUDA events measure how long the GPU is idle between its previous work and the arrival of the item.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -56,7 +56,7 @@ class WaitClock:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def over(self, items: Iterator[Item]) -> Iterator[Item]:
-        """Yield the items."""
+        """Yield the items, and measure the wait for each."""
         while True:
             started = time.perf_counter()
             before = self._event()
@@ -71,13 +71,13 @@ class WaitClock:
             yield item
 
     def take_seconds(self) -> float:
-        """Return the seconds since the last call, once the GPU is done with them."""
+        """Return the waiting time since the last call, after the GPU has reached the end of it."""
         seconds = _seconds_between(self._events) if self._device.type == "cuda" else self._seconds
         self._seconds, self._events = 0.0, []
         return seconds
 
     def _event(self) -> torch.cuda.Event | None:
-        """Mark where in the GPU's queue we are."""
+        """Return an event at the end of the GPU's queue, or None on a CPU."""
         if self._device.type != "cuda":
             return None
         event = torch.cuda.Event(enable_timing=True)
@@ -86,7 +86,7 @@ class WaitClock:
 
 
 def _seconds_between(pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
-    """Return the sum of the times between two events each, once the GPU has passed them."""
+    """Return the total time between the two events of each pair, after waiting for the GPU to reach them."""
     seconds = 0.0
     for begin, end in pairs:
         end.synchronize()
@@ -95,18 +95,18 @@ def _seconds_between(pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> 
 
 
 def loader_limit(row: dict[str, Any], workers: int, cores: int) -> str:
-    """Return a warning if an epoch mostly waited for the processes that read images; else an empty string.
+    """Return a warning if an epoch waited for images for more than `LOADER_SHARE` of its time; else an empty string.
 
     Args:
-        row: of the epoch, with its "data_share" and "images_per_second".
-        workers: processes that read images, for each rank; 0 is the training process itself.
-        cores: that each rank may use.
+        row: the metrics of the epoch, with "data_share" and "images_per_second".
+        workers: number of processes per rank that read images; with 0, the training process reads them itself.
+        cores: number of cores that each rank may use.
     """
     if row["data_share"] <= LOADER_SHARE:
         return ""
     advice = f"there are {cores} cores for more --workers" if workers < cores else "there are no cores for more of them"
     return (
-        f"the loader is the limit: training waited for images for {row['data_share']:.0%} of epoch {row['epoch']}, at "
-        f"{row['images_per_second']:.0f} images/s with {workers} workers a rank; {advice}"
+        f"the loader is the bottleneck: training waited for images for {row['data_share']:.0%} of epoch "
+        f"{row['epoch']}, at {row['images_per_second']:.0f} images/s with {workers} workers per rank; {advice}"
         + ("" if workers < cores else ", but smaller files (of 256 pixels, say) are decoded faster")
     )

@@ -41,9 +41,9 @@ class Diverged(RuntimeError):
 
 
 class StopRequest:
-    """Remembers a Ctrl-C or SIGTERM, so that the step under way ends first. A second Ctrl-C stops at once.
+    """Records a Ctrl-C or SIGTERM, so that training stops after the current step. A second Ctrl-C stops at once.
 
-    Python hands signals to the main thread alone: in another one, setting ``signal`` does the same.
+    Python delivers signals only to the main thread. To stop training in another thread, set the attribute ``signal``.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Trainer:
         self.precision = self._choose_precision()
 
         self.step = 0
-        self.stopped = 0  # the signal that asked a rank to stop, after all ranks know
+        self.stopped = 0  # the signal by which a rank was asked to stop, once all ranks know of it
         self.history: list[Row] = []
         self.averages = Averages(device)  # over the epoch so far, on this rank
         self.losses: list[Tensor] = []  # losses of the steps since they were last averaged
@@ -114,7 +114,7 @@ class Trainer:
 
     @property
     def backbone(self) -> nn.Module:
-        """The online encoder's backbone: what is evaluated and exported."""
+        """The online encoder's backbone, which is evaluated and exported."""
         return self.online.get_submodule("backbone")
 
     @property
@@ -128,12 +128,12 @@ class Trainer:
         """Train to the last step, or until a rank is asked to stop.
 
         Args:
-            stop: asks for it.
-            after_epoch: is called with each epoch's averages, and may add to them.
-            log: is called within an epoch every `LOG_EVERY` steps.
+            stop: requests a stop.
+            after_epoch: called with each epoch's averages, and may add to them.
+            log: called within an epoch every `LOG_EVERY` steps.
 
         Raises:
-            OSError: images of a step could not be read; on all ranks, and nothing of that step has happened.
+            OSError: images of a step could not be read. All ranks raise it, before they begin that step.
             Diverged: a loss or a weight is not finite; noticed within `CHECK_EVERY` steps.
         """
         with Progress(
@@ -189,13 +189,13 @@ class Trainer:
         progress.after_epoch(row)
 
     def _warn(self, warning: str, once: str) -> None:
-        """Print a warning, the first time that it comes under this name."""
+        """Print a warning, unless there was one with the same value of ``once`` before."""
         if once not in self.warned:
             tqdm.write(f"warning: {warning}", file=sys.stderr)
             self.warned.add(once)
 
     def _fetch(self, views: Iterator[Views], stop: StopRequest) -> list[Views]:
-        """Return this rank's micro-batches of the next step, once all ranks have theirs and none is to stop."""
+        """Return this rank's micro-batches of the next step, once all ranks have theirs and agree whether to stop."""
         micro_batches: list[Views] = []
         problem: OSError | None = None
         try:
@@ -251,7 +251,7 @@ class Trainer:
         return detached
 
     def _targets(self, view: Tensor, seeds: tuple[int, ...]) -> Tensor:
-        """Return the target encoder's embeddings of a view; ``seeds`` are of the order in which ranks shuffle it."""
+        """Return the target encoder's embeddings of a view; ``seeds`` determine how ranks shuffle its images."""
         if self.settings.batchnorm == "shuffle" and self.ranks.size > 1:
             return shuffled(self.target, view, self.ranks, *seeds)
         embeddings: Tensor = self.target(view)
@@ -267,14 +267,14 @@ class Trainer:
         return loss, Neighbors(*(torch.cat(parts) for parts in zip(*of_views, strict=True)))
 
     def check_sound(self) -> None:
-        """Raise Diverged if a loss of this epoch or a weight is not finite: on all ranks, which call it together."""
+        """Raise Diverged on all ranks if a loss of this epoch or a weight is not finite. All ranks must call it."""
         loss = float(self._sums_of_all()[:, 0, MEASURES.index("loss")].sum())
         parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
         lengths = torch.stack([torch.linalg.vector_norm(parameter.detach().float()) for parameter in parameters])
         if math.isfinite(loss) and lengths.isfinite().all():
             return
         what = "a weight is no longer a finite number" if math.isfinite(loss) else f"the loss became {loss}"
-        advice = f"train anew with a lower --lr than {self.settings.lr:g}"
+        advice = f"start again with a lower --lr than {self.settings.lr:g}"
         if self.precision != "float32":
             advice += ", or with --precision float32"
         raise Diverged(f"{what} by step {self.step} of {self.total_steps}: {advice}")
@@ -291,11 +291,11 @@ class Trainer:
         return self.averaged
 
     def losses_written(self) -> None:
-        """Begin anew with the next step."""
+        """Forget the losses that `average_losses` has returned, because they have been written."""
         self.averaged = []
 
     def _sums_of_all(self) -> Tensor:
-        """The sums of every rank, [W, 2, measures]."""
+        """Return the sums and counts of every rank, [W, 2, measures]."""
         own = self.averages.sums[None]
         return self.ranks.gather(own, [1] * self.ranks.size) if self.ranks.size > 1 else own
 
@@ -329,22 +329,22 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state.
+        """Restore a saved state.
 
         Raises:
-            ValueError: it was saved with another number of training images.
+            ValueError: it was saved with a different number of training images.
             RuntimeError: its weights do not fit.
         """
         if state["train_size"] != self.source.train_size:
             raise ValueError(
-                f"the run to resume had {state['train_size']} training images, there are {self.source.train_size} "
-                "here, and which of them a step takes depends on their number: put removed files back (even an empty "
-                "one of the same name serves, with --on-bad-image skip), and take added ones away"
+                f"the run to resume had {state['train_size']} training images, but there are now "
+                f"{self.source.train_size}, and the order of the images depends on their number: put removed files "
+                "back (with --on-bad-image skip, an empty file of the same name is enough), and remove added ones"
             )
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.step, self.history, self.notes = state["step"], state["history"], state["notes"]
-        sums = state["sums"].to(self.device)  # of the earlier ranks
+        sums = state["sums"].to(self.device)  # [W, 2, measures], of the ranks that saved the state
         if len(sums) == self.ranks.size:
             self.averages.sums = sums[self.ranks.rank]
         elif self.leads:

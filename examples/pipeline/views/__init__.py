@@ -1,1 +1,1 @@
-"""Random views: how they are drawn, and what is made of them in batches."""
+"""Random views: how they are drawn, and how batches of them are rendered."""

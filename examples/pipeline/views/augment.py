@@ -18,7 +18,7 @@ class DigitsView:
     """Random views of a batch of grayscale images in [0, 1], drawn on their device. No flips: they are digits."""
 
     area: tuple[float, float]  # share of the image that the crop covers
-    aspect: float  # aspect ratio of the crop, at most this or its inverse
+    aspect: float  # the crop's aspect ratio is between 1 / aspect and aspect
     degrees: float  # largest rotation to either side
     shear: float
     contrast: tuple[float, float]
@@ -45,7 +45,7 @@ class DigitsView:
         return views
 
     def _affine(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return [B, 2, 3]: where in the image each point of the view comes from."""
+        """Return the affine matrices [B, 2, 3] that map points of the view to points of the image."""
         area = _uniform(images, generator, *self.area)
         aspect = self.aspect ** _uniform(images, generator, -1, 1)
         width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)

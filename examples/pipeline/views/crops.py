@@ -1,8 +1,8 @@
 """Random views of photographs and small images: the random numbers of each image, and the crops.
 
-`draws` gives each image of an epoch a row of numbers that holds all randomness of its views. The crop follows from it
-here, everything else in `pipeline.views.rendering`. So a view is a pure function of (seed, epoch, index), whatever the
-batch, the workers and the ranks. Crops are distributed as torchvision's RandomResizedCrop draws them.
+`draws` gives each image of an epoch a row of random numbers, from which its views are computed: the crops here, and
+everything else in `pipeline.views.rendering`. So a view is a pure function of (seed, epoch, index), independent of the
+batch, the workers and the ranks. Crops have the same distribution as those of torchvision's RandomResizedCrop.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ATTEMPTS = 10  # to draw a crop that fits into the image, as in torchvision
+ATTEMPTS = 10  # attempts to draw a crop that fits into the image, as in torchvision
 # Columns of the draws [n, PER_VIEW] of one view, each uniform in [0, 1).
 AREA, RATIO = slice(0, ATTEMPTS), slice(ATTEMPTS, 2 * ATTEMPTS)
 TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, BLUR, SIGMA = range(20, 32)
@@ -23,7 +23,7 @@ _RATIOS = math.log(3 / 4), math.log(4 / 3)
 
 @dataclass(frozen=True)
 class View:
-    """How a view is drawn: probabilities, and ranges that values are uniform in."""
+    """How a view is drawn: probabilities, and ranges of uniformly distributed values."""
 
     area: tuple[float, float] = (0.2, 1.0)  # area of the crop, as a share of the image
     jitter: float = 0.8
@@ -36,19 +36,19 @@ class View:
 
 STRONG = View()  # MoCo v2's, which the authors use (section 3.1)
 WEAK = View(jitter=0.0, gray=0.0, blur=0.0)  # crop and flip
-SUPERVISED = View(area=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0)  # as ImageNet's classifiers are trained
+SUPERVISED = View(area=(0.08, 1.0), jitter=0.0, gray=0.0, blur=0.0)  # the usual views for ImageNet classifiers
 
 
 PAPERS = WEAK, STRONG  # views of the target and of the online encoder
 
 
 def views_of(augmentation: str, blur: float = STRONG.blur, views: tuple[View, View] = PAPERS) -> tuple[View, View]:
-    """Return the views for the target and for the online encoder, named as "w/s".
+    """Return the views for the target and for the online encoder, given their names as in "w/s".
 
     Args:
-        augmentation: w is the weak one of ``views``, s the strong one.
-        blur: probability of the blur in a strong view.
-        views: (weak, strong) of the data set.
+        augmentation: two names joined by "/"; w is the weak one of ``views``, s the strong one.
+        blur: probability of blur in a strong view.
+        views: the (weak, strong) views of the data set.
     """
     weak, strong = views[0], replace(views[1], blur=blur)
     target, online = ({"w": weak, "s": strong}[strength] for strength in augmentation.split("/"))
@@ -56,16 +56,16 @@ def views_of(augmentation: str, blur: float = STRONG.blur, views: tuple[View, Vi
 
 
 def draws(seed: int, epoch: int, first: int, count: int, stream: int = 0) -> Tensor:
-    """Return the rows [count, PER_IMAGE] float32, uniform in [0, 1), of the images from ``first`` on.
+    """Return rows [count, PER_IMAGE] float32, uniform in [0, 1), for ``count`` images starting at index ``first``.
 
-    The rows of an epoch are one sequence of a counter-based generator, so any of them is had without the others.
+    The rows of an epoch are one sequence of a counter-based generator, so each can be computed without the others.
 
     Args:
-        seed: of the run, at most 64 bits.
-        epoch: whose views they are.
-        first: place of the first image in its data set.
-        count: how many images.
-        stream: another number gives other rows, for another purpose.
+        seed: seed of the run, at most 64 bits.
+        epoch: the epoch of the views.
+        first: index of the first image in its data set.
+        count: number of images.
+        stream: each stream gives different rows, for a different purpose.
     """
     generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=[0, 0, 0, stream])
     generator.advance(first * PER_IMAGE // 4)  # the counter counts blocks of four
@@ -76,8 +76,8 @@ def draws(seed: int, epoch: int, first: int, count: int, stream: int = 0) -> Ten
 def crop_boxes(rows: Tensor, height: int, width: int, area: tuple[float, float]) -> np.ndarray:
     """Return the crops [n, 4], (top, left, height, width) in pixels, of images of one size, from draws of one view.
 
-    An area and an aspect ratio are drawn until they fit into the image, ten times at most; then it is the largest crop
-    in the middle whose ratio is between 3/4 and 4/3.
+    An area and an aspect ratio are drawn up to ten times, until they fit into the image. If none of them fit, the crop
+    is the largest one in the center of the image with a ratio between 3/4 and 4/3.
     """
     drawn = rows.numpy().astype(np.float64)
     areas = height * width * (area[0] + (area[1] - area[0]) * drawn[:, AREA])  # [n, ATTEMPTS]
@@ -105,7 +105,7 @@ def resized_crop(image: Tensor, box: np.ndarray, size: int) -> Tensor:
 def resized_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     """Return the crops [B, C, size, size] float32 in [0, 1] of images [B, C, H, W] uint8 of one size.
 
-    Two batched products, each image by its own weights; they equal an antialiased bilinear `interpolate` of each.
+    Two batched matrix products, with separate weights for each image, equal an antialiased bilinear `interpolate`.
     """
     batch, channels, height, width = images.shape
     tops, lefts, heights, widths = torch.from_numpy(boxes.astype(np.float32)).to(images.device).T
@@ -118,7 +118,7 @@ def resized_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
 
 
 def _resampling(begins: Tensor, lengths: Tensor, inputs: int, outputs: int) -> Tensor:
-    """Return weights [B, outputs, inputs] that resample ``lengths`` pixels from ``begins`` on."""
+    """Return weights [B, outputs, inputs] that resample ``lengths`` pixels, starting at ``begins``."""
     scale = (lengths / outputs)[:, None, None]
     support = scale.clamp(min=1)
     places = torch.arange(inputs, device=begins.device, dtype=torch.float32) + 0.5

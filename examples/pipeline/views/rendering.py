@@ -1,8 +1,8 @@
 """Turns crops into views on the training device, in batches: jitter, grayscale, blur, flip, normalization.
 
-Each image has its own factors and its own order of jitter, from its row of `crops.draws`. They are distributed
-as torchvision's ColorJitter, RandomGrayscale, GaussianBlur and RandomHorizontalFlip draw them, and each operation
-equals theirs in float, to rounding. Nothing is rounded to 8 bits in between.
+Each image has its own factors and its own order of jitter, from its row of `crops.draws`. They have the same
+distribution as in torchvision's ColorJitter, RandomGrayscale, GaussianBlur and RandomHorizontalFlip, and each operation
+equals torchvision's in float, up to rounding errors. Nothing is rounded to 8 bits in between.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from pipeline.views.crops import BLUR, BRIGHTNESS, FLIP, GRAY, HUE, JITTER, ORDE
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's grayscale
 _ORDERS = list(itertools.permutations(range(4)))  # operations: brightness 0, contrast 1, saturation 2, hue 3
-_SLOTS, _TURN = 8, 3  # three blends, the rotation of the hue, three blends, and the grayscale
+_SLOTS, _TURN = 8, 3  # slots: three blends, the rotation of the hue (at _TURN), three blends, and the grayscale
 # Pixels at a time on a CPU, so that intermediate results stay in its cache.
 _CPU_PIXELS = 1 << 16
 
@@ -34,7 +34,7 @@ class Parameters:
 
     @classmethod
     def of(cls, rows: Tensor, view: View) -> "Parameters":
-        """Return those of draws [n, PER_VIEW]."""
+        """Return the parameters of the views with these draws [n, PER_VIEW]."""
         drawn = rows.double()
         jittered = drawn[:, JITTER] < view.jitter
         factors = 1 + (2 * drawn[:, BRIGHTNESS:HUE] - 1) * torch.tensor(view.strengths[:3], dtype=torch.float64)
@@ -57,14 +57,14 @@ class Parameters:
         )
 
     def slots(self, part: slice) -> tuple[int, ...]:
-        """Return the slots that change one of these images; the others leave all of them exactly as they are."""
+        """Return the slots that change at least one of these images; the others leave all of them as they are."""
         used = (self.blends[part] != torch.tensor([1.0, 0.0, 0.0])).flatten(2).any(dim=2).any(dim=0)
         used[_TURN] = self.hue[part].any()
         return tuple(used.nonzero().flatten().tolist())
 
 
 def _order_codes() -> Tensor:
-    """Return for each order which blend is in the slots before the grayscale, [24, _SLOTS - 1]; 3 is none."""
+    """Return, for each of the 24 orders, the blends in the slots before the grayscale, [24, _SLOTS - 1]; 3 is none."""
     table = []
     for order in _ORDERS:
         at = order.index(3)
@@ -80,16 +80,16 @@ class Normalization:
     """Normalizes each of three channels to mean 0 and standard deviation 1; `undone` reverses it for display.
 
     Args:
-        mean: of each channel.
-        std: of each channel.
-        device: where images come to lie, channels last, as convolutions are fast.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
+        device: device of the images.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
         self._mean, self._std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return images [B, C, H, W] of 0 to 255 on the device normalized, [B, 3, H, W] float32."""
+        """Return normalized images [B, 3, H, W] float32, channels last, of images [B, C, H, W] in 0 to 255."""
         return ((images.float() / 255 - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
 
     def undone(self, images: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ class Rendering:
     """Turns crops into normalized views on a device: ``Rendering(STRONG, 224, mean, std, device)(crops, rows)``.
 
     Args:
-        view: how it is drawn.
+        view: how the views are drawn.
         size: side of the crops.
-        mean: of each channel, which becomes 0.
-        std: of each channel, which becomes 1.
-        device: where it happens. On a GPU jitter and grayscale are compiled into a few kernels.
+        mean: mean of each channel, which becomes 0.
+        std: standard deviation of each channel, which becomes 1.
+        device: device to render on. On a GPU, jitter and grayscale are compiled into a few kernels.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Rendering:
         """Return views [B, 3, size, size] float32, channels last.
 
         Args:
-            crops: [B, C, size, size] on the device, uint8, or float32 in [0, 1]; one channel serves as all three.
+            crops: [B, C, size, size] on the device, uint8, or float32 in [0, 1]; one channel is expanded to three.
             rows: draws [B, PER_VIEW] on the CPU.
         """
         parameters = Parameters.of(rows, self.view)
@@ -166,7 +166,7 @@ class Rendering:
 
 
 def recolored(images: Tensor, blends: Tensor, hue: Tensor, slots: tuple[int, ...]) -> Tensor:
-    """Return images [B, H, 3, W] in [0, 1] after these slots of `Parameters`, in their order."""
+    """Apply these slots of `Parameters` to images [B, H, 3, W] in [0, 1], in the given order."""
     for slot in slots:
         if slot == _TURN:
             images = turned(images, hue)
@@ -179,10 +179,10 @@ def recolored(images: Tensor, blends: Tensor, hue: Tensor, slots: tuple[int, ...
 
 
 def turned(images: Tensor, turns: Tensor) -> Tensor:
-    """Return images [B, H, 3, W] with their hue turned by ``turns`` [B]: there and back through HSV, in one formula.
+    """Return images [B, H, 3, W] with their hue rotated by ``turns`` [B]: to HSV and back, in one formula.
 
-    With hue h in sixths of a turn a channel is v − (v − min) · clamp(min(k, 4 − k), 0, 1), k = (n + h) mod 6, where
-    n = 5, 3, 1 for red, green, blue, v and min are the largest and the smallest channel.
+    For a hue h in sixths of a turn, each channel is v − (v − min) · clamp(min(k, 4 − k), 0, 1) with k = (n + h) mod 6.
+    Here n is 5, 3, 1 for red, green, blue, and v and min are the largest and the smallest channel.
     """
     red, green, blue = images.unbind(2)
     high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
@@ -204,12 +204,12 @@ def _grayscale(images: Tensor) -> Tensor:
 
 
 def blur_width(size: int) -> int:
-    """Return the odd kernel width nearest to a tenth of the image, as SimCLR has it."""
+    """Return the odd kernel width nearest to a tenth of the image, as in SimCLR."""
     return max(3, size // 10 // 2 * 2 + 1)
 
 
 def blur_kernels(sigma: Tensor, width: int) -> Tensor:
-    """Return Gaussian kernels [n, width] float32 of standard deviations ``sigma`` [n] in pixels, each of sum 1."""
+    """Return Gaussian kernels [n, width] float32 with standard deviations ``sigma`` [n] in pixels, each with sum 1."""
     taps = torch.arange(width, dtype=torch.float64) - width // 2
     weights = torch.exp(-0.5 * (taps / sigma.double()[:, None]) ** 2)
     weights = torch.where(weights < 1e-12, 0.0, weights)  # denormal numbers are slow
@@ -217,20 +217,20 @@ def blur_kernels(sigma: Tensor, width: int) -> Tensor:
 
 
 def _reflected(size: int, radius: int) -> Tensor:
-    """Return where in a row each tap of each pixel's kernel is, [size, 2 · radius + 1], reflected at the borders."""
+    """Return the positions in a row of the taps of each pixel's kernel, [size, 2 · radius + 1], with reflection."""
     period = max(1, 2 * (size - 1))
     places = (torch.arange(size)[:, None] + torch.arange(-radius, radius + 1)) % period
     return torch.minimum(places, period - places).clamp(max=size - 1)
 
 
 class _Compiled:
-    """A function by `torch.compile`; as it is, with a warning, where that does not work."""
+    """A function compiled by `torch.compile`; if that fails, it warns and calls the plain function."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self._plain, self._fast = function, torch.compile(function, dynamic=False)
 
     def __call__(self, *arguments: object) -> Tensor:
-        """Return the function's value."""
+        """Return the result of the function."""
         try:
             done: Tensor = self._fast(*arguments)
             return done
