@@ -8,13 +8,15 @@ MTU of 9,000. A thread of the parent process, the relay, forwards each IP packet
 costs the relay's time, even at an RTT of 0, and the bandwidth is that of the relay. The namespaces have no names and
 no other link, and disappear with their processes.
 
-For each layout of a bank, without labels, with stored labels, and with labels that limit the search, it times
+It times the following calls for each layout of a bank, without labels, with stored labels, and with labels that limit
+the search:
 
     step      forward and backward of MeanShiftLoss(bank, k), which communicates in a push and a search
     push      bank.push
     search    bank.search, which does not communicate if the bank is replicated
 
-many times in a row on all ranks at once, alternating between the RTTs. From the times of all ranks it computes:
+Each call runs many times in a row on all ranks at once, alternating between the RTTs. From the times of all ranks, the
+script computes
 
     round trips    (median time at RTT − median time at 0) / (echo at RTT − echo at 0)
 
@@ -85,7 +87,7 @@ HANG_SECONDS = 60  # gloo gives up after this
 
 
 class Sizes(NamedTuple):
-    """Of a problem: rows of the bank, dimensions, rows that a rank brings, neighbors."""
+    """The sizes of a problem: rows of the bank, dimensions, rows per rank in a batch, neighbors."""
 
     rows: int = 512
     dim: int = 512
@@ -94,7 +96,7 @@ class Sizes(NamedTuple):
 
 
 class Often(NamedTuple):
-    """How often each case is timed: turns, steps of a turn, and steps before those, which let TCP settle."""
+    """How often each case is timed: turns, steps per turn, and untimed steps before those, in which TCP settles."""
 
     turns: int = 6
     steps: int = 10
@@ -102,14 +104,14 @@ class Often(NamedTuple):
 
 
 class Host(NamedTuple):
-    """One rank, in a network namespace of its own."""
+    """One rank, in its own network namespace."""
 
     rank: int
     ranks: int
     delay: Any  # seconds one way, in shared memory that the relay reads
 
     def set_round_trip(self, seconds: float) -> None:
-        """Move all hosts that far apart; all ranks call it together."""
+        """Set the round-trip time between all hosts; all ranks call this together."""
         dist.barrier()
         if self.rank == 0:
             self.delay.value = seconds / 2
@@ -122,7 +124,7 @@ class Host(NamedTuple):
 
 
 def why_not() -> str | None:
-    """Return why hosts cannot be set apart here, in a sentence, or None if they can."""
+    """Return why this system cannot emulate distant hosts, or None if it can."""
     said = None
 
     def attempt() -> None:
@@ -130,21 +132,21 @@ def why_not() -> str | None:
         try:
             os.close(_enter_namespace(0))
         except (OSError, subprocess.CalledProcessError) as error:
-            said = f"namespaces with TUN devices cannot be made here, which takes root on Linux: {error}"
+            said = f"cannot create network namespaces with TUN devices, which needs root on Linux: {error}"
 
     if shutil.which("ip") is None:
         return "the command `ip` (iproute2) is not installed"
-    thread = threading.Thread(target=attempt)  # only this thread leaves the namespace, and then it ends
+    thread = threading.Thread(target=attempt)  # only this thread enters the new namespace, and then it ends
     thread.start()
     thread.join()
     return said
 
 
 def run_apart(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Return what ``work(host, *arguments)`` gives on every rank, in rank order; raise what one of them raises.
+    """Return the results of ``work(host, *arguments)`` on all ranks, in rank order; raise an error that one raises.
 
-    Each rank is a process of its own, in a namespace of its own, and in the default process group, of gloo. At first
-    the hosts are as near as the relay can put them. What ``work`` gives has to be fit for JSON.
+    Each rank is a process in its own network namespace, and a member of the default process group, which uses gloo. At
+    first, the relay adds no delay. Results of ``work`` must be serializable as JSON.
     """
     context = torch.multiprocessing.get_context("spawn")
     delay = context.Value("d", 0.0, lock=False)
@@ -175,23 +177,23 @@ def _rank_main(
     rank: int, ranks: int, folder: Path, delay: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    _libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the parent, also while waiting for other ranks
+    _libc().prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the parent, even while waiting for other ranks
     device = _enter_namespace(rank)
     with socket.socket(socket.AF_UNIX) as relay:
         relay.connect(str(folder / "relay"))
         socket.send_fds(relay, [bytes([rank])], [device])
-        relay.recv(1)  # until all ranks are there
+        relay.recv(1)  # returns when all ranks have connected
     os.close(device)  # the relay uses it
     os.environ["GLOO_SOCKET_IFNAME"] = DEVICE
     store, limit = f"file://{folder}/store", timedelta(seconds=HANG_SECONDS)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
     (folder / f"answer{rank}").write_text(json.dumps(work(Host(rank, ranks, delay), *arguments)))
-    dist.barrier()  # no rank closes its connection while another one works
+    dist.barrier()  # no rank closes its connections while another one still works
     dist.destroy_process_group()
 
 
 def _enter_namespace(rank: int) -> int:
-    """Put the calling thread, and what it starts, into a new namespace; return the other end of its one device."""
+    """Move the calling thread, and its children, to a new namespace; return the other end of its only device."""
     if not sys.platform.startswith("linux"):
         raise OSError("this is not Linux")
     libc = _libc()
@@ -221,7 +223,7 @@ def _address(rank: int) -> str:
 
 
 def _relay(listener: socket.socket, ranks: int, delay: Any, stopped: socket.socket) -> None:
-    """Pass packets between the devices that ranks send, each ``delay.value`` seconds after its arrival."""
+    """Receive a device from each rank, and forward packets between them, ``delay.value`` seconds after arrival."""
     with suppress(OSError):  # highest priority, if the system allows it
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     devices: dict[int, int] = {}  # last byte of the address -> file
@@ -235,7 +237,7 @@ def _relay(listener: socket.socket, ranks: int, delay: Any, stopped: socket.sock
             rank, files, _, _ = socket.recv_fds(caller, 1, 1)
             devices[rank[0] + 1] = files[0]
         for caller in callers:
-            caller.close()  # all ranks are there
+            caller.close()  # all ranks have connected
         _pass_packets(devices, delay, stopped)
     finally:
         for caller in callers:
@@ -256,7 +258,7 @@ def _pass_packets(devices: dict[int, int], delay: Any, stopped: socket.socket) -
             try:
                 for _ in range(READ_AT_ONCE):
                     packet = os.read(source, MTU)
-                    if packet[0] >> 4 == 4 and packet[19] in devices:  # IPv4, receiver's last bytes
+                    if packet[0] >> 4 == 4 and packet[19] in devices:  # IPv4, last byte of the destination address
                         due = time.perf_counter() + delay.value
                         due = max(due, waiting[-1][0] if waiting else due)  # keeps the order
                         waiting.append((due, devices[packet[19]], packet))
@@ -282,7 +284,7 @@ def echo(host: Host) -> None:
 
 
 def exchanges(host: Host, layout: str, labels: str, sizes: Sizes) -> dict[str, Callable[[], object]]:
-    """Return what is to be timed, by name, for a bank that is full."""
+    """Return the calls to time, by name, for a full bank."""
     generator = torch.Generator().manual_seed(host.rank)
     bank = MemoryBank(sizes.rows, sizes.dim, backend="torch", layout=layout)
     target = torch.randn(sizes.batch, sizes.dim, generator=generator)
@@ -308,11 +310,11 @@ def exchanges(host: Host, layout: str, labels: str, sizes: Sizes) -> dict[str, C
 def time_exchanges(
     host: Host, cases: list[tuple[str, str]], round_trips: list[float], sizes: Sizes, often: Often
 ) -> dict[str, Any]:
-    """Time everything as one of the ranks.
+    """Time all cases as one of the ranks.
 
     Returns:
-        "echo" -> seconds of each, by RTT; and "layout, labels, what" -> by RTT the seconds of each time, and the bytes
-        and packets sent in all of them.
+        "echo" -> a list of seconds for each RTT; and "layout, labels, what" -> for each RTT, the seconds of each call,
+        and the bytes and packets sent in all of them.
     """
     cpu = torch.device("cpu")
     echoes: list[list[float]] = [[] for _ in round_trips]
@@ -341,7 +343,7 @@ def time_exchanges(
 def to_records(
     answers: list[dict[str, Any]], round_trips: list[float], sizes: Sizes, environment: dict[str, Any]
 ) -> list[Record]:
-    """Return the records of what `time_exchanges` gave on each rank; the first round trip is 0."""
+    """Convert the results of `time_exchanges` on each rank to records; the first round-trip time must be 0."""
     ranks = len(answers)
     about = {"ranks": ranks, "network": NETWORK if ranks > 1 else None}
     echoes = [quantiles(times) for times in answers[0]["echo"]] if ranks > 1 else []
@@ -367,7 +369,7 @@ def to_records(
 
 
 def round_trips_of(times: list[Summary], echoes: list[Summary], place: int, which: str) -> float:
-    """Return how many echoes longer a step takes at one of the RTTs than at the first, which is 0."""
+    """Return how many round trips a step waits for: its additional time at an RTT divided by that of an echo."""
     longer, echo_longer = (getattr(each[place], which) - getattr(each[0], which) for each in (times, echoes))
     return float(longer / echo_longer)
 
@@ -386,9 +388,9 @@ def table(records: list[Record]) -> str:
         "",
         in_words(records[0].environment),
         "",
-        f"{p['rows']:,} rows of {p['dim']} float32 values, {p['batch']} rows a rank, k = {p['k']}; medians (20–80 %) "
-        f"of all ranks' times, {timed[-1].repeats // p['ranks']} each (`python benchmarks/bank_latency.py`, which "
-        f"tells what is what). The network: {p['network']}, not netem. "
+        f"{p['rows']:,} rows of {p['dim']} float32 values, {p['batch']} rows per rank, k = {p['k']}; medians "
+        f"(20–80 %) of all ranks' times, {timed[-1].repeats // p['ranks']} each (`python benchmarks/bank_latency.py`, "
+        f"which explains the columns). The network: {p['network']}, not netem. "
         "Round trips: by the medians / by the 20 % quantiles.",
         "",
         *(
@@ -415,10 +417,10 @@ def table(records: list[Record]) -> str:
 
 
 def main() -> int:
-    """Measure; return 1 if that cannot be done here."""
+    """Measure; return 1 if this is not possible here."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--turns", type=positive, default=6, help="of ten steps a case and RTT (6)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the records")
+    parser.add_argument("--turns", type=positive, default=6, help="turns of ten steps per case and RTT (default: 6)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the records")
     given = parser.parse_args()
     if (reason := why_not()) is not None:
         print(f"bank_latency.py cannot measure: {reason}", file=sys.stderr)

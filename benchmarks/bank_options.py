@@ -9,8 +9,8 @@ belongs to two rows). It alternates between the options, with "auto" and, on the
 installed. Rows and queries are random.
 
 Writes bank_options.jsonl, one record per case, and bank_options.md to --out. "times float32" is the ratio of the
-median to that of "auto" on as many float32 rows without exclusions. The bytes of the bank are those of rows, scales,
-labels and ids.
+median to that of "auto" on the same number of float32 rows without exclusions. The bytes of the bank are those of rows,
+scales, labels and ids.
 """
 
 import argparse
@@ -44,7 +44,7 @@ CLASSES = 1000
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and write what was found."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=positive, nargs="+", default=ROWS, help="bank sizes N")
     parser.add_argument("--dim", type=positive, default=512)
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     settle_device_and_folder(parser, args)
     if args.k > min(args.rows):
-        parser.error(f"--k {args.k}: it may be at most the rows of the bank, {min(args.rows)}")
+        parser.error(f"--k {args.k}: must be at most the number of rows, {min(args.rows)}")
     records: list[Record] = []
     for rows in args.rows:
         with_faiss = rows == min(args.rows) and available_backends(args.device)["faiss"] is None
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(rows: int, args: argparse.Namespace, backends: tuple[str, ...]) -> list[Record]:
-    """Time every option on banks of that many rows, in turns."""
+    """Time every option on banks with this number of rows, alternating."""
     device = torch.device(args.device)
     generator = torch.Generator(device).manual_seed(0)
     classes = partial(torch.randint, CLASSES, generator=generator, device=device)
@@ -110,7 +110,7 @@ def measure(rows: int, args: argparse.Namespace, backends: tuple[str, ...]) -> l
 
 
 def filled(rows: int, dim: int, dtype: str, device: torch.device) -> MemoryBank:
-    """Return a full bank with random labels, and every id twice."""
+    """Return a full bank with random rows and labels, in which every id belongs to two rows."""
     generator = torch.Generator(device).manual_seed(1)
     bank = MemoryBank(rows, dim, dtype=getattr(torch, dtype)).to(device)
     for start in range(0, rows, FILL_CHUNK_ROWS):
@@ -121,7 +121,7 @@ def filled(rows: int, dim: int, dtype: str, device: torch.device) -> MemoryBank:
 
 
 def table(records: list[Record]) -> str:
-    """Describe the records in Markdown."""
+    """Return the records in Markdown."""
     first = records[0]
     p = first.parameters
     lines = [
@@ -129,7 +129,7 @@ def table(records: list[Record]) -> str:
         "",
         in_words(first.environment),
         "",
-        f"One search: D = {p['dim']}, batch {p['batch']}, k = {p['k']}; {first.repeats} of each in turns, medians",
+        f"One search: D = {p['dim']}, batch {p['batch']}, k = {p['k']}; medians of {first.repeats} runs, alternating",
         "(`python benchmarks/bank_options.py`). Bytes of the bank: rows, scales, labels and ids.",
         "",
         "| rows | dtype | backend | which rows | time (20–80 %) | times float32 | bank |",

@@ -45,7 +45,7 @@ E = {torch.float32: 4, torch.float16: 2}
 
 
 def wire_bytes(ranks: int, layout: str, batch: int, dim: int, k: int, e: int) -> float:
-    """Bytes that each rank receives in a step, as worked out above."""
+    """Return the bytes that each rank receives in a step, by the formulas above."""
     others = (ranks - 1) / ranks * batch
     push = others * (e * dim + 8) + 88 * (ranks - 1)
     if layout == "replicated" or ranks == 1:
@@ -54,13 +54,13 @@ def wire_bytes(ranks: int, layout: str, batch: int, dim: int, k: int, e: int) ->
 
 
 def received() -> int:
-    """Bytes that the loopback interface has received."""
+    """Return the bytes that the loopback interface has received."""
     lines = [line.split() for line in Path("/proc/net/dev").read_text().splitlines()]
     return next(int(line[1]) for line in lines if line[0] == "lo:")
 
 
 def rank_main(rank: int, ranks: int, store: str, layout: str, dtype: torch.dtype, results: Any) -> None:
-    """Push and search as one of the ranks; send what was found and measured."""
+    """Push and search as one of the ranks; send the neighbors and the measurements."""
     torch.set_num_threads(1)
     limit = timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=limit)
@@ -69,7 +69,7 @@ def rank_main(rank: int, ranks: int, store: str, layout: str, dtype: torch.dtype
     for _ in range(SIZE // 4096):
         rows = torch.randn(4096, DIM, generator=generator)
         bank.push(rows.chunk(ranks)[rank], torch.arange(4096).chunk(ranks)[rank])
-    for _ in range(WARM_UP):  # messages still have the space that the last, larger calls needed
+    for _ in range(WARM_UP):  # at first, messages still have the size that the last, larger calls needed
         batch = torch.randn(BATCH, DIM, generator=generator).chunk(ranks)[rank]
         bank.push(batch)
         bank.search(batch, K)
@@ -91,7 +91,7 @@ def rank_main(rank: int, ranks: int, store: str, layout: str, dtype: torch.dtype
 
 
 def measure(ranks: int, layout: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what the ranks found, in rank order, and what it cost."""
+    """Return the neighbors that the ranks found, in rank order, and their cost."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -113,18 +113,18 @@ def measure(ranks: int, layout: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def equal(case: dict[str, Any], alone: dict[str, Any]) -> bool:
-    """Tell whether the same neighbors were found, with the same similarities up to the rounding of a product."""
+    """Return whether the same neighbors were found, with the same similarities up to the rounding of a product."""
     sets = all(set(mine) == set(theirs) for mine, theirs in zip(case["index"], alone["index"], strict=True))
     close = torch.allclose(torch.tensor(case["similarity"]), torch.tensor(alone["similarity"]), rtol=0, atol=2e-6)
     return sets and close
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return the records, and a bank of 100 million rows as worked out, in Markdown."""
+    """Return the records, and calculated figures for a bank of 100 million rows, in Markdown."""
     first = records[0]
     lines = [
         f"{first['device']}; PyTorch {first['versions']['torch']}; {first['date'][:10]}. {SIZE:,} rows of {DIM} "
-        f"values, a batch of {BATCH} in all, k = {K}, median of {STEPS} steps; backend torch, one thread a rank.",
+        f"values, a batch of {BATCH} in total, k = {K}, median of {STEPS} steps; backend torch, one thread per rank.",
         "",
         "| layout | rows | ranks | bank a rank | received a rank, worked out | measured | step | equal to one |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -138,17 +138,17 @@ def table(records: list[dict[str, Any]]) -> str:
     kept, wire = size / ranks * (e * dim + 8), wire_bytes(ranks, "sharded", batch, dim, K, e)
     lines += [
         "",
-        f"Worked out, not measured: {size:,} float16 rows of {dim} on {ranks} ranks with {batch // ranks} images "
-        f"each keep {kept / 1e9:.2f} GB a rank (replicated {kept * ranks / 1e9:.0f} GB), multiply "
-        f"{2 * dim * batch * size / ranks / 1e12:.1f} TFLOP a rank and step, and receive {wire / 1e6:.1f} MB.",
+        f"Calculated, not measured: with {size:,} float16 rows of {dim} values on {ranks} ranks and {batch // ranks} "
+        f"images per rank, a rank stores {kept / 1e9:.2f} GB (replicated: {kept * ranks / 1e9:.0f} GB), and per step "
+        f"it computes {2 * dim * batch * size / ranks / 1e12:.1f} TFLOP and receives {wire / 1e6:.1f} MB.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    """Measure; return 1 if ranks found anything else than one process."""
+    """Measure; return 1 if ranks found other neighbors than one process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the records")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the records")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     about = describe_environment(torch.device("cpu"))

@@ -1,9 +1,9 @@
 """Cost of the CPU's bfloat16 screen if it can exclude only a few rows, as in the bank of a collapsed encoder.
 
-    python benchmarks/collapsed.py           (on two CPU cores with bfloat16 instructions, without other work)
+    python benchmarks/collapsed.py           (on an otherwise idle machine: two CPU cores with bfloat16 instructions)
 
-Each search is timed alternately with the screen and without it (`float32_search`), by one call of the torch backend's
-internal functions. "random" is the case that the screen is designed for. The other banks are:
+Each search is timed alternately with the screen and without it (`float32_search`), by calling internal functions of the
+torch backend. "random" is the case that the screen is designed for. The other banks are:
 
 - within 0.001, duplicates: rows that differ by that much, or not at all
 - half: 60 % of the rows, and all queries, within 0.001
@@ -51,7 +51,7 @@ CLASSES = 100
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and write what was found."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=positive, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def made(kind: str, n: int, count: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Return n rows and ``count`` queries beside them, float32 unit vectors, from a seeded generator."""
+    """Return n rows of a kind and ``count`` queries for them, float32 unit vectors, from a seeded generator."""
     generator = torch.Generator().manual_seed(0)
     one, apart, queries = (
         F.normalize(torch.randn(number, dim, generator=generator), dim=1) for number in (1, n, count)
@@ -95,7 +95,7 @@ def made(kind: str, n: int, count: int, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def measure(kind: str, size: tuple[int, int, int, int], dtype: str, limit: str, repeats: int) -> list[Record]:
-    """Time one search with and without the screen, in turns; nothing where the backend does not use the screen."""
+    """Time one search alternately with and without the screen; return no record if the backend would not use it."""
     n, dim, batch, k = size
     made_rows, made_queries = made(kind, n, batch, dim)
     values, scale = packed(made_rows, getattr(torch, dtype))
@@ -139,9 +139,9 @@ def measure(kind: str, size: tuple[int, int, int, int], dtype: str, limit: str, 
 
 
 def table(records: list[Record]) -> str:
-    """Describe the records in Markdown."""
+    """Return the records in Markdown."""
     if not records:
-        return "This CPU has no instructions for products of bfloat16 values: no search uses the screen.\n"
+        return "This CPU has no bfloat16 instructions, so no search uses the screen.\n"
     header = (
         "| bank | N | D | batch | k | dtype | which rows | with the screen (20–80 %) | without | times as long "
         "| rows given up |"
@@ -153,8 +153,8 @@ def table(records: list[Record]) -> str:
         "",
         in_words(records[0].environment),
         "",
-        f"{records[0].repeats} of each in turns, medians (`python benchmarks/collapsed.py`). With the screen a search",
-        f"took at most {most:.2f} times as long as without. Rows given up are searched without it.",
+        f"Medians of {records[0].repeats} runs, alternating (`python benchmarks/collapsed.py`). With the screen, a",
+        f"search took at most {most:.2f} times as long as without. Rows given up are searched without the screen.",
         "",
         header,
         "| --- " * (header.count("|") - 1) + "|",

@@ -3,18 +3,18 @@
     python benchmarks/ema_cost.py            (no arguments: ResNet50 with the paper's projection head, momentum 0.99)
 
 Each method has its own target, a copy of the same initial model, and follows the same online encoder. First, every
-method makes one update. Its parameters are compared with those of `EMATarget`, which are compared with
+method makes one update. Its parameters are compared with those of `EMATarget`, and those of `EMATarget` with
 m·f + (1 − m)·g in float64. A method with a different result is marked in the table. Then the updates are timed,
 alternating between the methods. OUT/ema_cost.jsonl gets one record per method; OUT/ema_cost.md (also printed) and
 OUT/ema_cost.png show all of them.
 
 The methods treat buffers (BatchNorm's statistics) differently. The column "buffers" says what the method was observed
-to do: keep the target's own, copy them, or average them. "Times ours" is the ratio of medians to our default, which
-keeps them; "same buffers" is the ratio to `EMATarget` with the buffer policy of that method.
+to do: keep the target's own, copy those of the online encoder, or average both. "Times ours" is the ratio of medians to
+our default, which keeps them; "same buffers" is the ratio to `EMATarget` with the buffer policy of that method.
 
 Formulas and units:
 
-    bytes at least = 3 · bytes of the parameters: read g, read f, write f, each once; buffers are not counted
+    bytes at least = 3 · bytes of the parameters (read g, read f, write f, once each); buffers are not counted
     GB/s           = bytes at least / median time, so two passes over f show as a lower rate
     MB, GB         = 1e6, 1e9 bytes
 
@@ -62,7 +62,7 @@ STARTED = time.perf_counter()
 
 
 class Contender(NamedTuple):
-    """A target encoder, and what moves it one step towards the online encoder."""
+    """A target encoder, and the function that updates it from the online encoder."""
 
     target: nn.Module
     update: Callable[[nn.Module], object]
@@ -70,7 +70,7 @@ class Contender(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """One way to do the update: ``build`` makes its target, a copy of the start, for a momentum."""
+    """An implementation of the update; ``build`` creates its target from the initial model and a momentum."""
 
     name: str
     package: str
@@ -80,7 +80,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be measured: the encoder at the start, and how."""
+    """What to measure: the initial encoder, and how."""
 
     model: str
     encoder: nn.Module
@@ -90,7 +90,7 @@ class Task:
 
 
 def main() -> None:
-    """Run the benchmark as the command line asks."""
+    """Run the benchmark with the arguments of the command line."""
     torch.manual_seed(0)
     args = parse_arguments()
     device = torch.device(args.device)
@@ -106,23 +106,23 @@ def main() -> None:
         plot_ema_cost(records, unmeasured, args.out / "ema_cost.png")
         written += ", ema_cost.png"
     except ImportError as error:
-        print(f"no plot: it needs matplotlib: {error}")
+        print(f"no plot, which needs matplotlib: {error}")
     say(f"written: {written} in {args.out}")
 
 
 def say(message: str) -> None:
-    """Print, with the seconds since the start."""
+    """Print a message with the seconds since the start."""
     print(f"[{time.perf_counter() - STARTED:5.1f} s] {message}", flush=True)
 
 
 def build_ours(start: nn.Module, momentum: float, buffers: str) -> Contender:
-    """`EMATarget` with one of its policies for buffers."""
+    """Build `EMATarget` with one of its buffer policies."""
     ours = EMATarget(start, momentum, buffers=buffers)
     return Contender(ours.module, ours.update)
 
 
 def build_loop(start: nn.Module, momentum: float) -> Contender:
-    """Multiply and add, one parameter after the other."""
+    """Build a Python loop that multiplies and adds one parameter after the other."""
     target = copy.deepcopy(start).requires_grad_(False)
 
     @torch.no_grad()
@@ -134,14 +134,14 @@ def build_loop(start: nn.Module, momentum: float) -> Contender:
 
 
 def build_torch(start: nn.Module, momentum: float) -> Contender:
-    """PyTorch's AveragedModel, past its first update: that one copies."""
+    """Build PyTorch's AveragedModel after its first update, which only copies."""
     averaged = AveragedModel(start, multi_avg_fn=get_ema_multi_avg_fn(momentum))
     averaged.update_parameters(start)
     return Contender(averaged.module, averaged.update_parameters)
 
 
 def build_timm(start: nn.Module, momentum: float, foreach: bool) -> Contender:
-    """Build timm's ModelEmaV3 with its default ``foreach=True``, or without."""
+    """Build timm's ModelEmaV3, with its default ``foreach=True`` or with ``foreach=False``."""
     from timm.utils import ModelEmaV3
 
     averaged = ModelEmaV3(start, decay=momentum, foreach=foreach)
@@ -149,7 +149,7 @@ def build_timm(start: nn.Module, momentum: float, foreach: bool) -> Contender:
 
 
 def build_lightly(start: nn.Module, momentum: float) -> Contender:
-    """Build what lightly's examples do: a copy, and update_momentum."""
+    """Build a copy of the model that is updated by update_momentum, as in lightly's examples."""
     from lightly.models.utils import update_momentum
 
     target = copy.deepcopy(start).requires_grad_(False)
@@ -214,17 +214,17 @@ def build_encoder(name: str) -> nn.Module:
     """Return a model of torchvision with the paper's projection head in place of its classifier's last layer.
 
     Raises:
-        ImportError: torchvision is not there.
-        ValueError: it has no such classification model, or one without a linear layer.
+        ImportError: if torchvision is not installed.
+        ValueError: if it has no classification model of this name, or the model has no linear layer.
     """
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise ValueError("no classification model of torchvision, such as resnet18, resnet50 or vit_b_16")
+        raise ValueError("no classification model of torchvision (such as resnet18, resnet50 or vit_b_16)")
     encoder: nn.Module = models.get_model(name, weights=None)
     linear = [(path, module) for path, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError("it has no linear classifier for the projection head to take the place of")
+        raise ValueError("it has no linear classifier that the projection head could replace")
     path, last = linear[-1]
     head = [nn.Linear(last.in_features, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM)]
     encoder.set_submodule(path, nn.Sequential(*head))
@@ -233,7 +233,7 @@ def build_encoder(name: str) -> nn.Module:
 
 @torch.no_grad()
 def make_online(start: nn.Module) -> nn.Module:
-    """Return a copy of ``start`` in which every parameter and buffer has moved."""
+    """Return a copy of ``start`` in which every parameter and buffer is different."""
     online = copy.deepcopy(start)
     for tensor in (*online.parameters(), *online.buffers()):
         tensor.add_(torch.randn_like(tensor) if tensor.is_floating_point() else 1)
@@ -241,15 +241,15 @@ def make_online(start: nn.Module) -> nn.Module:
 
 
 def measure(task: Task, methods: tuple[Method, ...]) -> tuple[list[Record], dict[str, str]]:
-    """Check and time the methods; the first one is ours by default, with which the others are compared.
+    """Check and time the methods, and compare them with the first one, which is `EMATarget` with its defaults.
 
     Returns:
-        One record a method, and the methods that could not be measured, with the reason.
+        One record per method, and the methods that could not be measured, with the reasons.
     """
     say(f"{describe_environment(task.device)['device']}: {task.model}, a target for each method and one update of it")
     online = make_online(task.encoder)
     contenders, unmeasured = start_contenders(task, methods, online)
-    say("comparing what the updates have made")
+    say("comparing the results of the updates")
     ours = contenders[methods[0].name]
     found = {name: check(contender, ours, task, online) for name, contender in contenders.items()}
     calls = {name: _timed(contender, online) for name, contender in contenders.items()}
@@ -273,7 +273,7 @@ def _timed(contender: Contender, online: nn.Module) -> Callable[[int], object]:
 def start_contenders(
     task: Task, methods: tuple[Method, ...], online: nn.Module
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Build every method and let it do one update; for another library's that cannot, return the reason."""
+    """Build every method and make one update; if a method of another library fails, return the reason."""
     contenders: dict[str, Contender] = {}
     unmeasured: dict[str, str] = {}
     for method in methods:
@@ -288,12 +288,12 @@ def start_contenders(
                 raise
             unmeasured[method.name] = f"{method.package} cannot do this here: {type(error).__name__}: {error}"
     for name, reason in unmeasured.items():
-        say(f"{name} left out: {reason}")
+        say(f"{name} is left out: {reason}")
     return contenders, unmeasured
 
 
 def check(contender: Contender, ours: Contender, task: Task, online: nn.Module) -> dict[str, Any]:
-    """Compare a target after one update with ours, ours with the formula in float64; see what became of its buffers."""
+    """Compare a target after one update with ours, and ours with float64; find out what happened to its buffers."""
     expected = dict(ours.target.named_parameters())
     tolerance = TOLERANCE * max(float(f.abs().max()) for f in expected.values())
     differences = {"largest_difference_to_ours": largest_difference(contender.target, expected)}
@@ -315,13 +315,13 @@ def average(f: Tensor, g: Tensor, momentum: float) -> Tensor:
 
 
 def largest_difference(target: nn.Module, expected: Mapping[str, Tensor]) -> float:
-    """Return how far the parameters are apart at most; NaN where one of them is NaN."""
+    """Return the largest absolute difference between parameters; NaN if a parameter is NaN."""
     apart = [(f.detach() - expected[name].detach()).abs().max() for name, f in target.named_parameters()]
     return float(torch.stack(apart).max())
 
 
 def what_became_of_buffers(target: nn.Module, task: Task, online: nn.Module) -> str:
-    """Tell whether the floating buffers were kept, copied or averaged by one update."""
+    """Return whether one update kept, copied or averaged the floating-point buffers."""
     moving, now = dict(online.named_buffers()), dict(target.named_buffers())
     triples = [(now[name], f, moving[name]) for name, f in task.encoder.named_buffers() if f.is_floating_point()]
     if all(torch.equal(b, f) for b, f, _ in triples):
@@ -334,7 +334,7 @@ def what_became_of_buffers(target: nn.Module, task: Task, online: nn.Module) -> 
 
 
 def measure_extra(call: Callable[[int], object], device: torch.device) -> dict[str, Any]:
-    """Measure the extra memory of one update, and on CUDA the launches; what cannot be measured is left out."""
+    """Measure the extra memory of one update, and on CUDA the launches; leave out values that cannot be measured."""
     if device.type != "cuda":
         result = memory.extra_memory_cpu(lambda: call(0))
         return {"extra_memory_bytes": result.bytes[0]} if result.bytes else {}
@@ -344,7 +344,7 @@ def measure_extra(call: Callable[[int], object], device: torch.device) -> dict[s
 
 
 def count_launches(call: Callable[[], object], device: torch.device) -> int:
-    """Return how many kernels and copies the host starts on a CUDA device during the call; 0 where none is seen."""
+    """Return how many kernels and copies the host starts on a CUDA device during the call, as the profiler sees it."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
@@ -354,7 +354,7 @@ def count_launches(call: Callable[[], object], device: torch.device) -> int:
 
 
 def make_record(task: Task, method: Method, seconds: list[float], derived: dict[str, Any]) -> Record:
-    """Make the record of one method."""
+    """Create the record of one method."""
     tensors = list(task.encoder.parameters())
     summary = quantiles(seconds)
     bytes_at_least = 3 * sum(f.numel() * f.element_size() for f in tensors)
@@ -375,7 +375,7 @@ def make_record(task: Task, method: Method, seconds: list[float], derived: dict[
 
 
 def compare_with_ours(records: list[Record]) -> None:
-    """Add to each record how its median compares with our default's, and with ours under the same buffer policy."""
+    """Add to each record the ratio of its median to our default's, and to ours with the same buffer policy."""
     ours = {r.derived["buffers"]: r.median for r in records if r.parameters["package"] == "msf_core"}
     for record in records:
         record.derived["times_ours"] = record.median / records[0].median
@@ -394,13 +394,13 @@ def write_report(records: list[Record], unmeasured: dict[str, str]) -> str:
         f"{p['model']} of torchvision with the paper's projection head (linear {p['head'][0]}, BatchNorm, ReLU, linear "
         f"{p['head'][1]}) in place of its classifier's last layer: {p['parameters']:,} float32 parameters in "
         f"{p['tensors']} tensors ({format_bytes(first.derived['bytes_at_least'] / 3)}), {p['buffers']} buffers. "
-        f"Momentum {p['momentum']}. {first.repeats} updates of each in turns, ratios of medians.",
+        f"Momentum {p['momentum']}. {first.repeats} updates per method, alternating; ratios of medians.",
         _table(records, unmeasured),
         "Buffers: what one update did with BatchNorm's statistics. A method that copies or averages them does more "
         "than our default, which keeps the target's own; 'same buffers' compares it with `EMATarget` doing the same. "
-        "`EMATarget` pairs tensors by name and checks shapes, devices and shared memory before anything moves; the "
-        "others pair by order.",
-        "Bytes at least: read g, read f, write f, each once. Extra memory below 0.3 MB means next to nothing.",
+        "`EMATarget` pairs tensors by name and checks shapes, devices and shared memory before changing anything; the "
+        "others pair tensors by order.",
+        "Bytes at least: read g, read f, write f, once each. Extra memory below 0.3 MB means next to nothing.",
         f"After one update from the same start, `EMATarget` is within "
         f"{first.derived['largest_difference_to_float64']:.0e} of m·f + (1 − m)·g in float64: {verdict} "
         f"(tolerance {first.derived['tolerance']:.0e}).",
@@ -456,7 +456,7 @@ def _cell(text: str) -> str:
 
 
 def plot_ema_cost(records: list[Record], unmeasured: dict[str, str], path: Path) -> None:
-    """Draw one horizontal bar a method, the fastest on top, ours in blue, and write a PNG."""
+    """Plot one horizontal bar per method, the fastest on top and ours in blue, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -470,7 +470,7 @@ def plot_ema_cost(records: list[Record], unmeasured: dict[str, str], path: Path)
         ours = record.parameters["package"] == "msf_core"
         axes.barh(place, record.median / size, color="#4477aa" if ours else "#bbbbbb")
         axes.hlines(place, record.q20 / size, record.q80 / size, color="black", linewidth=1.5)
-        wrong = "" if record.derived["agrees"] else ", another result"
+        wrong = "" if record.derived["agrees"] else ", different result"
         text = f"{format_seconds(record.median)}{wrong}"
         right = max(record.median, record.q80) / size
         axes.annotate(text, (right, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=10)
@@ -478,7 +478,7 @@ def plot_ema_cost(records: list[Record], unmeasured: dict[str, str], path: Path)
     axes.set_yticks(range(len(ordered)), labels, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * max(record.q80 for record in records) / size)
-    axes.set_xlabel(f"{unit} an update, median; line: 20–80 %; blue: msf_core")
+    axes.set_xlabel(f"{unit} per update, median; line: 20–80 %; blue: msf_core")
     axes.spines[["top", "right"]].set_visible(False)
     title = f"EMA update of {p['model']} with projection head, {p['parameters'] / 1e6:.1f} M parameters"
     where = f"{environment['device']}, {environment['threads']} threads, {environment['date'][:10]}"
@@ -491,7 +491,7 @@ def plot_ema_cost(records: list[Record], unmeasured: dict[str, str], path: Path)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line; ends with exit code 2 and a message where it is wrong."""
+    """Read the command line; if it is wrong, exit with code 2 and a message."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument("--model", default="resnet50", help="a classification model of torchvision (default: resnet50)")
@@ -506,7 +506,7 @@ def parse_arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--model {args.model}: {error}")
     except ImportError as error:
-        parser.exit(1, f"the models are torchvision's; pip install -e '.[bench]': {error}\n")
+        parser.exit(1, f"the models need torchvision; pip install -e '.[bench]': {error}\n")
     return args
 
 

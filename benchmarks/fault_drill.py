@@ -1,13 +1,13 @@
 """Inject the faults that occur in long training runs on several GPUs, and check that the run recovers.
 
     python benchmarks/fault_drill.py              all faults, 50 kills: about half an hour on two CPU cores
-    python benchmarks/fault_drill.py --kills 2    a short one
-    python benchmarks/fault_drill.py --hosts      several hosts instead: see breaking/host_faults.py
+    python benchmarks/fault_drill.py --kills 2    a short drill
+    python benchmarks/fault_drill.py --hosts      faults of several hosts instead: see breaking/host_faults.py
 
-Each fault is injected into `examples/imagenet_train.py` on the digits, on two gloo ranks of this machine under
-torchrun, which restarts the ranks (``--max-restarts``). Three things must hold: the run finishes without help; the
-losses of all steps are bit-equal to those of an undisturbed run; after every fault, the last complete checkpoint
-loads. Steps after the last checkpoint (written once per epoch, every 21 steps) are lost and run again.
+Each fault is injected into `examples/imagenet_train.py`, which trains on the digits on two gloo ranks of this machine
+under torchrun. torchrun restarts the ranks (``--max-restarts``). Three conditions must hold: the run finishes without
+help; the losses of all steps are bit-equal to those of an undisturbed run; after every fault, the last complete
+checkpoint loads. Steps after the last checkpoint (written once per epoch, every 21 steps) are lost and run again.
 
 Needs, in a clone: pip install -e '.[examples]'. Writes fault_drill.jsonl, one record per fault, and fault_drill.md.
 """
@@ -40,7 +40,7 @@ LAYOUTS = ("replicated", "sharded")
 
 
 def torchrun(folder: Path, flags: list[str], plan: dict[str, Any]) -> tuple[int, str, list[dict[str, Any]], float]:
-    """Train to the end; return the exit status, what was said, what befell, and seconds."""
+    """Train to the end; return the exit status, the output, the events (starts and faults), and the seconds."""
     started = time.perf_counter()
     with start(folder, flags, plan) as process:
         said, _ = process.communicate()
@@ -48,7 +48,7 @@ def torchrun(folder: Path, flags: list[str], plan: dict[str, Any]) -> tuple[int,
 
 
 def start(folder: Path, flags: list[str], plan: dict[str, Any]) -> "subprocess.Popen[str]":
-    """Start a run under torchrun, with the faults of a plan."""
+    """Start a run under torchrun with the faults of a plan."""
     file = folder.with_suffix(".plan")
     file.write_text(json.dumps(plan))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
@@ -58,18 +58,18 @@ def start(folder: Path, flags: list[str], plan: dict[str, Any]) -> "subprocess.P
 
 
 def events_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the starts and the faults of a run so far."""
+    """Return the starts and faults of a run so far."""
     log = folder.with_suffix(".log")
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def make_plan(kills: int, seed: int) -> dict[str, Any]:
-    """Return which fault comes at which start: ``kills`` of one rank, and some of each other kind."""
+    """Return the fault of each start, by its number: ``kills`` kills of one rank, and some of each other kind."""
     draw = random.Random(seed)
     few = max(1, kills // 10)
     names = [KILL] * kills + [WRITE] * few + [DISK] * few + [STALLS, OVERFLOW]
     draw.shuffle(names)
-    # The stalling rank is not rank 0; the others would notice that one in the same way.
+    # Rank 1 stalls, never rank 0; the other ranks would notice a stall of rank 0 in the same way.
     return {
         str(number): {
             "name": name,
@@ -81,7 +81,7 @@ def make_plan(kills: int, seed: int) -> dict[str, Any]:
 
 
 def drill(work: Path, layout: str, kills: int, seed: int) -> list[dict[str, Any]]:
-    """Return a record for each fault that befell a run with that layout of the bank."""
+    """Run the trainer with faults, for one layout of the bank; return a record for each fault that occurred."""
     plan = make_plan(kills, seed)
     steps = EPOCH * (len(plan) + 3)
     flags = ["--steps", str(steps), "--eval-every", "0", "--checkpoint-every", "1", "--bank-layout", layout]
@@ -102,7 +102,7 @@ def drill(work: Path, layout: str, kills: int, seed: int) -> list[dict[str, Any]
             continue
         later = [other["start"] for other in events[number + 1 :] if "start" in other]
         record = {"fault": event["fault"], "layout": layout, "ranks": RANKS, "step": event["step"]}
-        # A full disk stops nothing; its cost shows at the next kill.
+        # A full disk does not stop the run; its cost shows at the next kill.
         record["resumed_at"] = later[0] if later else None
         record["lost_steps"] = max(0, event["step"] - later[0]) if later and event["fault"] != DISK else 0
         record["bit_equal"] = found == expected
@@ -111,7 +111,7 @@ def drill(work: Path, layout: str, kills: int, seed: int) -> list[dict[str, Any]
 
 
 def damage(work: Path) -> list[dict[str, Any]]:
-    """Return a record for each way in which a checkpoint was spoiled: it must not load, and the error must name it."""
+    """Damage checkpoints in several ways, with a record for each: it must not load, and the error must name it."""
     records = []
     for layout in LAYOUTS:
         folder = work / f"{layout}-undisturbed"
@@ -139,7 +139,7 @@ def damage(work: Path) -> list[dict[str, Any]]:
 
 
 def pickled_command(marker: Path) -> bytes:
-    """Return a file as torch.save writes it, which makes ``marker`` when it is unpickled without care."""
+    """Return the bytes of a torch.save file that creates ``marker`` if it is unpickled without restrictions."""
 
     class Command:
         def __reduce__(self) -> Any:
@@ -151,7 +151,7 @@ def pickled_command(marker: Path) -> bytes:
 
 
 def resume(folder: Path) -> tuple[int, str]:
-    """Go on with a finished run in one process; return the exit status and what was said."""
+    """Resume a finished run in one process; return the exit status and the error output."""
     command = [sys.executable, str(ROOT / "examples" / "imagenet_train.py"), "--resume", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stderr
@@ -180,28 +180,28 @@ def summary(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
         counts = [sum(record[key] for record in those) for key in ("refused", "error_names_the_file", "ran_code")]
         lines.append(f"| {fault} | " + " | ".join(f"{count} of {len(those)}" for count in counts) + " |")
     whole = [record["loads"] for record in records if "loads" in record]
-    lines.append(f"\nPut back, the checkpoint loads: {sum(whole)} of {len(whole)}.")
+    lines.append(f"\nRestored, the checkpoint loads: {sum(whole)} of {len(whole)}.")
     return "\n".join(lines) + "\n"
 
 
 def sound(record: dict[str, Any]) -> bool:
-    """Tell whether what must hold after a fault holds."""
+    """Return whether everything holds that must hold after a fault."""
     if "refused" in record:
         return record["refused"] and record["error_names_the_file"] and not record["ran_code"]
     return bool(record.get("bit_equal", record.get("loads")))
 
 
 def main() -> int:
-    """Run the drill; return 1 if something did not hold."""
+    """Run the drill; return 1 if a condition did not hold."""
     if sys.argv[1:2] == ["--as-rank"]:
         return rank.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
-        "--kills", type=positive, default=50, help="of one rank at a random step, over both layouts (50)"
+        "--kills", type=positive, default=50, help="kills of one rank at a random step, over both layouts (default: 50)"
     )
-    parser.add_argument("--hosts", action="store_true", help="faults of hosts and of their links instead; as root")
-    parser.add_argument("--seed", type=int, default=0, help="of ranks, steps and order (0)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the records")
+    parser.add_argument("--hosts", action="store_true", help="faults of hosts and their links instead; needs root")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the ranks, steps and order of faults (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the records")
     given = parser.parse_args()
     if given.hosts:
         from benchmarks.breaking import host_faults

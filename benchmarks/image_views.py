@@ -5,18 +5,20 @@
 
 Photographs are read by a DataLoader with one worker. The figure is the images per second and core of that worker, with
 two views of each image. "before" is the code of the trainer up to version 0.2, kept here for comparison: Pillow,
-torchvision's transforms and float32 views. "now" leaves everything except decoding and cropping to the device. "whole"
-does everything on the CPU in one process, for both "now" and "before". lightly's transforms are MoCoV2Transform and
-BYOLTransform with their defaults at this size. Their views differ from ours, so the comparison is only approximate.
+torchvision's transforms and float32 views. "now" is the current code, which leaves everything except decoding and
+cropping to the device. "whole" does everything on the CPU in one process, for both "now" and "before". lightly's
+transforms are MoCoV2Transform and BYOLTransform with their defaults at this size. Their views differ from ours, so the
+comparison is only approximate.
 
 Small images have 32 × 32 pixels. The trainer's data source runs in one process and thread, and "before" in a
 DataLoader with one worker.
 
 Rounds of all variants alternate, in changing order, so that a slowdown of the machine affects all of them. Ratios are
 those of medians. OUT/image_views.jsonl gets one record per variant, OUT/image_views.md the table (also printed), and
-OUT/image_views.png the picture. The breakdown times each part separately, in one thread, on the same images.
+OUT/image_views.png the plot. The breakdown times each part separately, in one thread, on the same images.
 
-On a GPU, it also times the device's part of a batch, and the share of a ResNet50 training run spent waiting for data.
+On a GPU, the script also measures the time of the device's part of a batch, and the share of a ResNet50 training run
+that is spent waiting for data.
 """
 
 import argparse
@@ -65,7 +67,7 @@ BEFORE, NOW = "before: Pillow", "now: worker"
 WHOLE = {"before: Pillow": "before, whole", "now: worker": "now, whole, on the CPU"}
 SMALL_BEFORE, SMALL_NOW, SMALL_PLAIN = "before: Pillow, 32 px", "now, 32 px", "now, 32 px, without blur"
 SMALL_COUNT = 2048  # number of images in the small set
-PART_COLORS = {  # what a worker does for an image
+PART_COLORS = {  # the parts of a worker's work for an image
     "decoding": "#4477aa",
     "two crops": "#66ccee",
     "draws and two crops": "#66ccee",
@@ -78,7 +80,7 @@ PART_COLORS = {  # what a worker does for an image
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be measured: ``batches`` of ``batch`` images a round."""
+    """What to measure: ``batches`` batches of ``batch`` images in each of ``rounds`` rounds."""
 
     files: list[Path]
     size: int
@@ -89,7 +91,7 @@ class Task:
 
 
 class ByPillow(Dataset[tuple[Any, ...]]):
-    """The trainer's views up to version 0.2: Pillow's image, and torchvision's transforms, one after another."""
+    """The trainer's views up to version 0.2: a Pillow image, transformed by torchvision once for each view."""
 
     def __init__(self, load: Callable[[int], Image.Image], kinds: list[Callable[[Any], Tensor]]) -> None:
         self.load, self.kinds = load, kinds
@@ -102,13 +104,13 @@ class ByPillow(Dataset[tuple[Any, ...]]):
 
 
 def pillow_view(strength: str, size: int) -> v2.Compose:
-    """Return the view of a Pillow image as a normalized tensor, "w" or "s", as it was up to version 0.2."""
+    """Return the transform of version 0.2 from a Pillow image to a weak ("w") or strong ("s") normalized view."""
     crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True)
     return v2.Compose([v2.RGB(), crop, *(pillow_colors(size) if strength == "s" else []), *pillow_ends()])
 
 
 def pillow_colors(size: int) -> list[v2.Transform]:
-    """Return what a strong view has beside a weak one."""
+    """Return the transforms that only a strong view has."""
     return [
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
         v2.RandomGrayscale(p=0.2),
@@ -117,20 +119,20 @@ def pillow_colors(size: int) -> list[v2.Transform]:
 
 
 def pillow_ends() -> list[v2.Transform]:
-    """Return flip, conversion and normalization."""
+    """Return the last transforms of a view: flip, conversion and normalization."""
     scale = v2.ToDtype(torch.float32, scale=True)
     return [v2.RandomHorizontalFlip(), v2.ToImage(), scale, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
 
 
 def pillow_file(files: list[Path], index: int) -> Image.Image:
-    """Return the image of a file, decoded."""
+    """Return the decoded image of a file."""
     with Image.open(files[index % len(files)]) as file:
         image: Image.Image = file.convert("RGB")
         return image
 
 
 class OfFiles(Dataset[tuple[Tensor, int]]):
-    """Images as the trainer's folders have them, as often as asked for."""
+    """Images of files as the trainer reads them; indices beyond the last file start again at the first."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -140,7 +142,7 @@ class OfFiles(Dataset[tuple[Tensor, int]]):
 
 
 class Lightly(Dataset[tuple[Any, ...]]):
-    """A transform of lightly's over files."""
+    """A transform of lightly, applied to the images of files."""
 
     def __init__(self, files: list[Path], transform: Callable[[Image.Image], list[Tensor]]) -> None:
         self.files, self.transform = files, transform
@@ -150,7 +152,7 @@ class Lightly(Dataset[tuple[Any, ...]]):
 
 
 def make_photos(folder: Path, count: int, width: int = 500, height: int = 375) -> list[Path]:
-    """Write JPEGs like photographs: blobs of several sizes and a little noise, about 75 kB each at 500 × 375."""
+    """Write JPEGs that resemble photographs: blobs of several sizes and some noise, about 75 kB at 500 × 375."""
     files = []
     for number in range(count):
         generator = np.random.default_rng(number)
@@ -168,7 +170,7 @@ def make_photos(folder: Path, count: int, width: int = 500, height: int = 375) -
 
 
 def main() -> None:
-    """Run the benchmark as the command line asks."""
+    """Run the benchmark with the arguments of the command line."""
     args = parse_arguments()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
@@ -187,7 +189,7 @@ def main() -> None:
 
 
 def environment(task: Task) -> dict[str, Any]:
-    """Describe the machine, its instruction set and the libraries that views are made by."""
+    """Describe the machine, its instruction set and the libraries that create views."""
     found = describe_environment(torch.device("cpu"))
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
     for name in ("torchvision", "pillow", "lightly"):
@@ -199,7 +201,7 @@ def environment(task: Task) -> dict[str, Any]:
 
 
 def rates(task: Task) -> list[Record]:
-    """Time all methods in turns, and return images a second of each."""
+    """Time all methods alternately, and return a record of the images per second of each."""
     calls = methods(task)
     calls_by_name = {name: call for name, (call, _) in calls.items()}
     seconds = time_interleaved(calls_by_name, dict.fromkeys(calls, task.rounds), torch.device("cpu"), _itself)
@@ -218,13 +220,13 @@ def rates(task: Task) -> list[Record]:
 
 
 def _itself(call: Callable[[], object], device: torch.device) -> float:
-    """The calls time themselves: a worker starts before the clock does."""
+    """Return the time that a call measures itself, because its worker must start before the clock."""
     taken: Any = call()
     return float(taken)
 
 
 def methods(task: Task) -> dict[str, tuple[Callable[[int], float], int]]:
-    """Return name -> (what takes the seconds of a round, how many images that makes)."""
+    """Return name -> (function that times a round, number of images per round)."""
     count = task.batch * task.batches
     pillow: list[Callable[[Any], Tensor]] = [pillow_view(strength, task.size) for strength in "ws"]
     before = ByPillow(partial(pillow_file, task.files), pillow)
@@ -261,7 +263,7 @@ def methods(task: Task) -> dict[str, tuple[Callable[[int], float], int]]:
 
 
 def with_a_worker(images: Dataset[Any], task: Task, keyed: bool, number: int) -> float:
-    """Return the seconds in which one worker makes a round's batches; it starts, and makes one more, before that."""
+    """Return the seconds that one worker takes for a round's batches, after it has started and made one batch."""
     first = number * (task.batches + 1) * task.batch
     places: list[Any] = list(range(first, first + (task.batches + 1) * task.batch))
     keys = [(0, place) for place in places] if keyed else places
@@ -274,7 +276,7 @@ def with_a_worker(images: Dataset[Any], task: Task, keyed: bool, number: int) ->
 
 
 def alone(images: Dataset[Any], task: Task, render: list[Rendering] | None, number: int) -> float:
-    """Return the seconds in which this process makes a round's batches, to the last step of the views."""
+    """Return the seconds that this process takes for all work on a round's batches, including rendering."""
     started = time.perf_counter()
     for batch in range(task.batches):
         first = (number * task.batches + batch) * task.batch
@@ -298,12 +300,12 @@ def small_round(source: SmallImages, number: int) -> float:
 
 
 def renderings(size: int, device: torch.device) -> list[Rendering]:
-    """Return those of the weak and of the strong view."""
+    """Return the renderings of the weak and of the strong view."""
     return [Rendering(view, size, IMAGENET_MEAN, IMAGENET_STD, device) for view in (WEAK, STRONG)]
 
 
 def lightly_transforms(size: int) -> dict[str, Any]:
-    """Return lightly's, by name; none where it is not installed."""
+    """Return lightly's transforms by name; an empty dict if lightly is not installed."""
     try:
         from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
         from lightly.transforms.moco_transform import MoCoV2Transform
@@ -314,7 +316,7 @@ def lightly_transforms(size: int) -> dict[str, Any]:
 
 
 def breakdown(task: Task) -> list[Record]:
-    """Time each part of making the two views of an image alone, on one thread, in turns."""
+    """Time each part of creating the two views of an image separately, in one thread, alternating."""
     parts = {**pillow_parts(task), **own_parts(task)}
     calls = {name: call for name, (call, _) in parts.items()}
     seconds = time_interleaved(calls, dict.fromkeys(calls, task.rounds), torch.device("cpu"))
@@ -334,7 +336,7 @@ def breakdown(task: Task) -> list[Record]:
 
 
 def pillow_parts(task: Task) -> dict[str, tuple[Callable[[int], object], int]]:
-    """Return the parts of "before": name -> (what does it to a batch, how many images that is)."""
+    """Return the parts of "before": name -> (function that does this for a batch, number of images)."""
     images = [pillow_file(task.files, index) for index in range(task.batch)]
     crop = v2.RandomResizedCrop(task.size, scale=(0.2, 1.0), antialias=True)
     crops = [crop(image) for image in images]
@@ -363,7 +365,7 @@ def pillow_parts(task: Task) -> dict[str, tuple[Callable[[int], object], int]]:
 
 
 def own_parts(task: Task) -> dict[str, tuple[Callable[[int], object], int]]:
-    """Return the parts of "now"; those of the device on the CPU."""
+    """Return the parts of "now", as in `pillow_parts`; the device's parts run on the CPU."""
     files = [str(task.files[index % len(task.files)]) for index in range(task.batch)]
     images = [read_image(file) for file in files]
     rows = draws(0, 0, 0, task.batch)[:, :PER_VIEW]
@@ -397,13 +399,13 @@ def own_parts(task: Task) -> dict[str, tuple[Callable[[int], object], int]]:
 
 
 def box_of(image: Tensor, row: Tensor) -> np.ndarray:
-    """Return the crop of an image for one view's draws [1, PER_VIEW]."""
+    """Return the crop box of an image for one view's draws [1, PER_VIEW]."""
     box: np.ndarray = crop_boxes(row, image.shape[1], image.shape[2], STRONG.area)[0]
     return box
 
 
 def device_part(task: Task, described: dict[str, Any]) -> list[Record]:
-    """Time on a GPU what it does to a batch of 256 crops, both views; nothing without one."""
+    """Time a GPU's part of both views for a batch of 256 crops; return no record without a GPU."""
     if task.device.type != "cuda":
         return []
     count = 256
@@ -422,7 +424,7 @@ def device_part(task: Task, described: dict[str, Any]) -> list[Record]:
 
 
 def training_run(task: Task, steps: int, folder: str) -> Record:
-    """Train on the files for some steps, and return images a second and the share of waiting of the last epoch."""
+    """Train on the files for some steps; return the images per second and the share of time spent waiting for data."""
     import imagenet_train
 
     tree = Path(folder) / "tree"
@@ -465,7 +467,7 @@ def write_report(records: list[Record], task: Task) -> str:
             spread = f"{format_seconds(record.q20)}–{format_seconds(record.q80)}"
             parts.append(f"| {record.parameters['part']} | {format_seconds(record.median)} ({spread}) |")
     trained = [
-        f"Training run: {record.median:,.0f} images a second, waiting for data for "
+        f"Training run: {record.median:,.0f} images per second, waiting for data for "
         f"{record.derived['data_share']:.1%} of the time ({' '.join(record.parameters['flags'])})."
         for record in records
         if record.name == "training"
@@ -486,7 +488,7 @@ def write_report(records: list[Record], task: Task) -> str:
 
 
 def draw(records: list[Record], path: Path) -> None:
-    """Draw the images a second, and what an image's time goes into; write a PNG."""
+    """Plot the images per second, and the time of each part of an image, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -505,7 +507,7 @@ def draw(records: list[Record], path: Path) -> None:
         left.annotate(f"{record.median:,.0f}", at, xytext=(6, 0), textcoords="offset points", va="center")
     left.set_yticks(range(len(shown)), [record.parameters["method"] for record in reversed(shown)])
     left.set_xlim(0, 1.15 * max(record.q80 for record in shown))
-    left.set_xlabel("images a second and core, two views of each; bar: 20–80 %")
+    left.set_xlabel("images per second and core, two views of each; bar: 20–80 %")
     for place, prefix in enumerate(("now", "before")):
         begin = 0.0
         for record in records:
@@ -516,7 +518,7 @@ def draw(records: list[Record], path: Path) -> None:
                 begin += 1000 * record.median
     right.legend(frameon=False, fontsize=9)
     right.set_yticks(range(2), ["now: worker", "before"])
-    right.set_xlabel("ms of a worker for an image, part by part")
+    right.set_xlabel("ms of a worker per image, part by part")
     found = records[0].environment
     where = f"{found['device']}, {found['instructions']}, {found['date'][:10]}"
     figure.suptitle(f"Views of photographs: {where}", fontsize=12)
@@ -527,16 +529,18 @@ def draw(records: list[Record], path: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line; ends with exit code 2 and a message where it is wrong."""
+    """Read the command line; if it is wrong, exit with code 2 and a message."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="of the device's part; default: cuda if there is one")
-    parser.add_argument("--data", default="", help="folder of JPEGs; default: made ones")
-    parser.add_argument("--images", type=positive, default=64, help="to make (default: 64)")
-    parser.add_argument("--size", type=positive, default=224, help="of the views (default: 224)")
-    parser.add_argument("--batch", type=positive, default=16, help="images (default: 16)")
-    parser.add_argument("--batches", type=positive, default=3, help="a round (default: 3)")
-    parser.add_argument("--rounds", type=positive, default=9, help="(default: 9)")
-    parser.add_argument("--train-steps", type=int, help="of a training run (default: 40 on CUDA, 0: none)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="device that renders views (default: cuda if available)"
+    )
+    parser.add_argument("--data", default="", help="folder of JPEGs (default: generated images)")
+    parser.add_argument("--images", type=positive, default=64, help="number of generated images (default: 64)")
+    parser.add_argument("--size", type=positive, default=224, help="size of the views in pixels (default: 224)")
+    parser.add_argument("--batch", type=positive, default=16, help="images per batch (default: 16)")
+    parser.add_argument("--batches", type=positive, default=3, help="batches per round (default: 3)")
+    parser.add_argument("--rounds", type=positive, default=9, help="number of rounds (default: 9)")
+    parser.add_argument("--train-steps", type=int, help="steps of a training run (default: 40 on CUDA, else 0: none)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the results")
     args = parser.parse_args()
     settle_device_and_folder(parser, args)

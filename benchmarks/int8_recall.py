@@ -1,11 +1,11 @@
-"""Compare the neighbors found among half-precision and int8 rows with those among float32 rows, of trained encoders.
+"""Compare the neighbors found in half-precision and int8 rows of trained encoders with those found in float32 rows.
 
     python examples/imagenet_train.py --dim 512 --out runs/wide        about a minute; then
     python benchmarks/int8_recall.py runs/wide
 
 Each argument is the folder of a run of `examples/imagenet_train.py` with a bank of float32 rows. The embeddings are
-those of its bank at the end of training. Each is a query for its k nearest others, as in training; recall is the share
-of the k found among float32 rows that are found among the rounded ones as well.
+those in its bank at the end of training. Each embedding is a query for its k nearest others, as in training. Recall is
+the share of the k neighbors found in float32 rows that are also found in the rounded rows.
 
 Writes int8_recall.jsonl, one record for each run and dtype, and int8_recall.md to --out.
 """
@@ -27,7 +27,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.int8)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and write what was found."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders with a checkpoint.pt")
     parser.add_argument("--k", type=positive, default=5)
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(name: str, embeddings: Tensor, k: int) -> list[Record]:
-    """Return a record for each dtype; its median is the recall@k over all embeddings [N, D], each a query."""
+    """Return a record for each dtype; its median is recall@k, with each of the embeddings [N, D] as a query."""
     truth = others_of(embeddings, torch.float32, k)[0]
     environment = describe_environment(embeddings.device)
     records = []
@@ -77,7 +77,7 @@ def measure(name: str, embeddings: Tensor, k: int) -> list[Record]:
 
 
 def others_of(embeddings: Tensor, dtype: torch.dtype, k: int) -> tuple[Neighbors, MemoryBank]:
-    """Return each embedding's k nearest others in a bank of that dtype, and the bank."""
+    """Return each embedding's k nearest others in a bank of this dtype, and the bank."""
     bank = MemoryBank(*embeddings.shape, dtype=dtype)
     slots = bank.push(embeddings)
     found = bank.search(embeddings, k + 1)
@@ -93,8 +93,8 @@ def table(records: list[Record]) -> str:
         "",
         in_words(records[0].environment),
         "",
-        "Share of the k nearest others among float32 rows that are found among rounded ones too. The rows are those of",
-        "the bank after training, each once a query (`python benchmarks/int8_recall.py`).",
+        "Share of the k nearest others in float32 rows that are also found in rounded rows. The rows are those of the",
+        "bank after training; each is a query once (`python benchmarks/int8_recall.py`).",
         "",
         "| run | rows | dim | k | dtype | recall | similarity off by at most |",
         "| --- | --- | --- | --- | --- | --- | --- |",

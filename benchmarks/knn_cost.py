@@ -1,18 +1,18 @@
-"""Cost of the nearest-neighbor search: measure an extended version of the paper's Table 1 on this machine.
+"""Cost of the nearest-neighbor search: an extended version of the paper's Table 1, measured on this machine.
 
     python benchmarks/knn_cost.py            (a selection of sizes; about 2 minutes on two CPU cores)
-    python benchmarks/knn_cost.py --full     (every size: N, D, batch and k as the flags below list them)
+    python benchmarks/knn_cost.py --full     (all combinations of the N, D, batch sizes and k that --help lists)
 
 Each of the following measurements is a record in OUT/knn_cost.jsonl. OUT/knn_cost.md (also printed) has the tables,
-OUT/knn_cost.png shows time against N with the floor, and OUT/knn_cost_share.png the share of a training step.
+OUT/knn_cost.png plots time against N with the floor, and OUT/knn_cost_share.png the share of a training step.
 
 - search: the search of one batch by ``MemoryBank.search`` with each backend, including the copy of the neighbors'
   rows, and by the other libraries that are installed (peers.py: product and top-k, faiss.knn or knn_gpu, lightly's
   bank, flashlib, cuVS). The calls alternate.
-- authors: one step in the authors' formulation (msf_core.reference), at the paper's sizes, in float32 whatever the
-  bank's dtype: write to the bank, compute the loss from two distance matrices, backward to the prediction.
+- authors: one step in the authors' formulation (msf_core.reference), at the paper's sizes, always in float32: write to
+  the bank, compute the loss from two distance matrices, backward to the prediction.
 - step: the same with msf_core (push, search, loss, backward). It alternates in one run with the authors' step, a bare
-  faiss.knn, and lightly's k = 1 bank over the same rows.
+  faiss.knn, and lightly's k = 1 bank with the same rows.
 - matmul_rate, memory_rate: the fastest matrix product and memory read observed on this machine.
 - resnet50_step: forward and backward of the online ResNet50 and forward of the target, 224 x 224 images.
 - extra_memory: the peak during one call minus the memory in use before it, in a fresh process (see memory.py).
@@ -61,7 +61,7 @@ CPU_REPEATS, CUDA_REPEATS = 5, 30
 
 
 def main() -> None:
-    """Run the benchmark as the command line asks."""
+    """Run the benchmark with the arguments of the command line."""
     args = parse_arguments()
     torch.manual_seed(0)
     run = stages.Run(args, torch.device(args.device))
@@ -83,7 +83,7 @@ def _plot(run: stages.Run) -> str:
     try:
         from benchmarks.measuring import plots
     except ImportError as error:
-        print(f"no plot: it needs matplotlib: {error}")
+        print(f"no plot, which needs matplotlib: {error}")
         return ""
     plots.plot_times(run.records, run.args.out / "knn_cost.png")
     plots.plot_shares(run.records, run.unmeasured, run.args.out / "knn_cost_share.png")
@@ -91,7 +91,7 @@ def _plot(run: stages.Run) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line; ends with exit code 2 and a message where it is wrong."""
+    """Read the command line; if it is wrong, exit with code 2 and a message."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="all combinations of all N, D, batch sizes and k")
     for flag, what, numbers, default in (
@@ -121,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Set the defaults that depend on other arguments, and refuse what cannot be run."""
+    """Set the defaults that depend on other arguments, and reject arguments that cannot be run."""
     settle_device_and_folder(parser, args)
     cuda = args.device == "cuda"
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
@@ -134,9 +134,7 @@ def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for problem in (*args.problems, args.step_problem):
         for name in ("k", "batch"):
             if getattr(problem, name) > problem.rows:
-                parser.error(
-                    f"--{name} {getattr(problem, name)}: it may be at most the rows of the bank, {problem.rows}"
-                )
+                parser.error(f"--{name} {getattr(problem, name)}: must be at most the number of rows, {problem.rows}")
     works = available_backends(args.device)
     if "triton" in works and not cuda:
         works["triton"] = "Triton searches CUDA tensors"  # there is no point in timing its interpreter
@@ -151,7 +149,7 @@ def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def _sizes(args: argparse.Namespace) -> list[tuple[int, int, int, int]]:
-    """Return (N, D, batch, k) of every search that is asked for."""
+    """Return (N, D, batch, k) of every requested search."""
     if args.full or args.rows or args.dim or args.batch or args.k:
         every = (ALL_ROWS, ALL_DIMS, ALL_BATCHES, ALL_K) if args.full else ((ROWS,), (DIM,), (BATCH,), (K,))
         return list(product(args.rows or every[0], args.dim or every[1], args.batch or every[2], args.k or every[3]))

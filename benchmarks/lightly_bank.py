@@ -6,13 +6,13 @@ Both modules start with the same full bank of random unit rows and get the same 
 forwards with update=False and with update=True are timed, alternating between the modules. OUT/lightly_bank.jsonl gets
 one record per module and value of update; OUT/lightly_bank.md (also printed) has the table.
 
-Recall is the share of queries whose result is as near as the nearest row by float64 brute force, before and after the
-timing. It also shows that both banks still have the same contents. The batch size must divide the number of rows,
-because lightly's bank drops rows otherwise.
+Recall is the share of queries whose result is as near as the nearest row by float64 brute force. It is measured before
+and after the timing, which also shows that both banks still have the same contents; the table has the lower value. The
+batch size must divide the number of rows, because otherwise lightly's bank drops rows.
 
-"Rows missing": a bank of at most 4,096 rows is filled three times over with batches whose size does not divide its
-size. Then its newest rows are compared with collections.deque(maxlen=rows). Each row is identified by a number that is
-encoded in the signs of its values.
+"Rows missing": a bank of at most 4,096 rows is filled three times over, with batches whose size does not divide its
+size. Then its rows are compared with those of collections.deque(maxlen=rows). Each row is identified by a number that
+is encoded in the signs of its values.
 
 "Times ours" is the ratio of medians to our default backend with the same update. Times are medians with the 20 % and
 80 % quantiles. Extra memory is the peak during one forward minus the memory in use before it (see memory.py).
@@ -57,7 +57,7 @@ TOLERANCE = 2e-6  # similarities of unit vectors in float32 that differ by less 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be measured."""
+    """What to measure."""
 
     rows: int
     dim: int
@@ -68,7 +68,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Method:
-    """A module: ``build`` makes it with a full bank of these rows [N, D], ``contents`` are its rows [N, D]."""
+    """A module: ``build`` creates it with a bank full of the given rows [N, D]; ``contents`` returns them."""
 
     name: str
     package: str
@@ -77,7 +77,7 @@ class Method:
 
 
 def main() -> None:
-    """Run the benchmark as the command line asks."""
+    """Run the benchmark with the arguments of the command line."""
     args = parse_arguments()
     task = Task(args.rows, args.dim, args.batch, args.repeats, torch.device(args.device))
     try:
@@ -94,10 +94,10 @@ def main() -> None:
 
 
 def make_methods(device: torch.device) -> list[Method]:
-    """Return ours, the default backend first, and lightly's.
+    """Return our module with each backend, the default first, and lightly's.
 
     Raises:
-        ImportError: lightly, or what the example needs, is not installed.
+        ImportError: if lightly, or a package that the example needs, is not installed.
     """
     from lightly.models.modules import NNMemoryBankModule
 
@@ -115,7 +115,7 @@ def make_methods(device: torch.device) -> list[Method]:
 
     working = [name for name, problem in available_backends(device).items() if problem is None]
     if device.type == "cpu" and "triton" in working:
-        working.remove("triton")  # interpreted on a CPU, for tests
+        working.remove("triton")  # on a CPU, it runs only in the interpreter, for tests
     backends = ["auto", *working]
     ours = [
         Method(f"drop-in, {name}", f"msf_core {__version__}", partial(build_ours, backend=name), lambda m: m.bank.rows)
@@ -125,7 +125,7 @@ def make_methods(device: torch.device) -> list[Method]:
 
 
 def measure(task: Task, methods: list[Method]) -> list[Record]:
-    """Time the methods in turns, and check their answers and what their banks hold; the first one is compared with."""
+    """Time the methods alternately, check their results and contents, and compare them with the first method."""
     generator = torch.Generator(task.device).manual_seed(0)
     rows = F.normalize(torch.randn(task.rows, task.dim, generator=generator, device=task.device), dim=1)
     shape = (1 + WARM_UP_ROUNDS + task.repeats + 1, task.batch, task.dim)
@@ -199,25 +199,25 @@ def true_similarity(rows: Tensor, queries: Tensor) -> Tensor:
 
 
 def recall(module: nn.Module, queries: Tensor, truth: Tensor) -> float:
-    """Return the share of queries [B, D] whose answer is as near as ``truth`` [B] says."""
+    """Return the share of queries [B, D] whose result is as similar as ``truth`` [B] up to rounding."""
     answers = F.normalize(module(queries, update=False).double(), dim=1)
     similarity = (answers * queries.double()).sum(dim=1)  # [B]
     return float((similarity >= truth - TOLERANCE).double().mean())
 
 
 def rows_missing(task: Task, method: Method) -> dict[str, int]:
-    """Push batches that do not divide the bank, and count the rows of a deque that the bank does not hold."""
+    """Push batches whose size does not divide the bank's, and count the rows of a deque that the bank lacks."""
     size = min(task.rows, WRAP_MOST_ROWS)
     batch = max(2, min(task.batch, size) * 3 // 4)
     batch += size % batch == 0
     total = WRAP_TURNS * size
     bits = total.bit_length()
     if bits > task.dim:
-        raise ValueError(f"dim must be at least {bits} for {total} rows to be told apart, got {task.dim}")
+        raise ValueError(f"dim must be at least {bits} to distinguish {total} rows, got {task.dim}")
     powers = 2 ** torch.arange(bits, device=task.device)
 
     def spell(numbers: Tensor) -> Tensor:
-        """Write each number into the signs of the first dimensions of a unit row."""
+        """Encode each number in the signs of the first values of a unit row."""
         rows = torch.ones(len(numbers), task.dim, device=task.device)
         rows[:, :bits] -= 2.0 * ((numbers[:, None] & powers) > 0)
         return F.normalize(rows, dim=1)
@@ -232,7 +232,7 @@ def rows_missing(task: Task, method: Method) -> dict[str, int]:
 
 
 def measure_extra(call: Callable[[int], object], device: torch.device) -> dict[str, int]:
-    """Measure the extra memory of one forward; nothing where the system does not tell."""
+    """Measure the extra memory of one forward; return an empty dict if the system does not report it."""
     if device.type == "cuda":
         return {"extra_memory_bytes": memory.extra_memory_cuda(lambda: call(0), device).bytes[0]}
     result = memory.extra_memory_cpu(lambda: call(0))
@@ -249,11 +249,11 @@ def write_report(records: list[Record]) -> str:
         "# The drop-in for lightly's NNMemoryBankModule",
         in_words(records[0].environment),
         f"{p['rows']:,} rows of {p['dim']} dimensions, batches of {p['batch']}, one neighbor, random unit rows; "
-        f"{records[0].repeats} forwards of each in turns, ratios of medians.",
+        f"{records[0].repeats} forwards per module, alternating; ratios of medians.",
         "\n".join("| " + " | ".join(line) + " |" for line in lines),
-        f"Rows missing: of the newest {derived['wrap_rows']:,} rows, after {WRAP_TURNS} turns of a bank of that size, "
-        f"the last ones in batches of {derived['wrap_batch']}. Recall: share of answers as near as brute force in "
-        "float64 finds, the lower of before and after the timing.",
+        f"Rows missing: of the newest {derived['wrap_rows']:,} rows, after a bank of this size was filled {WRAP_TURNS} "
+        f"times, from the second time on in batches of {derived['wrap_batch']}. Recall: share of results as near as "
+        "the nearest row by float64 brute force, the lower value of before and after the timing.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -274,18 +274,18 @@ def _row(record: Record) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line; ends with exit code 2 and a message where it is wrong."""
+    """Read the command line; if it is wrong, exit with code 2 and a message."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
-    parser.add_argument("--rows", type=positive, default=65536, help="of the bank (default: 65536)")
+    parser.add_argument("--rows", type=positive, default=65536, help="rows of the bank (default: 65536)")
     parser.add_argument("--dim", type=positive, default=256, help="dimensions (default: 256)")
-    parser.add_argument("--batch", type=positive, default=256, help="queries, divides the rows (default: 256)")
+    parser.add_argument("--batch", type=positive, default=256, help="queries, must divide --rows (default: 256)")
     parser.add_argument("--repeats", type=positive, help=f"forwards (default: {CPU_REPEATS}; CUDA {CUDA_REPEATS})")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the results")
     args = parser.parse_args()
     settle_device_and_folder(parser, args)
     if args.rows % args.batch:
-        parser.error(f"--batch {args.batch}: lightly's bank loses rows where it does not divide --rows {args.rows}")
+        parser.error(f"--batch {args.batch}: lightly's bank loses rows unless it divides --rows {args.rows}")
     args.repeats = args.repeats or (CUDA_REPEATS if args.device == "cuda" else CPU_REPEATS)
     return args
 

@@ -5,7 +5,7 @@ Needs, in a clone: pip install -e '.[examples,bench,peers,faiss-cpu]'
     python benchmarks/methods.py                                            all methods on scikit-learn's digits
     python benchmarks/methods.py --dataset fashion-mnist --data DIR --jobs 2     hours on two cores
     python benchmarks/methods.py --data MY_IMAGES --methods msf simclr byol      one folder per class (a GPU is advised)
-    python benchmarks/methods.py --dataset fashion-mnist --data DIR --cost       only time and memory of a step
+    python benchmarks/methods.py --dataset fashion-mnist --data DIR --cost       only the time and memory of a step
 
 All methods get the same images, views, backbone, steps, optimizer and evaluation. First, each method is tried with the
 same learning rates and evaluated on a held-out part of the training images. Then it is trained on all training images
@@ -17,7 +17,7 @@ stop, and more --methods or --seeds add to the existing runs. OUT/table.md has t
 To start from the records of another machine, put their records.jsonl into a new OUT.
 
 With --budget passes, a method that sends both views through the encoder with gradient gets half the steps, because each
-of them takes about twice the time.
+step takes about twice as long.
 """
 
 import argparse
@@ -76,10 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    """Return the data set's recipe with what was given instead.
+    """Return the data set's recipe, with the given flags in place of its values.
 
     Raises:
-        ValueError: flags that do not fit together.
+        ValueError: if flags contradict each other.
     """
     dataset = args.dataset or ("folder" if args.data else "digits")
     if dataset == "digits" and args.data:
@@ -96,10 +96,10 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def prepare(args: argparse.Namespace, recipe: Recipe) -> tuple[Place, tuple[int, int, int]]:
-    """Check the images and the backbone; return where runs happen, and the shape of an image.
+    """Check the images and the backbone; return the place of the runs, and the shape of an image.
 
     Raises:
-        ValueError: there are no images, or the backbone does not accept them.
+        ValueError: if there are too few images, the backbone does not accept them, or a method lacks a package.
     """
     options: dict[str, Any] = {"seed": 0, "device": torch.device(args.device), "workers": 0}
     if "deepcluster-v2" in args.methods and find_spec("faiss") is None:
@@ -121,7 +121,7 @@ def compare(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple
         names.remove(RAW_PIXELS)
     trained = [name for name in names if name not in BASELINES]
     rates, how = dict.fromkeys(trained, args.lr), f"{args.lr:g} for all, as given." if args.lr else ""
-    passes = {name: passes_of(name, recipe, shape) for name in names}  # a method that refuses these images does so here
+    passes = {name: passes_of(name, recipe, shape) for name in names}  # raises if a method cannot handle these images
     if args.lr is None and trained:
         swept = {
             name: [Run(name, recipe.lr * factor, recipe.sweep_steps, 0, True, recipe) for factor in FACTORS]
@@ -157,19 +157,19 @@ def compare(args: argparse.Namespace, recipe: Recipe, place: Place, shape: tuple
 
 
 def replace_images(args: argparse.Namespace, recipe: Recipe, place: Place) -> Place:
-    """Return the place of the sweep, whose training and test images are others."""
+    """Return the place of the sweep, which has other training and test images."""
     options: dict[str, Any] = {"seed": 0, "device": torch.device(args.device), "workers": 0}
     return replace(place, images=counted(open_images(recipe, args.data, "w/s", validation=True, **options)))
 
 
 def announce(what: str, runs: list[Run], place: Place) -> None:
-    """Say how many runs there are."""
+    """Print how many runs there are, and how many are already finished."""
     before = sum(place.record_of(run) is not None for run in runs)
     print(f"{what}: {len(runs)} runs, {before} of them finished before", flush=True)
 
 
 def chosen(swept: dict[str, list[Run]], place: Place) -> tuple[dict[str, float], str]:
-    """Return the best learning rate of each method (but those that always diverged), and how it was found, in words."""
+    """Return the best learning rate of each method that did not always diverge, and a text on how it was found."""
     rates, edges = {}, []
     for name, runs in swept.items():
         scores = {run.lr: value for run in runs if (value := score_of(run, place)) is not None}
@@ -186,7 +186,7 @@ def chosen(swept: dict[str, list[Run]], place: Place) -> tuple[dict[str, float],
 
 
 def score_of(run: Run, place: Place) -> float | None:
-    """Return the score that a run of the sweep is chosen by; None if it diverged."""
+    """Return the score by which a run of the sweep is chosen; None if it diverged."""
     found = place.record_of(run)
     value: float | None = found["results"].get(CHOSEN_BY) if found else None
     return value
@@ -248,7 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--lr", type=float, help="one learning rate for all methods, without a sweep")
     which.add_argument("--sweep", action="store_true", help="run only the sweep of learning rates")
-    which.add_argument("--cost", action="store_true", help="only measure time and memory of a step (machine idle)")
+    which.add_argument("--cost", action="store_true", help="only measure the time and memory of a step (idle machine)")
     settings = parser.add_argument_group("settings that replace the recipe's")
     for name in RECIPE_FLAGS:
         kind = {"arch": str, "stem": str, "momentum": float, "weight_decay": float}.get(name, positive)

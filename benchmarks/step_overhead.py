@@ -5,8 +5,8 @@
 
 A step is forward and backward of the criterion: push u, search, loss, gradient of v. In the same run, it alternates
 with the authors' formulation (`msf_core.reference`, with the queue that it needs) and, if lightly is installed, with
-lightly's bank and its loss for k = 1. On a CPU, one thread and tiny sizes are used, so the time is mostly that of
-Python and of PyTorch's dispatcher. On a GPU, it is the time until the last launch is queued.
+lightly's bank and its loss for k = 1. On a CPU, one thread and tiny sizes are used, so most of the time is spent in
+Python and in PyTorch's dispatcher. On a GPU, it is the time until the last launch is queued.
 
 Launches are the operations that would start a kernel on a GPU, counted on meta tensors. Views and allocations do not
 count. The search counts as the launches of the Triton backend: 2, and for float32 and int8 rows 2 more, which end at
@@ -61,7 +61,7 @@ AUTHORS, LIGHTLY = "the authors' formulation", "lightly, k = 1"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and write what was found."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=positive, default=400)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(batch: int, rows: int, dim: int, repeats: int, device: torch.device) -> list[Record]:
-    """Time all steps of one size in turns, and count their launches."""
+    """Time all steps of one size alternately, and count their launches."""
     problem = Problem(rows, dim, batch, K, "float32", device.type)
     steps = make_steps(problem)
     pairs = make_batches(problem, 8)
@@ -106,7 +106,7 @@ def measure(batch: int, rows: int, dim: int, repeats: int, device: torch.device)
 
 
 def make_steps(problem: Problem) -> dict[str, Step]:
-    """Return every step by name, each with a full bank of its own."""
+    """Return every step by name, each with its own full bank."""
     steps: dict[str, Step] = {name: our_step(problem, **options) for name, options in OURS.items()}
     steps[AUTHORS] = authors_step(fill_bank(problem), problem.k)
     with suppress(ImportError):
@@ -125,7 +125,7 @@ def our_step(
     criterion: dict[str, bool] | None = None,
     device: str | None = None,
 ) -> Step:
-    """Return a step of `MeanShiftLoss` with these options, on that device or the one of the problem."""
+    """Return a step of `MeanShiftLoss` with these options, on ``device`` or else on the problem's device."""
     bank = fill_bank(Problem(problem.rows, problem.dim, problem.batch, k, dtype, problem.device))
     bank.to(device or problem.device)
     loss_of: Callable[..., Any] = MeanShiftLoss(bank, k, **(criterion or {}))
@@ -142,10 +142,10 @@ def our_step(
 
 
 def lightly_step(problem: Problem) -> Step:
-    """Return a step of lightly's bank and its loss: the nearest row of u, which knows k = 1 alone.
+    """Return a step of lightly's bank and its loss for the nearest row of u; it supports only k = 1.
 
     Raises:
-        ImportError: lightly is not installed.
+        ImportError: if lightly is not installed.
     """
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import NNMemoryBankModule
@@ -177,8 +177,8 @@ def count_all_launches(problem: Problem) -> dict[str, int]:
 
 
 def count_launches(step: Callable[[], object], device_type: str) -> int:
-    """Return how many kernels a step would start on a GPU; the search of a bank counts as `SEARCH_LAUNCHES` tells."""
-    step()  # created once
+    """Return how many kernels a step would start on a GPU; the search of a bank counts as in `SEARCH_LAUNCHES`."""
+    step()  # so that tensors that are created only once are not counted
     counter = _Launches(device_type)
 
     def search(queries: Queries, rows: Rows, *arguments: Any) -> Any:
@@ -191,7 +191,7 @@ def count_launches(step: Callable[[], object], device_type: str) -> int:
 
 
 class _Launches(TorchDispatchMode):
-    """Counts the operations that make or change tensors of a type of device."""
+    """Counts the operations that create or change tensors on a type of device."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -199,7 +199,7 @@ class _Launches(TorchDispatchMode):
 
     @contextmanager
     def paused(self, launches: int) -> Iterator[None]:
-        """Count what happens inside as so many launches."""
+        """Count the operations inside this context as ``launches`` launches."""
         before = self.count
         yield
         self.count = before + launches
@@ -214,7 +214,7 @@ class _Launches(TorchDispatchMode):
 
 
 def _host_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds until a call returns; on CUDA the device is idle when it begins, and is not waited for."""
+    """Return the seconds until a call returns; a CUDA device is idle at the start, and may still work at the end."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -223,15 +223,15 @@ def _host_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def table(records: list[Record]) -> str:
-    """Describe the records in Markdown."""
+    """Return the records in Markdown."""
     first = records[0]
     lines = [
         "# What a step costs beside its arithmetic",
         "",
         in_words(first.environment),
         "",
-        f"Forward and backward of the criterion, k = {K} unless it says otherwise; {first.repeats} of each in turns,",
-        "medians (`python benchmarks/step_overhead.py`). Launches: kernels that a GPU would start.",
+        f"Forward and backward of the criterion, k = {K} unless stated; medians of {first.repeats} runs, alternating",
+        "(`python benchmarks/step_overhead.py`). Launches: kernels that a GPU would start.",
         "",
         "| batch | rows | dim | what | host time (20–80 %) | times the authors' | launches |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -3,8 +3,8 @@
     python benchmarks/trial_cost.py          (under a minute; needs a CUDA device)
 
 For each dtype, with D = 512, 256 queries and k = 5, it measures the first trial in this process, which compiles the
-kernels or loads them from Triton's cache, and the median of the trials after it. Times are wall-clock times; each
-trial waits for the device at its end. Writes trial_cost.jsonl, one record per dtype, to --out, and prints the figures.
+kernels or loads them from Triton's cache, and the median of the later trials. Times are wall-clock times; each trial
+waits for the device at its end. Writes trial_cost.jsonl, one record per dtype, to --out, and prints the figures.
 It has not been run on a GPU yet.
 """
 
@@ -30,9 +30,9 @@ DIM, QUERIES, K, REPEATS = 512, 256, 5, 15
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and write what was found."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda; cpu: in Triton's interpreter")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda; cpu runs Triton's interpreter")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args(arguments)
     settle_device_and_folder(parser, args)
@@ -58,7 +58,7 @@ def measure(device: torch.device, dtype: str) -> Record:
     derived = {"first": first, "fault": reason}
     record = Record("trial", sizes, *quantiles(later), "s", REPEATS, describe_environment(device), derived=derived)
     outcome = "passed" if reason is None else f"failed: {reason}"
-    print(f"{dtype}: {format_spread(record)}, the first one {format_seconds(first)}; {outcome}", flush=True)
+    print(f"{dtype}: {format_spread(record)}, the first trial {format_seconds(first)}; {outcome}", flush=True)
     return record
 
 

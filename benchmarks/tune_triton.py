@@ -2,10 +2,10 @@
 
     python benchmarks/tune_triton.py         (some minutes; needs a CUDA device)
 
-Every combination of tile sizes, warps, stages and group size that fits the device is timed on the paper's sizes. The
-file --out gets one record per combination. For every size, the three fastest are printed next to the choice of
+Every combination of tile sizes, stages and group size that fits the device is timed on the paper's sizes. The file
+--out gets one record per combination. For every size, the three fastest are printed next to the choice of
 `msf_core.search.triton_plan` (`tiles_for`, `choose_group`); use these figures to update that choice. Times are medians
-of the whole search, in seconds.
+of the whole search.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PROBLEMS = [
 
 
 def main() -> None:
-    """Time every combination."""
+    """Time every combination on every problem."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "tune_triton.jsonl")
     args = parser.parse_args()
@@ -46,12 +46,12 @@ def main() -> None:
     for problem in PROBLEMS:
         records += tune(problem)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(records, args.out)  # after each, so that an interrupted run leaves its results
+        write_jsonl(records, args.out)  # after each problem, so that an interrupted run keeps its results
     print(f"written: {args.out}")
 
 
 def tune(problem: Problem) -> list[Record]:
-    """Time every combination on one problem; print the fastest beside the choice."""
+    """Time every combination on one problem; print the fastest ones and msf_core's choice."""
     rows = fill_bank(problem).rows
     ((_, u),) = make_batches(problem, 1)
     queries = unit_queries(u, rows.dtype)
@@ -77,7 +77,7 @@ def tune(problem: Problem) -> list[Record]:
 
 
 def combinations(problem: Problem, value_bytes: int) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Yield tiles (as `triton_plan.Tiles`) and groups to try."""
+    """Yield tiles (as `triton_plan.Tiles`) and group sizes to try."""
     queries = sorted({min(problem.batch, 64), min(problem.batch, 128), min(problem.batch, 256)})
     for block_q, block_n, dims, stages, group in product(
         queries, (128, 256), (64 // value_bytes, 128 // value_bytes), (3, 4), (16, 32)
@@ -87,7 +87,7 @@ def combinations(problem: Problem, value_bytes: int) -> Iterator[tuple[tuple[int
 
 
 def plan_of(queries: Tensor, rows: Tensor, k: int, group: int | None = None) -> Plan:
-    """Return how msf_core launches that search."""
+    """Return the launch parameters that msf_core uses for this search."""
     from msf_core.search.triton_backend import device_limits
 
     (count, dim), n = queries.shape, rows.shape[0]
@@ -95,7 +95,7 @@ def plan_of(queries: Tensor, rows: Tensor, k: int, group: int | None = None) -> 
 
 
 def time_search(queries: Tensor, rows: Tensor, k: int, tiles: tuple[int, ...], group: int) -> list[float]:
-    """Return the seconds of each search with those tiles and groups."""
+    """Return the seconds of each search with these tiles and this group size."""
     from msf_core.search import triton_backend as backend
 
     plan = plan_of(queries, rows, k, group)._replace(tiles=Tiles(*tiles))

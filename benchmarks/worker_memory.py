@@ -10,8 +10,8 @@ private memory (USS) of each DataLoader worker is read from /proc/PID/smaps_roll
 path and after it has accessed all of them.
 
 Writes worker_memory.jsonl, one record for each way to store the paths, and worker_memory.md to --out. The figure is
-the growth of a worker, with its spread over the workers. The table also has the proportional share (PSS: a page that n
-processes share counts 1/n for each) of all workers and their parent together at the end.
+the growth of a worker's private memory, with its spread over the workers. The table also has the total proportional
+share of all workers and their parent at the end (PSS: a page that n processes share counts 1/n for each).
 """
 
 import argparse
@@ -37,14 +37,14 @@ CLASSES, ROOT = 1000, Path("/data/imagenet/train")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and write what was found."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--paths", type=positive, default=1_000_000)
     parser.add_argument("--workers", type=positive, default=4)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args(arguments)
     if not Path("/proc/self/smaps_rollup").exists():
-        parser.error("the memory of processes is read from /proc/PID/smaps_rollup, which is not there")
+        parser.error("memory is read from /proc/PID/smaps_rollup, which this system does not have")
     records = [measured_alone(kept, args.paths, args.workers) for kept in (LIST, BYTES)]
     args.out.mkdir(parents=True, exist_ok=True)
     write_jsonl(records, args.out / "worker_memory.jsonl")
@@ -53,18 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measured_alone(kept: str, paths: int, workers: int) -> Record:
-    """Measure in a fresh process, whose memory holds nothing else."""
+    """Measure in a fresh process, which has nothing else in memory."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=measure, args=(kept, paths, workers, theirs))
     process.start()
-    theirs.close()  # so that it ends with this process
+    theirs.close()  # so that recv fails, instead of waiting forever, if the process ends early
     record: Record = ours.recv()
     process.join()
     return record
 
 
 def measure(kept: str, paths: int, workers: int, answer: Any) -> None:
-    """Have every worker look at every path, and send the record."""
+    """Let every worker access every path, and send the record."""
     order = _Spans(workers)
     loader = DataLoader(
         _Looks(kept, paths),
@@ -91,7 +91,7 @@ def measure(kept: str, paths: int, workers: int, answer: Any) -> None:
 
 
 class _Spans(Sampler[int]):
-    """How many paths to look at, once for each worker, who take turns."""
+    """Yields the number of paths to access, once for each worker; the DataLoader assigns them in turn."""
 
     def __init__(self, workers: int) -> None:
         self.workers, self.end = workers, 0
@@ -101,7 +101,7 @@ class _Spans(Sampler[int]):
 
 
 class _Looks(Dataset[int]):
-    """The letters of the first ``end`` paths, and their labels."""
+    """Accesses the first ``end`` paths and labels, and returns the sum of path lengths and labels."""
 
     def __init__(self, kept: str, paths: int) -> None:
         names = (f"n{i % CLASSES:08}/n{i % CLASSES:08}_{i}.JPEG" for i in range(paths))
@@ -118,23 +118,23 @@ class _Looks(Dataset[int]):
 
 
 def private_and_share(pid: int | str) -> tuple[int, int]:
-    """Return the bytes that a process holds alone (USS), and its share of those it holds with others too (PSS)."""
+    """Return the private memory of a process (USS) and its proportional share of all its memory (PSS), in bytes."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
     kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     return 1024 * (kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]), 1024 * kilobytes["Pss"]
 
 
 def table(records: list[Record]) -> str:
-    """Describe the records in Markdown."""
+    """Return the records in Markdown."""
     p = records[0].parameters
     lines = [
         "# Memory of the processes that read images",
         "",
         in_words(records[0].environment),
         "",
-        f"{p['workers']} workers, each of which looks at all of {p['paths']:,} paths and their labels",
-        "(`python benchmarks/worker_memory.py`): by how much the memory that a worker holds alone (USS) grows, median",
-        "and 20–80 % over the workers; and the proportional shares (PSS) of all workers and their parent, summed.",
+        f"{p['workers']} workers, each of which accesses all of {p['paths']:,} paths and their labels",
+        "(`python benchmarks/worker_memory.py`): growth of a worker's private memory (USS), median and 20–80 % over",
+        "the workers; and the sum of the proportional shares (PSS) of all workers and their parent.",
         "",
         "| paths kept as | growth of a worker | all processes |",
         "| --- | --- | --- |",

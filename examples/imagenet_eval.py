@@ -59,7 +59,7 @@ def evaluate(arguments: list[str] | None) -> int:
             subject = prepare(flags, ranks, device)
             path = record_path(flags, subject) if ranks.rank == 0 else None
         protocol, row = measure(subject)
-        found = subject.bad.of_all(ranks)
+        found = subject.unreadable()
         if path is not None:
             if found:
                 protocol["unreadable images"] = len(found)

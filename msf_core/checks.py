@@ -1,4 +1,4 @@
-"""Argument checks, whose errors name the argument, its value and what was expected."""
+"""Argument checks. Their errors name the argument, its value and the expected value."""
 
 import operator
 import os
@@ -16,12 +16,12 @@ _BACKWARD = os.path.join("torch", "autograd", "graph.py")
 
 
 def gives_memory_alone(fn: Callable[[Tensor], Tensor]) -> bool:
-    """Return whether ``fn``, the argument of `torch.nn.Module._apply`, is that of ``to_empty``, which drops values."""
+    """Return whether ``fn``, the argument of `torch.nn.Module._apply`, is that of ``to_empty``, which loses values."""
     return getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
 
 
 def whole_number(name: str, value: Any, what: str = "an int") -> int:
-    """Return an integer such as NumPy's as an int, or raise TypeError; a bool is not an integer."""
+    """Convert an integer, such as a NumPy integer, to an int, or raise TypeError; a bool is not accepted."""
     if type(value) is int:
         return value
     if not isinstance(value, (bool, np.bool_)) and hasattr(value, "__index__"):
@@ -42,7 +42,7 @@ def check_labels(labels: Tensor | None, embeddings: Tensor, name: str = "labels"
         return
     check_tensor(name, labels)
     if labels.shape != embeddings.shape[:1]:
-        raise ValueError(f"{name} must be [{embeddings.shape[0]}], one a row, got {list(labels.shape)}")
+        raise ValueError(f"{name} must be [{embeddings.shape[0]}], one per row, got {list(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
     if labels.device != embeddings.device:

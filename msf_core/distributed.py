@@ -1,9 +1,9 @@
 """The collectives of a bank that several ranks share.
 
-In every shared call, the ranks first exchange a header of 88 bytes between their CPUs. It contains the number of rows
-from each rank, so that no GPU has to be synchronized, and whether a rank has failed: then all ranks raise an error
-instead of waiting. Rows on CPUs are sent with the header, so that a call takes one exchange. The space for them is
-chosen from the sizes in the last calls; a call with more rows takes a second exchange.
+In every shared call, the ranks first exchange headers of 88 bytes between their CPUs. A header contains the rank's
+number of rows, so that no GPU has to be synchronized, and whether the rank has failed. If one has failed, all ranks
+raise an error instead of waiting. Rows on CPUs are sent with the header, so that a call takes one exchange. The space
+for them is chosen from the sizes in the last calls; a call with more rows takes a second exchange.
 """
 
 from collections import deque
@@ -20,8 +20,8 @@ ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, OSErr
 _AVAILABLE = dist.is_available()
 _NUMBERS = 11
 _HEADER_BYTES = 8 * _NUMBERS
-MOST_FRAME_BYTES = 4 << 20  # sent with a header at most; above this, bandwidth matters more than latency
-# The gloo group for the headers of a group that has only NCCL.
+MOST_FRAME_BYTES = 4 << 20  # maximum space for rows after a header; above it, bandwidth matters more than latency
+# For each group without a backend for CPUs (NCCL only), a gloo group for its headers.
 _host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
 # The largest number of bytes from one rank in each of the last calls of a group. A message has space for the maximum of
 # them. These numbers are the same on all ranks, so a rank that fails, or makes another call, sends as many bytes as the
@@ -31,7 +31,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def untraced(function: Function) -> Function:
-    """Disable `torch.compile` for a function, like torch.compiler.disable but without importing the compiler."""
+    """Exclude a function from `torch.compile`, like torch.compiler.disable, but without importing the compiler."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
 
@@ -74,17 +74,18 @@ class Ranks:
     def agree(
         self, call: str, *, same: dict[str, int | str], count: int = 0, problem: Exception | None = None
     ) -> list[int]:
-        """Return every rank's ``count``, after checking that all ranks are in the same call without a problem.
+        """Check that all ranks are in the same call and none has a problem; return every rank's ``count``.
 
         Args:
             call: the name of this rank's call.
-            same: at most eight numbers, or words of at most 8 ASCII letters, that must be the same on all ranks.
+            same: at most eight values by name, each a number or a word of at most 8 ASCII letters, that must be the
+                same on all ranks.
             count: a number that may differ between ranks.
             problem: the error of this rank, if there is one.
 
         Raises:
-            Exception: ``problem`` on this rank, and an error of the same type (one of `ERRORS`) that names the rank on
-                the others. ValueError if ``same`` differs, RuntimeError if the calls differ.
+            Exception: ``problem`` on this rank, and on the other ranks an error of the same type (one of `ERRORS`) that
+                names this rank. ValueError if ``same`` differs, RuntimeError if the calls differ.
         """
         return self._agree(call, same, count, problem)[0]
 
@@ -115,7 +116,7 @@ class Ranks:
 
     @contextmanager
     def sharing_errors(self, call: str) -> Iterator[None]:
-        """Raise an error in the block also on the other ranks, which are about to `agree`."""
+        """If the block raises an error, also raise it on the other ranks, which wait in `agree`."""
         try:
             yield
         except ERRORS as error:
@@ -132,7 +133,7 @@ class Ranks:
         padded[: len(tensor)] = tensor
         rows = padded.flatten(1) if tensor.ndim > 1 else padded[:, None]
         everything = rows.new_empty(self.size * most, rows.shape[1])
-        # The name in PyTorch 2.14 and newer, and the older name.
+        # The name in PyTorch 2.14 and newer, else the older name.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(everything.view(torch.uint8), rows.view(torch.uint8), group=self.group)
         parts = [everything[rank * most : rank * most + count] for rank, count in enumerate(counts)]
@@ -214,7 +215,7 @@ class Ranks:
         return [row[2] for row in table]
 
     def _gather_from_hosts(self, own: Tensor) -> Tensor:
-        """Gather [n] from all ranks to [W, n], in one round trip; gloo's all_gather would take W − 1."""
+        """Gather tensors [n] of all ranks to [W, n], in one round trip; gloo's all_gather would take W − 1."""
         everything = own.new_empty(self.size, len(own))
         dist.all_to_all_single(everything.view(-1), own.repeat(self.size), group=self._host_group())
         return everything
@@ -250,7 +251,7 @@ def _naming_who_is_missing(call: str) -> Iterator[None]:
     except RuntimeError as error:
         raise RuntimeError(
             f"not all ranks came to this {call} of a shared bank: {error}\n"
-            "A rank has ended, or makes fewer calls than the others. For uneven inputs use drop_last=True, "
+            "A rank has exited, or makes fewer calls than the others. For uneven inputs, use drop_last=True, "
             "layout='local' or DDP.join(throw_on_early_termination=True); DDP.join() alone does not cover the bank."
         ) from error
 
@@ -275,7 +276,7 @@ def split_bytes(together: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def shard_bounds(size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Return the slots [begin, end) of a rank's shard: ⌈size / ranks⌉, as in DTensor; the last shards have fewer."""
+    """Return the slots [begin, end) of a rank's shard: ⌈size / ranks⌉ as in DTensor, fewer for the last ranks."""
     share = -(-size // ranks)
     return min(rank * share, size), min((rank + 1) * share, size)
 
@@ -291,9 +292,9 @@ def as_shard(local: Tensor, size: int, group: Any) -> Tensor:
 
 
 def blocks_of(rows: Tensor, device: torch.device, most: int = 1 << 26) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, block): a plain tensor as one block, a DTensor in blocks of ``most`` bytes, on each rank.
+    """Yield (first row, block): a plain tensor as one block, a DTensor in blocks of at most ``most`` bytes.
 
-    Blocks of a DTensor are broadcast on ``device``.
+    Every rank gets all blocks of a DTensor, which are broadcast on ``device``.
     """
     if not is_shard(rows):
         yield 0, rows
@@ -327,7 +328,7 @@ def _packed(tensor: Tensor) -> Tensor:
 
 
 def _header(call: str, same: dict[str, int | str], count: int, problem: Exception | None) -> Tensor:
-    """Return the header of a rank, [bytes]. With a problem, its count is the length of the message in bytes."""
+    """Return the header of a rank, [bytes]. If there is a problem, the count is the length of its message in bytes."""
     kind = 0
     if problem is not None:
         kind = 1 + next(i for i, kind in enumerate(ERRORS) if isinstance(problem, kind))
@@ -347,7 +348,7 @@ def _coded(value: int | str) -> int:
 
 
 def _listed(table: list[list[int]], column: int, like: int | str) -> str:
-    """Describe a column of the headers, whose values have the type of ``like``."""
+    """Describe a column of the headers; its values have the type of ``like``."""
     values = [row[column] if isinstance(like, int) else row[column].to_bytes(8, "big").decode() for row in table]
     shown = [f"{str(value).strip()} on rank {rank}" for rank, value in enumerate(values)]
     return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "")

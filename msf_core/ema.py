@@ -42,8 +42,8 @@ class EMATarget(nn.Module):
 
     Args:
         online: the encoder, with its projection head.
-        momentum: m, a float in [0, 1], or a schedule of the number of updates so far. The ``state_dict`` has this
-            number, so a resumed schedule continues. The paper uses 0.99 (section 3.1).
+        momentum: m, a float in [0, 1], or a schedule, which is called with the number of updates so far. The
+            ``state_dict`` has this number, so a resumed schedule continues. The paper uses 0.99 (section 3.1).
         buffers: what `update` does with buffers such as BatchNorm's statistics. "keep" keeps the target's own, which it
             collects in train mode, as in the paper; "copy" copies those of ``online``; "ema" averages floating-point
             buffers and copies the others.
@@ -75,7 +75,7 @@ class EMATarget(nn.Module):
         self.momentum = momentum
         self.buffers_policy = buffers
         with torch.inference_mode(False):
-            self._updates = torch.zeros((), dtype=torch.int64, device="cpu")  # torch.compile would fix an int
+            self._updates = torch.zeros((), dtype=torch.int64, device="cpu")  # a tensor, as `Ring.pushed_on_host`
         self._unset = {name: 0 for name, f in self._tensors().items() if f.is_meta}
 
     @property
@@ -117,7 +117,7 @@ class EMATarget(nn.Module):
                 or if the target has no values (see `forward`).
         """
         if callable(self.momentum) and torch.compiler.is_compiling():
-            torch.compiler.disable(self._update)(online)  # tracing would fix the momentum of the schedule
+            torch.compiler.disable(self._update)(online)  # tracing would freeze the schedule's momentum
         else:
             self._update(online)
 
@@ -197,7 +197,7 @@ class EMATarget(nn.Module):
             )
 
     def _still_unset(self) -> dict[str, int]:
-        """Return the tensors without values that have not been written to since."""
+        """Return the tensors without values that have still not been written to."""
         tensors = self._tensors()
         return {
             name: version
@@ -238,7 +238,7 @@ class EMATarget(nn.Module):
         self.updates = int(state)
 
     def extra_repr(self) -> str:
-        """Describe momentum and buffers."""
+        """Describe the momentum, the buffer policy and the number of updates."""
         return f"momentum={self.momentum}, buffers={self.buffers_policy!r}, updates={self.updates}"
 
 
@@ -248,7 +248,7 @@ def _copy(pairs: list[Pair]) -> None:
 
 
 def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to, 0 on the meta device."""
+    """Return how often a tensor was written to; 0 for meta tensors and inference tensors."""
     return 0 if tensor.is_meta or tensor.is_inference() else tensor._version
 
 
@@ -259,6 +259,6 @@ def _check_module(online: Any) -> None:
 
 def _check_momentum(momentum: float) -> None:
     if isinstance(momentum, bool) or not isinstance(momentum, Real):
-        raise TypeError(f"momentum must be a number or a schedule of the update, got {momentum!r}")
+        raise TypeError(f"momentum must be a number or a schedule that returns one, got {momentum!r}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be between 0 and 1, got {momentum}")

@@ -1,6 +1,7 @@
 """The layouts of a `MemoryBank`: which rows each rank stores when several processes train together.
 
-All layouts have the same methods. Their arguments have been normalized, and checked within `Local.checking`.
+All layouts have the same methods, which expect arguments that `MemoryBank` has normalized, and checked within
+`Local.checking`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -56,7 +57,8 @@ class Local:
         """Store unit rows [B, D] float32, labels and ids [B] int64.
 
         Returns:
-            Their slots [B] int64, −1 for rows overwritten at once, and the number of rows pushed by all ranks.
+            The slots [B] int64 of these rows (−1 for rows that later rows of the same batch overwrote), and the number
+            of rows that all ranks pushed.
         """
         return self.ring.push(unit, labels, ids), unit.shape[0]
 
@@ -78,8 +80,8 @@ class Local:
     ) -> tuple[Tensor, Found | None]:
         """Push a batch, and return its slots and the k − 1 nearest rows of each of its rows.
 
-        Views of the same image are not found. If the bank has fewer rows, fewer are returned, and None if there are
-        none. The other arguments and the slots are those of `push`.
+        Views of the same image are not found. If the bank has fewer than k − 1 other rows, all of them are returned, or
+        None if there are none. The other arguments and the slots are those of `push`.
         """
         slots, pushed = self.push(unit, labels, ids)
         others = self._others(unit, step)
@@ -89,19 +91,19 @@ class Local:
         return slots, self.search(asked, others, backend, own_elsewhere=pushed > self.ring.size)
 
     def _others(self, pushed: Tensor, step: Step) -> int:
-        """Return how many rows each row finds, without views of the same image."""
-        # A batch of this size fills enough rows; only a smaller one needs the number of filled rows.
+        """Return the number of neighbors that each pushed row gets; views of the same image do not count."""
+        # A batch of this size fills enough rows by itself; for a smaller one, the number of filled rows decides.
         enough = pushed.shape[0] >= step.k - 1 + step.views
         filled = self.ring.size if enough else len(self.ring)
         return max(0, min(step.k - 1, filled - step.views))
 
     def saved(self, name: str, tensor: Tensor) -> Tensor:
-        """Return an entry of `Ring.state` in the form in which the ``state_dict`` stores it."""
+        """Convert an entry of `Ring.state` to the form that the ``state_dict`` stores."""
         return tensor
 
 
 class Replicated(Local):
-    """Every rank stores the rows of all ranks, and searches them by itself."""
+    """Every rank stores the rows of all ranks, and searches them without communication."""
 
     def checking(self, call: str) -> AbstractContextManager[None]:
         """See `Local.checking`."""
@@ -161,7 +163,7 @@ class Sharded(Replicated):
         """See `Local.checking`.
 
         Raises:
-            RuntimeError: if the bank was created for another number of ranks.
+            RuntimeError: if the number of ranks has changed since the bank was created.
         """
         ranks = self.ranks.size
         if ranks != self.shards:
@@ -169,7 +171,7 @@ class Sharded(Replicated):
                 f"the bank was sharded for {self.shards} ranks, but now there are {ranks}: "
                 "create it after torch.distributed.init_process_group"
             )
-        # In an empty bank, no rank gets as far as the search.
+        # If the bank is empty, no rank reaches the shared search.
         return _NOTHING if ranks == 1 or (call == "search" and not len(self.ring)) else self.ranks.sharing_errors(call)
 
     def search(self, queries: Queries, k: int, backend: str | SearchBackend, *, own_elsewhere: bool = False) -> Found:
@@ -183,7 +185,7 @@ class Sharded(Replicated):
         limits = [limit for limit in (queries.labels, queries.ids) if limit is not None]
         parts = [queries.values, *limits]
         limited = _named(queries.labels is not None, queries.ids is not None)
-        same = self._same(k=k, **{"what limits the search": limited})
+        same = self._same(k=k, **{"limits of the search": limited})
         together, counts = self.ranks.bring("search", joined_bytes(parts), same=same)
         values, *given = split_bytes(together, parts)
         labels = None if queries.labels is None else given.pop(0)
@@ -211,7 +213,7 @@ class Sharded(Replicated):
         backend: str | SearchBackend,
     ) -> tuple[Tensor, Found | None]:
         limited = _named(step.same_label, step.exclude_same_id)
-        same: dict[str, int | str] = {"k": step.k, "views": step.views, "what limits the search": limited}
+        same: dict[str, int | str] = {"k": step.k, "views": step.views, "limits of the search": limited}
         (rows, labels, ids), counts = self._gather("step", unit, labels, ids, **same)
         slots = self.ring.push(rows, labels, ids)
         others, mine = self._others(rows, step), self._own(slots, counts)
@@ -222,7 +224,7 @@ class Sharded(Replicated):
         return mine, self._ask_all(asked, others, backend, counts)
 
     def _ask_all(self, queries: Queries, k: int, backend: str | SearchBackend, counts: list[int]) -> Found:
-        """Search all ranks' queries in this shard, exchange the results, and return the best for this rank."""
+        """Search this shard for all ranks, exchange the results, and return the best ones for this rank."""
         problem: Exception | None = None
         try:
             answers = self._answer(queries, k, backend)

@@ -32,7 +32,7 @@ def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
     section 2): Σⱼ ‖v − zⱼ‖² / k = ‖v − z̄‖² + Σⱼ ‖zⱼ − z̄‖² / k, and the second term does not contain v.
 
     Args:
-        prediction: [B, D], any float dtype and scale. Computed in float32, even under autocast.
+        prediction: [B, D], any float dtype and scale. The loss is computed in float32, even under autocast.
         neighbors: [B, k, D] unit vectors, such as those of `MemoryBank.search`. They are not normalized here; for other
             vectors, the loss is not the paper's and may leave [0, 4]. They receive no gradient.
 
@@ -54,7 +54,7 @@ def mean_shift_loss(prediction: Tensor, neighbors: Tensor) -> Tensor:
             f"neighbors must be [B, k, D] for a prediction {list(prediction.shape)}, got {list(neighbors.shape)}"
         )
     if not neighbors.is_floating_point():
-        raise TypeError(f"neighbors must be floating, got {neighbors.dtype}")
+        raise TypeError(f"neighbors must be floating point, got {neighbors.dtype}")
     if neighbors.device != prediction.device:
         raise ValueError(f"neighbors must be on the prediction's device, {prediction.device}, got {neighbors.device}")
 
@@ -109,14 +109,14 @@ class _MeanShift(torch.autograd.Function):
 
 
 class MeanShiftLoss(nn.Module):
-    """Push u into the bank, search its k nearest neighbors, and return their `mean_shift_loss` with v.
+    """Push u into the bank, search for its k nearest neighbors, and return the `mean_shift_loss` of v with them.
 
     Here u is the target's embedding of one view of an image, and v the prediction from another view. In ``eval()``
     mode nothing is pushed, so a validation loss does not change the bank.
 
     The neighbors are u itself and the k − 1 nearest other rows. With k = 1 there is no search, and the loss is
-    bit-identical to BYOL's. If the bank has fewer than k rows, all of them are used. If fewer than k of them are finite
-    and allowed, u takes the place of the missing ones.
+    bit-identical to BYOL's. If the bank has fewer than k rows, all of them are used. If too few rows are finite and
+    allowed, u takes the place of the missing neighbors.
 
     Two options that are not in the paper limit which rows can be neighbors. Both are exact; u itself is always used.
 
@@ -126,12 +126,11 @@ class MeanShiftLoss(nn.Module):
             so far and rounded. The count is saved in the ``state_dict``. The paper uses 5 (section 3.1).
         exclude_same_id: exclude rows with the id of u (pass ``ids``), which are older views of the same image; id −1
             excludes none. From now on the bank stores ids.
-        same_label: use only rows with the label of u. This is supervised mean shift. For semi-supervised training, use
-            the label −1 where any row is allowed (CMSF, ECCV 2022).
+        same_label: use only rows with the label of u. This is supervised mean shift. For semi-supervised training, pass
+            the label −1 for images without a label, for which any row is allowed (CMSF, ECCV 2022).
 
     Raises:
-        ValueError: if k is below 1 or above the bank's size; or if there is no bank, and k is not 1 or an option is
-            set.
+        ValueError: if k is below 1 or above the bank's size, or if there is no bank and k is not 1 or an option is set.
         TypeError: if ``bank`` is not a `MemoryBank` or None, or k is neither an int nor callable.
 
     >>> bank = MemoryBank(size=128, dim=16)
@@ -168,7 +167,7 @@ class MeanShiftLoss(nn.Module):
         self.exclude_same_id = exclude_same_id
         self.same_label = same_label
         with torch.inference_mode(False):  # tensors created in inference mode cannot be written to outside of it
-            self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # no int, as `Ring.pushed_on_host`
+            self._steps = torch.zeros((), dtype=torch.int64, device="cpu")  # a tensor, as `Ring.pushed_on_host`
 
     @property
     def steps(self) -> int:
@@ -244,11 +243,12 @@ class MeanShiftLoss(nn.Module):
             is a list, the second item is a list with the neighbors of each target.
 
         Raises:
-            ValueError: if shapes or devices do not match, the batch is empty, the lists leave no pair, k of a schedule
+            ValueError: if shapes or devices do not match, the batch is empty, the lists leave no pair, a schedule's k
                 is out of range, or ``ids`` for ``exclude_same_id`` or labels for ``same_label`` are missing.
             TypeError: if a tensor is not floating point, or labels or ids are not integers.
             ImportError: if the bank's backend does not work on its device.
-            RuntimeError: if activation checkpointing runs the forward a second time.
+            RuntimeError: if activation checkpointing runs the forward a second time, or if it runs in training mode in
+                a replica of DataParallel.
         """
         bank, pushing = self.bank, self.training
         with self._checking(bank):
@@ -339,7 +339,7 @@ class MeanShiftLoss(nn.Module):
         if self.exclude_same_id and ids is None:
             raise ValueError("exclude_same_id needs the ids of the batch, got none")
         if self.same_label and labels is None:
-            raise ValueError("same_label needs the labels of the batch, −1 where unknown, got none")
+            raise ValueError("same_label needs the labels of the batch (−1 if unknown), got none")
         if bank is not None:
             bank.check("target", targets[0])
             bank.check_backend(k - 1 + len(targets))
@@ -383,11 +383,11 @@ def _rounded(k: float) -> int:
     try:
         return round(float(k))
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"the schedule of k must give a finite number, got {k!r}") from error
+        raise ValueError(f"the schedule of k must return a finite number, got {k!r}") from error
 
 
 def _views(name: str, given: object) -> tuple[Tensor, ...]:
-    """Return the views of a batch as a tuple, also for a single tensor."""
+    """Return the views of a batch as a tuple; a single tensor is one view."""
     if isinstance(given, Tensor):
         return (given,)
     if not isinstance(given, (list, tuple)):
@@ -415,18 +415,18 @@ def _name(name: str, views: Sequence[Tensor], i: int) -> str:
 def _check_prediction(prediction: Tensor, name: str = "prediction") -> None:
     check_tensor(name, prediction)
     if prediction.ndim != 2 or prediction.shape[0] < 1:
-        raise ValueError(f"{name} must be [B, D] with at least one row, views as a list, got {list(prediction.shape)}")
+        raise ValueError(f"{name} must be [B, D] with at least 1 row, or a list of views, got {list(prediction.shape)}")
     if not prediction.is_floating_point():
-        raise TypeError(f"{name} must be floating, got {prediction.dtype}")
+        raise TypeError(f"{name} must be floating point, got {prediction.dtype}")
 
 
 def _check_like(prediction: Tensor, view: Tensor, name: str) -> None:
-    """Raise unless a view has the shape and device of the first prediction."""
+    """Raise unless a view is floating point and has the shape and device of the first prediction."""
     check_tensor(name, view)
     if view.shape != prediction.shape:
-        raise ValueError(f"{name} must be {list(prediction.shape)} as the first prediction, got {list(view.shape)}")
+        raise ValueError(f"{name} must be {list(prediction.shape)} like the first prediction, got {list(view.shape)}")
     if not view.is_floating_point():
-        raise TypeError(f"{name} must be floating, got {view.dtype}")
+        raise TypeError(f"{name} must be floating point, got {view.dtype}")
     if view.device != prediction.device:
         raise ValueError(f"{name} must be on the prediction's device, {prediction.device}, got {view.device}")
 

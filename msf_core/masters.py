@@ -1,4 +1,4 @@
-"""Float32 values of half-precision tensors, whose rounding would lose small updates."""
+"""Float32 master copies of half-precision tensors, which would otherwise round small updates away."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from msf_core.distributed import is_shard, placement
 
-# How many values are averaged together. This bounds the extra memory, which is 19 bytes per value. On CPUs the values
-# stay in the cache; on other devices, fewer and longer kernels are faster.
+# Number of values averaged at once. This bounds the extra memory, which is 19 bytes per value. On CPUs, a small number
+# keeps the values in the cache; on other devices, fewer and longer kernels are faster.
 CHUNK = {"cpu": 1 << 20, "else": 1 << 23}
 
 
@@ -24,11 +24,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class Masters(nn.Module):
-    """The float32 values of each tensor, created when they are first needed.
+    """The float32 master of each half-precision tensor, created when it is first needed.
 
-    They move to other devices with the module, but keep their dtype if the module is cast. Their key in the
-    ``state_dict`` is the tensor's name with "/" instead of "."; loading takes those that the ``state_dict`` has. They
-    are not buffers, because DDP would broadcast buffers from rank 0 at every forward.
+    Masters move to other devices with the module, but keep their dtype if the module is cast. The key of a master in
+    the ``state_dict`` is the tensor's name with "/" instead of "."; loading replaces all masters with those in the
+    ``state_dict``. They are not buffers, because DDP would broadcast buffers from rank 0 at every forward.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ _WIDE = {
 
 
 def _placed(master: Tensor, f: Tensor) -> Tensor | None:
-    """Shard a master that was loaded before the target was sharded."""
+    """Shard a master that was loaded before the target was sharded; return None if it is already sharded."""
     if is_shard(master):
         return None
     from torch.distributed.tensor import DTensor, Replicate
@@ -114,7 +114,7 @@ def _placed(master: Tensor, f: Tensor) -> Tensor | None:
 def average_in_float32(halves: list[Tensor], masters: list[Tensor], online: list[Tensor], weight: float) -> None:
     """Update the masters m ← m + weight·(g − m), and round them to the half-precision tensors f, in place.
 
-    Where m does not round to f, f was changed by other code, and m starts from f.
+    If a value of m does not round to that of f, other code has changed f, and m restarts from f.
     """
     groups: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for f, m, g in zip(halves, masters, online, strict=True):
@@ -135,8 +135,8 @@ def average_in_float32(halves: list[Tensor], masters: list[Tensor], online: list
 
 
 def _average_chunk(chunk: list[tuple[Tensor, Tensor, Tensor]], weight: float) -> None:
-    """Average tensors as one long row of values [n], which is faster than one kernel for each small tensor."""
-    # Use the order of f's memory, so that the permutation needs no copy, even for channels_last.
+    """Average all tensors of a chunk as one flat tensor [n], which is faster than one kernel per small tensor."""
+    # Flatten in the order of f's memory, which needs no copy of f, even for channels_last.
     orders = [sorted(range(f.ndim), key=f.stride, reverse=True) for f, _, _ in chunk]
     fs, ms, gs = ([t.permute(o) for t, o in zip(side, orders, strict=True)] for side in zip(*chunk, strict=True))
     f, m, g = (torch.cat([tensor.reshape(-1) for tensor in side]) for side in (fs, ms, gs))

@@ -35,12 +35,12 @@ class MemoryBank(nn.Module):
             are rounded to the same dtype, except for int8 rows, where they stay float32. Similarities are accumulated
             in float32.
         device: device of the rows, by default PyTorch's default device. The bank also moves with its parent module.
-        backend: "auto", "torch", "faiss", "triton", or any object with a `SearchBackend.topk`.
+        backend: "auto", "torch", "faiss", "triton", or any object with the method `SearchBackend.topk`.
         layout: which rows each of W ranks stores under torch.distributed. With one process, all three are the same.
 
             - "replicated": all rows of all ranks.
-            - "sharded": 1/W of the rows. Each rank searches its part, and the results are the same. The ``state_dict``
-              has DTensors, for torch.distributed.checkpoint.
+            - "sharded": 1/W of these rows. Each rank searches its part; the results are the same as for "replicated".
+              The ``state_dict`` has DTensors, for torch.distributed.checkpoint.
             - "local": only its own rows.
         group: process group of the ranks that share the bank; None is the default group.
         persistent: whether the bank is part of the ``state_dict``.
@@ -48,7 +48,7 @@ class MemoryBank(nn.Module):
     Raises:
         ValueError: if ``size`` or ``dim`` is below 1, the backend or layout is unknown, or this process is not in the
             group.
-        TypeError: if the ``dtype`` is another one, the backend has no ``topk``, or ``group`` is not a process group.
+        TypeError: if ``dtype`` is not one of these, the backend has no ``topk``, or ``group`` is not a process group.
         ImportError: if a backend requested by name does not work here.
 
     >>> bank = MemoryBank(size=4, dim=2)
@@ -162,7 +162,8 @@ class MemoryBank(nn.Module):
         Raises:
             ValueError: if a shape or device does not match.
             TypeError: if embeddings are not floating point, or labels or ids are not integers.
-            RuntimeError: if other ranks are not in a push.
+            RuntimeError: if the ranks that share the bank do not all make this call, if this runs in a replica of
+                DataParallel, or if activation checkpointing runs it a second time.
         """
         with self._layout.checking("push"):
             self._check_batch(embeddings, labels, ids)
@@ -183,13 +184,13 @@ class MemoryBank(nn.Module):
             exclude_ids: [Q] integers. Rows with the id of the query are not found; a negative id excludes none.
 
         Returns:
-            `Neighbors`, never with unfilled slots.
+            `Neighbors`, which never contain unfilled slots.
 
         Raises:
-            ValueError: if k is out of range, a shape or device does not match, or the bank has no ids for
-                ``exclude_ids``.
+            ValueError: if k is out of range, a shape or device does not match, or ``exclude_ids`` is given but the bank
+                has no ids.
             TypeError: if queries are not floating point, labels or ids are not integers, or k is not an int.
-            RuntimeError: if the bank is sharded and other ranks are not in a search.
+            RuntimeError: if the bank is sharded and the ranks do not all make this call.
         """
         with self._layout.checking("search"):
             k = whole_number("k", k)
@@ -214,7 +215,7 @@ class MemoryBank(nn.Module):
         return self._layout.step(u, _whole(labels), _whole(ids), step, self.backend)
 
     def others(self, u: Tensor, k: int, *, labels: Tensor | None, exclude_ids: Tensor | None) -> Found | None:
-        """Return the k − 1 nearest rows of unit rows u [B, D] that were not pushed, like `step`."""
+        """Return the k − 1 nearest rows to unit rows u [B, D], like `step`, but without pushing u."""
         k = min(k - 1, len(self._ring))
         if k < 1:
             return None
@@ -222,7 +223,7 @@ class MemoryBank(nn.Module):
         return self._layout.search(asked, k, self.backend)
 
     def neighbors(self, found: Found) -> Neighbors:
-        """Convert the result of a layout's search to that of `search`."""
+        """Convert the result of a layout's search to the `Neighbors` that `search` returns."""
         similarity, index, embedding, label = found
         if label is None:
             label = self._ring.labels[index]
@@ -266,10 +267,10 @@ class MemoryBank(nn.Module):
         check_tensor(name, embeddings)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dim:
             raise ValueError(
-                f"{name} must be [B, {self.dim}] as the bank has dim={self.dim}, got {list(embeddings.shape)}"
+                f"{name} must be [B, {self.dim}] because the bank has dim={self.dim}, got {list(embeddings.shape)}"
             )
         if not embeddings.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {embeddings.dtype}")
+            raise TypeError(f"{name} must be floating point, got {embeddings.dtype}")
         if self._ring.rows.is_meta and not embeddings.is_meta:
             raise ValueError("the bank is on the meta device: call to_empty first, or load with assign=True")
         if embeddings.device != self._ring.rows.device:
@@ -340,7 +341,7 @@ class MemoryBank(nn.Module):
             self._ring.load(saved, assign)
 
     def extra_repr(self) -> str:
-        """Describe size, number of filled rows and memory in this process."""
+        """Describe the size, the number of filled rows and the memory in this process."""
         backend = self.backend if isinstance(self.backend, str) else type(self.backend).__name__
         layout = "" if self.layout == "replicated" else f" layout={self.layout!r},"
         return (

@@ -46,7 +46,7 @@ def neighbor_purity(neighbor_labels: Tensor, labels: Tensor) -> Tensor:
 
 
 def embedding_spread(embeddings: Tensor) -> Tensor:
-    """Return √D times the standard deviation over the batch of the normalized embeddings, averaged over dimensions.
+    """Return √D times the standard deviation of the normalized embeddings in each dimension, averaged over dimensions.
 
     It is near 1 if the embeddings spread over the sphere, and 0 if all are the same, so it detects collapse (SimSiam,
     Chen & He 2021, figure 2). Does not synchronize with the device.
@@ -58,7 +58,7 @@ def embedding_spread(embeddings: Tensor) -> Tensor:
         A float32 scalar on the same device.
 
     Raises:
-        ValueError: if the shape is another one.
+        ValueError: if the shape is not [B, D] with at least two rows.
 
     >>> embedding_spread(torch.eye(4))
     tensor(1.)
@@ -87,7 +87,7 @@ def effective_rank(embeddings: Tensor) -> Tensor:
         A float32 scalar on the same device.
 
     Raises:
-        ValueError: if the shape is another one.
+        ValueError: if the shape is not [B, D] with at least two rows.
 
     >>> effective_rank(torch.eye(4))
     tensor(3.)
@@ -98,12 +98,12 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     if embeddings.ndim != 2 or embeddings.shape[0] < 2:
         raise ValueError(f"embeddings must be [B, D] with at least two rows, got {list(embeddings.shape)}")
     unit = F.normalize(embeddings.detach().float(), dim=1)  # [B, D]
-    # Differences from the first embedding are exact in float32 for embeddings that are nearly alike; then rescale them.
+    # If embeddings are nearly alike, their differences from the first one are exact in float32. They are then rescaled.
     beside = unit - unit[0]
     beside = beside / beside.abs().amax().clamp_min(SHORTEST)
     centered = beside - beside.mean(dim=0)
     with without_autocast(unit.device), exact_float32(unit.device):
-        # Both products have the same eigenvalues.
+        # Both products have the same nonzero eigenvalues.
         gram = centered @ centered.T if len(unit) < unit.shape[1] else centered.T @ centered
     trace, square = gram.trace(), gram.square().sum()
     return torch.where(square == 0, 0.0, trace.square() / square)
@@ -127,8 +127,8 @@ def knn_classify(
         labels: [n] integers, at least 0.
         k: number of votes, between 1 and n. A tie goes to the label with the larger sum of similarities.
         backend: as for `MemoryBank`.
-        chunk: number of queries at a time. The extra memory is about chunk × (k + number of classes) × 8 bytes, plus a
-            normalized copy of the features.
+        chunk: number of queries searched at once. The extra memory is about chunk × (k + number of classes) × 8 bytes,
+            plus a normalized copy of the features.
 
     Returns:
         [Q] int64 labels; −1 for queries that are not finite.

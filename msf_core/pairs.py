@@ -14,7 +14,7 @@ BUFFER_POLICIES = ("keep", "copy", "ema")
 
 
 class Pair(NamedTuple):
-    """The two tensors with the same name."""
+    """A tensor of the target and the tensor of the online encoder with the same name."""
 
     name: str
     whole: Tensor
@@ -44,7 +44,7 @@ def pair_up(target: nn.Module, online: nn.Module, buffers: str) -> list[Pair]:
 def untied(tensors: Iterable[tuple[str, Tensor, bool]]) -> Iterator[tuple[str, Tensor, bool]]:
     """Yield each tensor only under its first name, so that a tied tensor is updated once.
 
-    After ``load_state_dict(assign=True)``, a tied tensor is several tensors with the same memory.
+    After ``load_state_dict(assign=True)``, a tied tensor consists of several tensors that share memory.
     """
     seen: set[int] = set()
     has_addresses = not torch.compiler.is_compiling()
@@ -63,7 +63,7 @@ def _checked(name: str, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{name!r} is {list(f.shape)} in the target and {list(g.shape)} in online")
     if is_shard(f) or is_shard(g):
         if placement(f) != placement(g):
-            raise ValueError(f"{name!r} is not sharded alike in the target and in online")
+            raise ValueError(f"{name!r} is sharded differently in the target and in online")
         f, g = local(f), local(g)
     if f.device != g.device:
         raise ValueError(f"{name!r} is on {f.device} in the target and on {g.device} in online")

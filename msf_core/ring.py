@@ -1,7 +1,7 @@
 """The rows of a memory bank in this process: a first-in-first-out ring buffer, which is searched in place.
 
-A ring does not check its arguments: `MemoryBank` has checked and normalized them. It does not communicate with other
-processes; it stores a range of slots of the whole bank.
+A ring stores a range of slots of the whole bank. It does not check its arguments, because `MemoryBank` has checked and
+normalized them, and it does not communicate with other processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ class Found(NamedTuple):
     """
 
     similarity: Tensor
-    """[Q, k] float32, descending; by rounding, it can be slightly above 1."""
+    """[Q, k] float32, descending; because of rounding, it can be slightly above 1."""
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index
     """[Q, k] int64, slots of the bank."""
     embedding: Tensor
@@ -101,10 +101,10 @@ class Ring:
                 self.ids = torch.full_like(self.labels, UNKNOWN)
 
     def push(self, unit: Tensor, labels: Tensor | None, ids: Tensor | None) -> Tensor:
-        """Push unit rows [B, D] into the whole bank, and store those that belong to the slots here.
+        """Push unit rows [B, D] into the whole bank, and store those whose slots are in this process.
 
         Returns:
-            Their slots [B] int64; −1 for rows that later rows of the same batch overwrote.
+            The slots [B] int64 of the pushed rows; −1 for rows that later rows of the same batch overwrote.
         """
         count = unit.shape[0]
         if ids is not None:
@@ -144,7 +144,7 @@ class Ring:
         return slots if first + count <= self.size else slots.remainder_(self.size)
 
     def _own_part(self, count: int, gone: int) -> Iterator[tuple[slice, slice]]:
-        """Yield (places in this shard, rows among ``count`` new ones), without synchronizing with the device."""
+        """Yield (places in this shard, matching part of the ``count`` new rows), without device synchronization."""
         first = (int(self.pushed_on_host) + gone) % self.size  # slot of row number ``gone``
         for wrap in (0, self.size):
             begin = max(first, self.begin + wrap)
@@ -156,7 +156,7 @@ class Ring:
     def find(
         self, queries: Queries, k: int, backend: str | SearchBackend, own_elsewhere: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return similarity [Q, k] float32 and place [Q, k] int64 among the rows here, −1 for missing neighbors.
+        """Return similarity [Q, k] float32 and place [Q, k] int64 in this ring, −1 for missing neighbors.
 
         Queries are unit vectors in `query_dtype`. With ``own_elsewhere``, indices in ``queries.own`` may be outside of
         the rows here. At least k rows must be filled.
@@ -180,7 +180,7 @@ class Ring:
         return unpacked(F.embedding(places.clamp(min=0), self.rows), scale)
 
     def _take_over(self, name: str, part: Tensor | None) -> None:
-        """Use a saved tensor itself instead of a copy, if shape, dtype and device are those of the ring's tensor."""
+        """Use a saved tensor itself, without a copy, if its shape, dtype and device are those of the ring's tensor."""
         ours = getattr(self, name)
         if ours is None or part is None:
             return
@@ -190,7 +190,7 @@ class Ring:
             setattr(self, name, local.detach())
 
     def clear(self) -> None:
-        """Remove all rows. If ids are stored, they continue to be."""
+        """Remove all rows. If the ring stores ids, it continues to do so."""
         self._forget(0)
         for count in (self.pushed, self.nonfinite, self.pushed_on_host):
             count.zero_()
@@ -201,7 +201,7 @@ class Ring:
                 tensor[first:] = empty
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``fn`` of `torch.nn.Module._apply`, but keep the dtypes. If the values are lost, the ring is empty."""
+        """Apply ``fn`` like `torch.nn.Module._apply`, but keep the dtypes. Empty the ring if its values are lost."""
         was_meta = self.rows.is_meta
         with torch.inference_mode(False):
             for name in (*BESIDE, *COUNTS):
@@ -229,11 +229,11 @@ class Ring:
             return "the bank is on the meta device: call to_empty first, or load with assign=True"
         rows = saved["rows"]
         if not rows.is_floating_point() and rows.dtype != torch.int8:
-            return f"saved rows must be floating or int8, got {rows.dtype}"
+            return f"saved rows must be floating point or int8, got {rows.dtype}"
         if (rows.dtype == torch.int8) != ("scale" in saved):
             return f"saved rows must have a scale if they are int8, and none otherwise, got {rows.dtype}"
         if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != self.dim:
-            return f"the bank has dim={self.dim}, the saved rows are {list(rows.shape)}"
+            return f"the bank has dim={self.dim}, but the saved rows are {list(rows.shape)}"
         for name in ("scale", "labels", "ids"):
             part = saved.get(name)
             if part is None:
@@ -243,18 +243,18 @@ class Ring:
             if is_shard(rows) != is_shard(part):
                 return f"saved rows and {name} must both be DTensors, or neither"
             if part.is_floating_point() != (name == "scale"):
-                return f"a saved scale must be floating, labels and ids whole numbers, got {name} of {part.dtype}"
+                return f"saved scale must be floating point, and labels and ids integers, got {name} of {part.dtype}"
         for name in COUNTS:
             count = saved[name]
             if count.ndim != 0 or count.is_floating_point() or int(count) < 0:
-                return f"the saved {name} must be one whole number, got {count}"
+                return f"the saved {name} must be a single integer of at least 0, got {count}"
         return None
 
     @torch.no_grad()
     def load(self, saved: dict[str, Tensor], assign: bool) -> None:
         """Load the newest saved rows that fit. From a bank of the same size, every row keeps its slot.
 
-        With ``assign``, move to the device of the saved tensors, and use them without a copy where possible.
+        With ``assign``, move the ring to the device of the saved tensors, and use them without a copy if possible.
         """
         if assign and self.rows.device != saved["rows"].device:
             self._allocate(self.rows.dtype, saved["rows"].device, with_ids=self.ids is not None)

@@ -1,4 +1,4 @@
-"""Encoders without their wrappers and hooks, and with shards instead of gathered parameters under FSDP2."""
+"""Access to encoders without their wrappers and hooks, and to their shards under FSDP2."""
 
 import copy
 import sys
@@ -13,8 +13,8 @@ from torch.nn.parameter import is_lazy
 from msf_core.distributed import is_shard
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-# The attributes in which torch.compile, and activation checkpointing and offloading, store the wrapped module. Their
-# classes are in modules that are slow to import.
+# The attributes in which torch.compile, and activation checkpointing and offloading, store the wrapped module. The
+# wrappers' classes are in modules that are slow to import.
 _COMPILED, _CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
 _HOOKS = (
     "_forward_hooks",
@@ -58,7 +58,7 @@ def named_tensors(module: nn.Module, with_buffers: bool, prefix: str = "") -> It
 
 
 def without_wrappers(key: str) -> str:
-    """Convert a key of a ``state_dict`` to a name of `named_tensors`, except for wrappers of DDP and DataParallel."""
+    """Convert a key of a ``state_dict`` to a name of `named_tensors`; wrappers of DDP and DataParallel stay in it."""
     return ".".join(part for part in key.split(".") if part not in (_COMPILED, _CHECKPOINTED))
 
 
@@ -71,8 +71,8 @@ def listed(names: Any) -> str:
 def bare_copy(online: nn.Module) -> nn.Module:
     """Return a copy of ``online`` without wrappers, gradients and hooks.
 
-    Only those hooks are kept by which ``torch.nn.utils`` computes a weight before a forward (``weight_norm``,
-    ``spectral_norm``, pruning), because they are part of the encoder.
+    The only hooks that are kept are those with which ``torch.nn.utils`` computes a weight before a forward
+    (``weight_norm``, ``spectral_norm``, pruning), because they are part of the encoder.
 
     Raises:
         ValueError: if parameters are sharded or uninitialized, or a module is wrapped by FSDP1.
@@ -81,7 +81,9 @@ def bare_copy(online: nn.Module) -> nn.Module:
     bare = unwrap(online)
     tensors = {name: tensor for name, tensor, _ in named_tensors(bare, True)}
     if any(is_shard(tensor) for tensor in tensors.values()):
-        raise ValueError("online is already sharded: create the EMATarget first, then fully_shard online and .module")
+        raise ValueError(
+            "online is already sharded: create the EMATarget first, then call fully_shard on online and target.module"
+        )
     if lazy := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
         raise ValueError(
             f"online has {len(lazy)} uninitialized tensors: {listed(lazy)}; "
@@ -107,7 +109,7 @@ def bare_copy(online: nn.Module) -> nn.Module:
 
 
 def _instead(module: nn.Module) -> dict[int, Any]:
-    """Return the memo for copy.deepcopy that replaces some attributes of a module, by their ids."""
+    """Return a memo, by object id, with which copy.deepcopy replaces some attributes of a module."""
     attributes = vars(module)
     hooks = attributes.get("_forward_pre_hooks", {})
     needed = {key for key, hook in hooks.items() if _computes_a_weight(hook)}
@@ -129,10 +131,10 @@ def _computes_a_weight(hook: Any) -> bool:
 def to_shards(*modules: nn.Module) -> list[Any]:
     """Replace gathered parameters with FSDP2's shards, and return the groups for `gather_again`.
 
-    Gathered parameters are copies that FSDP2 later discards, with all changes. Parameters are gathered inside the
-    forward of the module that FSDP2 was applied to, which may contain the encoder at any depth, and after this forward
-    if that module is the root. FSDP2's group of parameters is found by the hook that it registers on the modules that
-    own the parameters.
+    Gathered parameters are copies that FSDP2 later discards, with all changes. Parameters are gathered during the
+    forward of the module that FSDP2 was applied to, which may contain the encoder at any depth. If that module is the
+    root, they stay gathered after this forward. FSDP2's group of parameters is found through the hook that it registers
+    on the modules that own the parameters.
 
     Raises:
         RuntimeError: if a parameter is gathered, and its group cannot be found in this version of PyTorch.
@@ -166,18 +168,19 @@ def _shard(part: nn.Module, hook: Any) -> list[Any]:
             return []
         raise RuntimeError(
             f"EMATarget cannot reach the shards of gathered parameters with PyTorch {torch.__version__}: call update "
-            "outside of the forward of what was sharded, or fully_shard(online) and fully_shard(target.module) alike"
+            "outside of the forward of the sharded module, or shard both alike, with fully_shard(online) and "
+            "fully_shard(target.module)"
         ) from error
     return [group] if gathered and state.name in ("FORWARD", "PRE_BACKWARD") else []
 
 
 def _check_not_fsdp1(module: nn.Module) -> None:
     if type(module).__name__ == "FullyShardedDataParallel":  # it has no shards of single parameters
-        raise ValueError("EMATarget works with FSDP2, fully_shard, and not with FullyShardedDataParallel")
+        raise ValueError("EMATarget works with FSDP2 (fully_shard), but not with FullyShardedDataParallel")
 
 
 def gather_again(groups: list[Any]) -> None:
-    """Gather again, within a forward or backward, the parameters that `to_shards` replaced with shards."""
+    """Gather the parameters that `to_shards` replaced with shards again, so that the forward or backward continues."""
     for group in groups:
         with group.use_training_state(type(group._training_state).IDLE):
             group.unshard()

@@ -139,7 +139,7 @@ def test_tables_and_pictures_are_written(tiny_run: tuple[Path, str]) -> None:
         assert line.count("|") == len(tables.HEADER) + 1
     missing = report[report.index("## Not measured") :]
     assert "cuVS at N = 2,000" in missing
-    assert "it searches CUDA arrays alone" in missing
+    assert "it searches only CUDA arrays" in missing
     for name in ("knn_cost.png", "knn_cost_share.png"):
         plot = (out / name).read_bytes()
         assert plot.startswith(b"\x89PNG\r\n\x1a\n")
@@ -171,8 +171,8 @@ def test_the_sizes_are_a_selection_the_whole_or_what_is_asked_for(monkeypatch: p
     [
         (["--rows", "0"], "--rows: must be a whole number of at least 1, got '0'"),
         (["--repeats", "many"], "--repeats: must be a whole number of at least 1, got 'many'"),
-        (["--rows", "100", "--k", "101"], "--k 101: it may be at most the rows of the bank, 100"),
-        (["--rows", "100"], "--batch 256: it may be at most the rows of the bank, 100"),
+        (["--rows", "100", "--k", "101"], "--k 101: must be at most the number of rows, 100"),
+        (["--rows", "100"], "--batch 256: must be at most the number of rows, 100"),
         (["--backends", "annoy"], "--backends annoy: unknown; known: auto, torch, "),
         (["--dtype", "float64"], "--dtype: invalid choice: 'float64'"),
         (["--out", __file__], "that is a file, not a folder"),

@@ -160,7 +160,7 @@ def test_true_similarity_is_of_the_nearest_row(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_rows_that_cannot_be_told_apart_are_an_error() -> None:
-    with pytest.raises(ValueError, match="dim must be at least 11 for 1536 rows"):
+    with pytest.raises(ValueError, match="dim must be at least 11 to distinguish 1536 rows"):
         lightly_bank.rows_missing(Task(ROWS, 8, BATCH, 1, CPU), lightly_bank.make_methods(CPU)[0])
 
 

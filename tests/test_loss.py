@@ -676,11 +676,11 @@ FORWARD = {
     "prediction one row": ((V[0], V), ValueError, r"prediction must be \[B, D\].* got \[3\]"),
     "prediction 3d": ((V[None], V[None]), ValueError, r"prediction must .* got \[1, 2, 3\]"),
     "batch empty": ((V[:0], V[:0]), ValueError, r"prediction must .* got \[0, 3\]"),
-    "prediction whole": ((V.long(), V), TypeError, "prediction must be floating, got torch.int64"),
-    "prediction complex": ((V.cfloat(), V), TypeError, "prediction must be floating, got torch.complex64"),
+    "prediction whole": ((V.long(), V), TypeError, "prediction must be floating point, got torch.int64"),
+    "prediction complex": ((V.cfloat(), V), TypeError, "prediction must be floating point, got torch.complex64"),
     "target's batch": ((V, V[:1]), ValueError, r"target must be \[2, 3\] .* got \[1, 3\]"),
     "target's dim": ((V, V[:, :2]), ValueError, r"target must be \[2, 3\] .* got \[2, 2\]"),
-    "target whole": ((V, V.int()), TypeError, "target must be floating, got torch.int32"),
+    "target whole": ((V, V.int()), TypeError, "target must be floating point, got torch.int32"),
     "target elsewhere": ((V, meta(2, 3)), ValueError, "target must .* cpu, got meta"),
     "all but the bank elsewhere": ((meta(2, 3), meta(2, 3)), ValueError, "target must .* bank's device.* got meta"),
     "bank's dim": ((V[:, :2], V[:, :2]), ValueError, r"target must .* dim=3, got \[2, 2\]"),
@@ -693,12 +693,12 @@ FORWARD = {
 BARE = {
     "prediction one row": ((V[0], V[:, None]), ValueError, r"prediction must .* got \[3\]"),
     "batch empty": ((V[:0], V[:0, None]), ValueError, r"prediction must .* got \[0, 3\]"),
-    "prediction whole": ((V.long(), V[:, None]), TypeError, "prediction must be floating, got torch.int64"),
+    "prediction whole": ((V.long(), V[:, None]), TypeError, "prediction must be floating point, got torch.int64"),
     "neighbors 2d": ((V, V), ValueError, r"neighbors must be \[B, k, D\].* \[2, 3\], got \[2, 3\]"),
     "no neighbor": ((V, V[:, None][:, :0]), ValueError, r"neighbors must .* got \[2, 0, 3\]"),
     "neighbors' batch": ((V, V[:1, None]), ValueError, r"neighbors must .* got \[1, 1, 3\]"),
     "neighbors' dim": ((V, V[:, None, :2]), ValueError, r"neighbors must .* got \[2, 1, 2\]"),
-    "neighbors whole": ((V, V[:, None].long()), TypeError, "neighbors must be floating, got torch.int64"),
+    "neighbors whole": ((V, V[:, None].long()), TypeError, "neighbors must be floating point, got torch.int64"),
     "neighbors elsewhere": ((V, meta(2, 1, 3)), ValueError, "neighbors must .* cpu, got meta"),
 }
 
@@ -794,7 +794,7 @@ def test_a_bank_that_is_none_is_a_type_error(bank: object) -> None:
 def test_a_schedule_that_gives_no_number_is_an_error_before_anything_is_pushed(value: object) -> None:
     bank = MemoryBank(size=8, dim=4)
     criterion = MeanShiftLoss(bank, k=lambda step: value)
-    with pytest.raises(ValueError, match="the schedule of k must give a finite number"):
+    with pytest.raises(ValueError, match="the schedule of k must return a finite number"):
         criterion(torch.ones(2, 4), torch.ones(2, 4))
     assert len(bank) == criterion.steps == 0
 

@@ -1,1 +1,1 @@
-"""What the benchmarks' commands measure with: timing, memory, cases, peers, records and tables."""
+"""Code that the benchmarks share: timing, memory, cases, peers, records and tables."""

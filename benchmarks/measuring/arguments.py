@@ -1,4 +1,4 @@
-"""What the command lines of the benchmarks share."""
+"""Command-line arguments that the benchmarks share."""
 
 import argparse
 
@@ -6,7 +6,7 @@ import torch
 
 
 def positive(text: str) -> int:
-    """Return the whole number of at least 1 that an argument holds."""
+    """Convert an argument to an int of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -17,7 +17,7 @@ def positive(text: str) -> int:
 
 
 def settle_device_and_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Choose ``args.device`` where it is not given; refuse a device that is not there, and an --out that is a file."""
+    """Set ``args.device`` if it is not given; reject an unavailable device, and an --out that is a file."""
     has_cuda = torch.cuda.is_available()
     args.device = args.device or ("cuda" if has_cuda else "cpu")
     if args.device == "cuda" and not has_cuda:

@@ -1,4 +1,4 @@
-"""What is measured: the search, one step of ours, one step as the authors form it, a ResNet50 training step."""
+"""The measured cases: a search, a step of msf_core, a step in the authors' formulation, a ResNet50 training step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,19 +37,19 @@ class Problem:
 
     @property
     def search_gflop(self) -> float:
-        """GFLOP a query by the formula 2·N·D."""
+        """GFLOP per query by the formula 2·N·D."""
         return 2e-9 * self.rows * self.dim
 
     @property
     def authors_gflop(self) -> float:
-        """GFLOP a query of the authors' step by the formula 6·N·D: two products forward, one backward."""
+        """GFLOP per query of the authors' step by the formula 6·N·D: two products forward, one backward."""
         return 3 * self.search_gflop
 
 
 def fill_bank(problem: Problem, backend: str = "auto") -> MemoryBank:
     """Return a full bank of random unit rows from a seeded generator.
 
-    One chunk is random; the others are the same, its dimensions rotated: as far apart, and quickly made.
+    One chunk is random. The others are copies of it with rotated dimensions, which are as far apart and fast to create.
     """
     device = torch.device(problem.device)
     bank = MemoryBank(problem.rows, problem.dim, dtype=getattr(torch, problem.dtype), backend=backend).to(device)
@@ -69,7 +69,7 @@ def make_batches(problem: Problem, count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def our_step(bank: MemoryBank, k: int) -> Step:
-    """One step of msf_core: push u, search, loss, backward to v. Returns the loss."""
+    """Return a step of msf_core (push u, search, loss, backward to v), which returns the loss."""
     criterion = MeanShiftLoss(bank, k)
 
     def step(v: Tensor, u: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def our_step(bank: MemoryBank, k: int) -> Step:
 
 
 def authors_step(bank: MemoryBank, k: int) -> Step:
-    """The same step in the authors' formulation (`reference`), in float32; it copies the bank's rows to begin with."""
+    """Return the same step in the authors' formulation (`reference`), in float32, on a copy of the bank's rows."""
     rows = bank.rows.to(torch.float32, copy=True)
     start = int(bank.pushed)
 
@@ -98,17 +98,17 @@ def authors_step(bank: MemoryBank, k: int) -> Step:
 
 
 def count_gflop(call: Callable[[], Result], queries: int) -> tuple[float, Result]:
-    """Run ``call``; return the GFLOP a query that PyTorch's own counter saw (products only), and the result."""
+    """Run ``call``; return the GFLOP per query that PyTorch's counter saw (products only), and the result."""
     with FlopCounterMode(display=False) as counter:
         result = call()
     return 1e-9 * counter.get_total_flops() / queries, result
 
 
 class Truth:
-    """The true nearest rows of a few queries, by brute force in float64, to judge searches of one bank with."""
+    """The true nearest rows of a few queries, by float64 brute force, to compute the recall of searches in a bank."""
 
     def __init__(self, bank: MemoryBank, queries: Tensor, most: int) -> None:
-        """Search the ``most`` nearest of the first few queries [Q, D], rounded as a search rounds them."""
+        """Find the ``most`` nearest rows of the first few queries [Q, D], which are rounded as in a search."""
         self.rows = bank.rows[: len(bank)]
         self.queries = F.normalize(queries[:RECALL_QUERIES].float(), dim=1).to(bank.dtype).double()  # [q, D]
         best = self.queries.new_empty(self.queries.shape[0], 0)
@@ -120,7 +120,7 @@ class Truth:
     def recall(self, index: Tensor) -> float:
         """Return the share of the true k nearest among the rows found, [Q, k].
 
-        A row counts where its similarity reaches the k-th best up to float32 rounding, and once only.
+        A row counts if its similarity reaches the k-th best up to float32 rounding. Duplicates count once.
         """
         index = index[:RECALL_QUERIES]  # [q, k]
         k = index.shape[1]
@@ -133,15 +133,16 @@ class Truth:
 def time_resnet50_step(device: torch.device, batch: int) -> tuple[list[float], int, str]:
     """Time the encoders' part of a training step, the denominator of every share.
 
-    Forward and backward of the online ResNet50 and forward of the target, on 224 x 224 images, channels last, in
-    train mode: no heads, optimizer or data loading, so a share of a whole training run is a little smaller. On CUDA
-    in bfloat16 autocast at ``batch``, halved while memory is short; on a CPU in float32 on a few images.
+    It runs forward and backward of the online ResNet50 and forward of the target, on 224 x 224 images, channels last,
+    in train mode. It has no heads, optimizer or data loading, so the share of a whole training run is a little smaller.
+    On CUDA, it uses bfloat16 autocast on ``batch`` images, a number that is halved whenever memory runs out. On a CPU,
+    it uses float32 on a few images.
 
     Returns:
-        Seconds of each run, the images in it, and in which arithmetic.
+        Seconds of each run, the number of images in it, and the name of the arithmetic.
 
     Raises:
-        ImportError: torchvision is not there.
+        ImportError: if torchvision is not installed.
     """
     from torchvision.models import resnet50
 

@@ -1,8 +1,8 @@
-"""What every measurement here shares: timing, quantiles, records, and a description of the machine.
+"""Code that all measurements share: timing, quantiles, records, and a description of the machine.
 
-Times are wall-clock seconds on a CPU. On a GPU they are seconds between CUDA events: as called, with what the host
-takes where the GPU waits for it, or with that hidden (`time_hidden`, not run on a GPU yet). Units: s, bytes,
-GFLOP = 1e9 operations, where a multiply-add counts as two.
+On a CPU, times are wall-clock seconds. On a GPU, they are seconds between CUDA events: either as called, which includes
+the time that the GPU waits for the host, or without this overhead (`time_hidden`, which has not run on a GPU yet).
+Units: s, bytes, GFLOP = 1e9 operations; a multiply-add counts as two operations.
 """
 
 import json
@@ -23,7 +23,7 @@ import torch
 
 import msf_core
 
-# Sizes [M, K, N] of the products that are tried to find the machine's own rate.
+# Sizes [M, K, N] of the products that are tried to find the fastest rate of the machine.
 CPU_PRODUCTS = ((256, 512, 1024), (256, 512, 8192), (2048, 2048, 2048))
 CUDA_PRODUCTS = ((256, 512, 131072), (4096, 4096, 4096), (8192, 8192, 8192))
 PRODUCT_SECONDS, PRODUCT_MOST_REPEATS = 0.15, 300
@@ -32,7 +32,7 @@ WAIT_CYCLES = (20_000_000, 80_000_000, 320_000_000)  # cycles of the GPU's clock
 
 
 class Summary(NamedTuple):
-    """Median, 20 % and 80 % quantile of some numbers."""
+    """Median, 20 % quantile and 80 % quantile of some numbers."""
 
     median: float
     q20: float
@@ -43,8 +43,8 @@ class Summary(NamedTuple):
 class Record:
     """One measurement: a line of the JSON lines file.
 
-    ``derived`` holds what follows from the measured figure and from nothing else that is not named there, such as
-    operations a second; ``environment`` says on what, with what and when it was measured.
+    ``derived`` contains values computed from the measured figure, such as operations per second, and other figures of
+    the same case; ``environment`` says on which machine, with which versions and when it was measured.
     """
 
     name: str
@@ -61,18 +61,18 @@ class Record:
 
 
 def quantiles(values: list[float]) -> Summary:
-    """Return median, 20 % and 80 % quantile, interpolated linearly; ``values`` must not be empty.
+    """Return the median, the 20 % and the 80 % quantile, interpolated linearly; ``values`` must not be empty.
 
     >>> quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     Summary(median=3.5, q20=2.0, q80=5.0)
     """
     if not values:
-        raise ValueError("values must hold at least one number, got none")
+        raise ValueError("values must contain at least one number, got none")
     return Summary(*(float(q) for q in np.quantile(values, (0.5, 0.2, 0.8))))
 
 
 def time_once(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that one call takes; on CUDA between two events around it."""
+    """Return the seconds that one call takes; on CUDA, the time between two events around it."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -90,10 +90,10 @@ def time_once(call: Callable[[], object], device: torch.device) -> float:
 def time_hidden(call: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that a CUDA device works on one call, with the host's part of the call hidden.
 
-    The device first gets a kernel that only waits; the call queues its kernels behind it. Where the wait is over before
-    the host is done, the call is run again behind a longer one. The result is NaN where the host is never done first:
-    the call itself waits for the device, as FAISS may, or has more launches than the queue holds. Nothing has to be
-    captured in a graph, so it works for any library on PyTorch's current stream.
+    The device first gets a kernel that only waits; the call queues its kernels behind it. If the wait ends before the
+    host has queued all of them, the call is repeated with a longer wait. The result is NaN if the host never finishes
+    first, because the call itself waits for the device (as FAISS may) or launches more kernels than fit into the queue.
+    This needs no graph capture, so it works for any library that uses PyTorch's current stream.
     """
     for cycles in WAIT_CYCLES:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -113,7 +113,7 @@ def time_hidden(call: Callable[[], object], device: torch.device) -> float:
 def hidden_summary(
     calls: Mapping[str, Callable[[int], object]], rounds: Mapping[str, int], device: torch.device
 ) -> dict[str, Summary]:
-    """Time the calls in turns by `time_hidden`; leave out those that cannot be, on a CPU all of them."""
+    """Time the calls alternately with `time_hidden`; leave out those that it cannot time (on a CPU, all of them)."""
     if device.type != "cuda":
         return {}
     times = time_interleaved(calls, rounds, device, time_hidden)
@@ -126,15 +126,16 @@ def time_interleaved(
     device: torch.device,
     timer: Callable[[Callable[[], object], torch.device], float] = time_once,
 ) -> dict[str, list[float]]:
-    """Time the calls in turns, so that a machine that slows down slows all of them.
+    """Time the calls alternately, so that a slowdown of the machine affects all of them.
 
-    Each round has an order of its own, from a seed: no call always finds the caches as the same other one left them.
+    Each round has its own random order from a seed, so that no call always runs after the same other call, with the
+    caches as that one left them.
 
     Args:
-        calls: name -> what to time, given the number of the round.
-        rounds: name -> how many rounds it takes part in, from the first on.
-        device: where they run.
-        timer: what tells the seconds of one call.
+        calls: name -> call to time; it gets the number of the round.
+        rounds: name -> number of rounds that the call takes part in, from the first on.
+        device: device on which the calls run.
+        timer: function that returns the seconds of one call.
 
     Returns:
         name -> seconds of each round.
@@ -148,13 +149,13 @@ def time_interleaved(
 
 
 def matmul_rates(device: torch.device) -> dict[str, tuple[list[float], str]]:
-    """Measure how fast this machine multiplies matrices, the ceiling of a search by products.
+    """Measure how fast this machine multiplies matrices, which bounds the speed of a search.
 
-    On a CPU float32 and bfloat16 products by torch.mm, and float32 ones by NumPy; on CUDA by torch.mm in float32
-    with TF32, float16 and bfloat16.
+    On a CPU, this tries float32 and bfloat16 products with torch.mm, and float32 products with NumPy. On CUDA, it tries
+    float32 (with TF32), float16 and bfloat16 products with torch.mm.
 
     Returns:
-        dtype -> GFLOP/s of each run of the product with the fastest single run, and which product that was.
+        dtype -> GFLOP/s of each run of the product with the fastest single run, and a description of that product.
     """
     dtypes = ("float32", "bfloat16") if device.type == "cpu" else ("float32", "float16", "bfloat16")
     before = torch.get_float32_matmul_precision()
@@ -185,7 +186,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> tuple[list[float],
 
 def memory_rate(device: torch.device) -> tuple[list[float], str]:
     """Measure how fast this machine reads memory: GB/s of each sum over an array far larger than its caches."""
-    count = (1 << 28 if device.type == "cuda" else 1 << 26) * 2  # 2 GB on CUDA, 512 MB on a CPU
+    count = (1 << 28 if device.type == "cuda" else 1 << 26) * 2  # 2 GiB on CUDA, 512 MiB on a CPU
     values = torch.ones(count, device=device)
     for _ in range(2):
         values.sum()
@@ -211,7 +212,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def in_words(environment: Mapping[str, Any]) -> str:
-    """Return what `describe_environment` told as the line of a table's heading.
+    """Return the result of `describe_environment` as one line, for the top of a report.
 
     >>> versions = {"torch": "2.15.0", "faiss": None}
     >>> in_words({"device": "a CPU", "threads": 2, "versions": versions, "date": "2026-11-24"})
@@ -222,7 +223,7 @@ def in_words(environment: Mapping[str, Any]) -> str:
 
 
 def cpu_name() -> str:
-    """Return the CPU's model name where the system tells it."""
+    """Return the CPU's model name if the system reports it, else the name of its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -234,7 +235,7 @@ def cpu_name() -> str:
 
 
 def write_jsonl(records: list[Record], path: Path) -> None:
-    """Write one record a line."""
+    """Write one record per line."""
     path.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records), encoding="utf-8")
 
 

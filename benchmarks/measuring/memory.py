@@ -1,17 +1,17 @@
-"""Extra memory: how far a call drives the memory above what was there before it, at its highest point.
+"""Extra memory: the peak during a call minus the memory in use before it.
 
-CPU (Linux): growth of the process's resident memory to its peak, VmHWM of /proc/self/status, which writing "5" to
-/proc/self/clear_refs sets back to the present value just before. Each case runs in a process of its own. There
-glibc is told to give every block of 64 KiB or more back to the system when it is freed (mallopt M_MMAP_THRESHOLD),
-so nothing freed earlier is used again unseen; and a call on at most 8,192 rows comes first, so the buffers that
-BLAS and the thread pools keep for good are in the baseline of every side. The kernel counts pages in batches a
-processor, so figures are right to some 0.3 MB; figures below that mean "next to nothing".
+CPU (Linux): the growth of the process's resident memory up to its peak (VmHWM in /proc/self/status). Before the call,
+writing "5" to /proc/self/clear_refs resets the peak to the current value. Each case runs in its own process. There,
+glibc returns every block of 64 KiB or more to the system as soon as it is freed (mallopt M_MMAP_THRESHOLD), so the call
+cannot reuse freed memory unnoticed. A call on at most 8,192 rows comes first, so that the buffers that BLAS and the
+thread pools keep are part of the baseline of every method. The kernel counts pages per processor and in batches, so
+figures are accurate to about 0.3 MB; figures below that mean "next to nothing".
 
-CUDA: torch.cuda.max_memory_allocated above what was allocated before. FAISS allocates outside of PyTorch: its lasting
-scratch is added, as the growth of used device memory (mem_get_info) outside of PyTorch's pool from before the
-first call on; short-lived allocations of FAISS's own are not seen, and code loaded at that first call is counted.
+CUDA: torch.cuda.max_memory_allocated minus the memory allocated before the call. FAISS allocates outside of PyTorch, so
+its permanent scratch memory is added: the growth of the device memory used outside of PyTorch's pool (mem_get_info)
+since before the first call. This misses short-lived allocations of FAISS, and includes code loaded by the first call.
 
-Elsewhere memory is unmeasured, and said to be.
+On other systems, the result says that memory is unmeasured.
 """
 
 import ctypes
@@ -30,12 +30,12 @@ from benchmarks.measuring.cases import Problem, authors_step, fill_bank, make_ba
 M_MMAP_THRESHOLD = -3  # malloc.h
 MMAP_THRESHOLD_BYTES = 64 << 10
 WARM_UP_ROWS = 8192
-STEP_CALLS = 5  # on a CPU the extra memory of our step is small and varies by some MB from call to call
+STEP_CALLS = 5  # on a CPU, the extra memory of our step is small and varies by some MB from call to call
 
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """What to measure: the ``search`` or the ``step`` with a backend, or the step as the ``authors`` form it."""
+    """What to measure: a "search" or a "step" with a backend, or the "authors" formulation of the step."""
 
     what: str
     method: str
@@ -44,7 +44,7 @@ class MemoryCase:
 
 @dataclass(frozen=True)
 class MemoryResult:
-    """Extra bytes at the peak of each call that was measured; none, and the reason, where they are unmeasured."""
+    """Extra bytes at the peak of each measured call; if they could not be measured, an empty list and the reason."""
 
     bytes: list[int]
     reason: str = ""
@@ -56,7 +56,7 @@ def measure_cases(cases: list[MemoryCase]) -> dict[MemoryCase, MemoryResult]:
 
 
 def extra_memory_cpu(call: Callable[[], object]) -> MemoryResult:
-    """Return by how many bytes one call drives this process's resident memory up, at the peak."""
+    """Return how many bytes one call adds to this process's resident memory at the peak."""
     if not sys.platform.startswith("linux"):
         return MemoryResult([], f"resident memory is read on Linux only, not on {sys.platform}")
     gc.collect()
@@ -67,11 +67,11 @@ def extra_memory_cpu(call: Callable[[], object]) -> MemoryResult:
         call()
         return MemoryResult([max(0, _resident_peak() - before)])
     except (OSError, KeyError) as error:
-        return MemoryResult([], f"this system does not tell the peak of resident memory: {error!r}")
+        return MemoryResult([], f"this system does not report the peak of resident memory: {error!r}")
 
 
 def extra_memory_cuda(call: Callable[[], object], device: torch.device) -> MemoryResult:
-    """Return by how many bytes one call drives PyTorch's allocations on the device up, at the peak."""
+    """Return how many bytes one call adds to PyTorch's allocations on the device at the peak."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -81,7 +81,7 @@ def extra_memory_cuda(call: Callable[[], object], device: torch.device) -> Memor
 
 
 def _in_fresh_process(case: MemoryCase) -> MemoryResult:
-    """Run one case in a process that has done nothing else; forked from a server that has only imported, if it can."""
+    """Run one case in a fresh process, which is forked, if possible, from a server that has only imported modules."""
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
@@ -128,7 +128,7 @@ def measure_here(case: MemoryCase) -> MemoryResult:
 
 
 def prepare(case: MemoryCase) -> Callable[[], object]:
-    """Build bank and batch of a case, and return the call to measure."""
+    """Build the bank and the batch of a case, and return the call to measure."""
     backend = "auto" if case.what == "authors" else case.method
     bank = fill_bank(case.problem, backend)
     ((v, u),) = make_batches(case.problem, 1)
@@ -153,7 +153,7 @@ def _trim() -> None:
 
 
 def _call_libc(name: str, *args: int) -> None:
-    """Call a function of glibc; nothing where the C library is another one."""
+    """Call a function of glibc; do nothing if the C library does not have it."""
     if sys.platform.startswith("linux"):
         function = getattr(ctypes.CDLL(None), name, None)
         if function is not None:

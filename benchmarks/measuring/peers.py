@@ -1,7 +1,7 @@
-"""The searches of other libraries, each over the same unit rows and for the same unit queries, rounded beforehand.
+"""Searches by other libraries (peers), with the same unit rows and the same unit queries, which are rounded beforehand.
 
-A peer returns the indices [Q, k] that it found, so that its recall is judged like ours. None of them fetches the
-neighbors' rows; `MemoryBank.search` does, within its time.
+A peer returns the indices [Q, k] that it found, from which its recall is computed as for msf_core. Only lightly's bank
+also fetches the neighbors' rows; `MemoryBank.search` always does, and its time includes this.
 """
 
 import importlib
@@ -15,15 +15,15 @@ from torch import Tensor
 from benchmarks.measuring.cases import Problem
 
 Search = Callable[[Tensor], Tensor]
-PRODUCT_MOST_BYTES = {"cpu": 300 << 20, "cuda": 16 << 30}  # bytes of the Q×N matrix of product-and-topk
+PRODUCT_MOST_BYTES = {"cpu": 300 << 20, "cuda": 16 << 30}  # bytes of the Q×N matrix of `build_product_topk`
 
 
 class Unfit(Exception):
-    """A peer cannot search this problem; the message says why."""
+    """A peer does not support this problem; the message says why."""
 
 
 class Peer(NamedTuple):
-    """``build`` makes the search for some rows; it raises ImportError, or `Unfit`."""
+    """A search by another library. ``build`` creates it for some rows, or raises ImportError or `Unfit`."""
 
     name: str
     package: str
@@ -31,7 +31,7 @@ class Peer(NamedTuple):
 
 
 def build_all(rows: Tensor, problem: Problem, only: str | None = None) -> tuple[dict[str, Search], dict[str, str]]:
-    """Return name -> search of all peers, or of one alone, that can do it, and name -> reason of the others."""
+    """Build all peers, or ``only`` one; return name -> search, and name -> reason for those that cannot be built."""
     built: dict[str, Search] = {}
     reasons: dict[str, str] = {}
     for peer in PEERS:
@@ -49,12 +49,12 @@ def build_all(rows: Tensor, problem: Problem, only: str | None = None) -> tuple[
 
 
 def versions() -> dict[str, str | None]:
-    """Return the version of each peer's package, None where it is absent."""
+    """Return the version of each peer's package, or None if it is not installed."""
     found: dict[str, str | None] = {}
     for package in dict.fromkeys(peer.package for peer in PEERS if peer.package not in ("torch", "faiss")):
         try:
             found[package] = str(getattr(importlib.import_module(package), "__version__", "of unknown version"))
-        except Exception:  # not installed, or broken in its own way
+        except Exception:  # not installed, or broken
             found[package] = None
     return found
 
@@ -73,7 +73,7 @@ def build_faiss(rows: Tensor, problem: Problem) -> Search:
 
     if problem.device == "cpu":
         if rows.dtype != torch.float32:
-            raise Unfit("faiss.knn takes float32 rows alone")
+            raise Unfit("faiss.knn accepts only float32 rows")
         array = rows.numpy()
         metric = faiss.METRIC_INNER_PRODUCT
         return lambda queries: torch.from_numpy(faiss.knn(queries.numpy(), array, problem.k, metric=metric)[1])
@@ -86,11 +86,11 @@ def build_faiss(rows: Tensor, problem: Problem) -> Search:
 
 
 def build_lightly(rows: Tensor, problem: Problem) -> Search:
-    """Build lightly's bank, filled with the rows, with the update that a training step does; it knows k = 1 alone."""
+    """Build lightly's bank, filled with the rows. Each search also updates it, as in training; k must be 1."""
     from lightly.models.modules import NNMemoryBankModule
 
     if problem.k != 1:
-        raise Unfit("it finds one neighbor")
+        raise Unfit("it finds only one neighbor")
     if rows.dtype != torch.float32:
         raise Unfit("its rows are float32")
     bank = NNMemoryBankModule(size=tuple(rows.shape)).to(rows.device)
@@ -104,18 +104,18 @@ def build_lightly(rows: Tensor, problem: Problem) -> Search:
 
 
 def build_flashlib(rows: Tensor, problem: Problem) -> Search:
-    """Build flashlib's fused Triton search by squared L2 distance: the same order for unit rows."""
+    """Build flashlib's fused Triton search by squared L2 distance, which gives the same order for unit rows."""
     if problem.device != "cuda":
-        raise Unfit("it is fused on CUDA alone")
+        raise Unfit("it is fused only on CUDA")
     from flashlib.primitives.knn import flash_knn
 
     return lambda queries: flash_knn(queries, rows, problem.k)[1].long()
 
 
 def build_cuvs(rows: Tensor, problem: Problem) -> Search:
-    """Build cuVS's brute force by inner product. Its index and its handles are made once, outside the time."""
+    """Build cuVS's brute force by inner product. The time does not include creating its index and handles."""
     if problem.device != "cuda":
-        raise Unfit("it searches CUDA arrays alone")
+        raise Unfit("it searches only CUDA arrays")
     from cuvs.common import Resources
     from cuvs.neighbors import brute_force
 

@@ -1,4 +1,4 @@
-"""The pictures of knn_cost.py: time against the rows of the bank, and the share of a training step."""
+"""The plots of knn_cost.py: time by number of rows in the bank, and the share of a training step."""
 
 from collections import Counter
 from pathlib import Path
@@ -37,7 +37,7 @@ LABEL_GAP = 1.35  # smallest ratio between the labels at the ends of the lines
 
 
 def plot_times(records: list[Record], path: Path) -> None:
-    """Draw time against N, both axes logarithmic, for the D, batch and k that have most sizes; write a PNG."""
+    """Plot time against N, both axes logarithmic, for the D, batch and k with the most sizes N, as a PNG."""
     groups = timed_searches(records)
     (chosen, _), *_ = Counter(sizes[1:] for sizes in groups).most_common(1)
     line = {sizes[0]: group for sizes, group in sorted(groups.items()) if sizes[1:] == chosen}
@@ -78,7 +78,7 @@ def plot_times(records: list[Record], path: Path) -> None:
     axes.set_xticks(x, [f"{rows:,}" for rows in x])
     axes.minorticks_off()
     axes.set_xlabel("rows of the bank, N")
-    axes.set_ylabel("seconds a batch (log scale), median; bar: 20–80 %")
+    axes.set_ylabel("seconds per batch (log scale), median; bar: 20–80 %")
     _label_ends(axes, ends, max(x))
     first = next(iter(line.values()))[0]
     p, environment = first.parameters, first.environment
@@ -93,7 +93,7 @@ def plot_times(records: list[Record], path: Path) -> None:
 
 
 def plot_shares(records: list[Record], unmeasured: dict[str, str], path: Path) -> None:
-    """Draw what share of a ResNet50 step the search takes, beside the paper's figures; write a PNG."""
+    """Plot the search's share of a ResNet50 step next to the paper's figures, as a PNG."""
     groups = {
         sizes: [record for record in group if "share_of_resnet50_step" in record.derived]
         for sizes, group in timed_searches(records).items()
@@ -125,7 +125,7 @@ def plot_shares(records: list[Record], unmeasured: dict[str, str], path: Path) -
     axes.set_xlabel("% of a ResNet50 training step of the same batch (online forward and backward, target forward)")
     environment = records[0].environment
     axes.set_title(
-        "Share of the nearest neighbors in a training step (D = 512, batch 256, k = 5)\n"
+        "Share of the nearest-neighbor search in a training step (D = 512, batch 256, k = 5)\n"
         f"{environment['device']}, {environment['threads']} threads, {environment['date'][:10]}",
         fontsize=12,
     )
@@ -138,7 +138,7 @@ def plot_shares(records: list[Record], unmeasured: dict[str, str], path: Path) -
 
 
 def _label_ends(axes: Any, ends: list[tuple[float, float, str, str]], right: float) -> None:
-    """Name each line at its right end, moved apart where they are close."""
+    """Label each line at its right end; move labels apart if they are close."""
     last = 0.0
     for x, y, text, color in sorted(ends, key=lambda end: end[1]):
         at = max(y, last * LABEL_GAP)

@@ -26,41 +26,41 @@ from benchmarks.measuring.tables import PAPER_TABLE_1
 from msf_core import MemoryBank
 from msf_core.search import load_backend
 
-LONG_GFLOP, FEW_REPEATS = 40, 3  # on a CPU, searches with more operations are run this often
-AUTHORS_MOST_ROWS = 500_000  # on a CPU
+LONG_GFLOP, FEW_REPEATS = 40, 3  # on a CPU, searches with more GFLOP per batch than this are repeated only this often
+AUTHORS_MOST_ROWS = 500_000  # on a CPU, the authors' step is not measured with more rows
 
 
 @dataclass
 class Run:
-    """One run of the benchmark: what was asked, and what has come of it so far."""
+    """One run of the benchmark: its arguments, and its results so far."""
 
     args: argparse.Namespace
     device: torch.device
     records: list[Record] = field(default_factory=list)
     unmeasured: dict[str, str] = field(default_factory=dict)
-    """What was not measured -> why. Keys: "resnet50_step", a method, "<method> at <sizes>", "memory of <method> …"."""
+    """What was not measured -> why. Keys: "resnet50_step", a method, "<method> at <sizes>", "memory of …"."""
     memory_cases: list[memory.MemoryCase] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
     def say(self, message: str) -> None:
-        """Print, with the seconds since the start."""
+        """Print a message with the seconds since the start."""
         print(f"[{time.perf_counter() - self.started:5.1f} s] {message}", flush=True)
 
     def rounds(self, problem: Problem, slow: bool = False) -> int:
-        """Return how often a case runs: less often on a CPU where one run takes long."""
+        """Return how often a case runs; on a CPU, long cases run less often."""
         slow = problem.device == "cpu" and (slow or problem.search_gflop * problem.batch > LONG_GFLOP)
         repeats: int = self.args.repeats
         return min(FEW_REPEATS, repeats) if slow else repeats
 
     def find(self, name: str, **parameters: object) -> Record | None:
-        """Return the first record of that name with those parameters."""
+        """Return the first record with this name and these parameters, or None."""
         for record in self.records:
             if record.name == name and parameters.items() <= record.parameters.items():
                 return record
         return None
 
     def add(self, name: str, parameters: dict[str, Any], values: list[float], unit: str, **more: Any) -> Record:
-        """Make a record of the measured values."""
+        """Create and store a record of the measured values."""
         environment = describe_environment(self.device)
         environment["versions"] |= {} if self.args.no_peers else peers.versions()
         record = Record(name, parameters, *quantiles(values), unit, len(values), environment, **more)
@@ -69,7 +69,7 @@ class Run:
 
 
 def by_bank(problems: list[Problem]) -> dict[tuple[int, int], list[Problem]]:
-    """Group the problems that search one bank, (N, D)."""
+    """Group the problems by the bank that they search, (N, D)."""
     groups: dict[tuple[int, int], list[Problem]] = {}
     for problem in problems:
         groups.setdefault((problem.rows, problem.dim), []).append(problem)
@@ -77,12 +77,12 @@ def by_bank(problems: list[Problem]) -> dict[tuple[int, int], list[Problem]]:
 
 
 def is_papers(problem: Problem) -> bool:
-    """Tell whether the paper's Table 1 has a row for that problem: D = 512, batch 256, k = 5, two sizes."""
+    """Return whether the paper's Table 1 has a row for this problem: D = 512, batch 256, k = 5, and one of two N."""
     return problem.rows in PAPER_TABLE_1 and on_the_line(problem)
 
 
 def on_the_line(problem: Problem) -> bool:
-    """Tell whether a problem is the paper's but for N."""
+    """Return whether a problem has the paper's D, batch and k, with any N."""
     return (problem.dim, problem.batch, problem.k) == (512, 256, 5)
 
 
@@ -91,7 +91,7 @@ def measure_machine(run: Run) -> None:
     environment = describe_environment(run.device)
     run.say(f"{environment['device']}, {environment['threads']} threads: matrix products and memory")
     for dtype, (rates, product) in matmul_rates(run.device).items():
-        # The best single run is the ceiling; median and quantiles show how steady the machine is.
+        # The best single run is the ceiling; the median and the quantiles show how stable the machine is.
         run.add("matmul_rate", {"dtype": dtype, "product": product}, rates, "GFLOP/s", derived={"best": max(rates)})
         run.say(f"best {max(rates):,.0f} GFLOP/s: {product}")
     rates, what = memory_rate(run.device)
@@ -99,7 +99,7 @@ def measure_machine(run: Run) -> None:
     run.say(f"best {max(rates):,.0f} GB/s: {what}")
     for name, reason in run.args.missing_backends.items():
         run.unmeasured[f"msf_core, {name}"] = reason
-        run.say(f"backend {name} left out: {reason}")
+        run.say(f"backend {name} is left out: {reason}")
     if run.args.no_resnet:
         run.unmeasured["resnet50_step"] = "left out by --no-resnet"
         return
@@ -116,7 +116,7 @@ def measure_machine(run: Run) -> None:
 
 
 def ceilings(run: Run, problem: Problem) -> tuple[float, float]:
-    """Return GFLOP/s and GB/s that bound a search from above, of the machine as measured."""
+    """Return the measured GFLOP/s and GB/s that bound the speed of a search on this machine."""
     dtypes = ("float32", "bfloat16") if problem.device == "cpu" else (problem.dtype,)
     products = [record for dtype in dtypes if (record := run.find("matmul_rate", dtype=dtype)) is not None]
     (memory_read,) = (record for record in run.records if record.name == "memory_rate")
@@ -124,7 +124,7 @@ def ceilings(run: Run, problem: Problem) -> tuple[float, float]:
 
 
 def measure_searches(run: Run, rows: int, dim: int, problems: list[Problem]) -> None:
-    """Time the searches of one bank, by every backend and peer in turns."""
+    """Time the searches of one bank, alternating between all backends and peers."""
     run.say(f"N = {rows:,}, D = {dim}: filling the bank, float64 brute force")
     bank = cases.fill_bank(problems[0])
     most = max(problem.k for problem in problems)
@@ -146,7 +146,7 @@ def _measure_search(run: Run, problem: Problem, bank: MemoryBank, truth: cases.T
     if not run.args.no_peers:
         others, reasons = peers.build_all(bank.rows, problem)
         if problem.device == "cpu" and not (on_the_line(problem) and problem.rows < AUTHORS_MOST_ROWS):
-            others.pop("bare faiss.knn", None)  # it costs the same as msf_core's faiss, and leaving it out saves time
+            others.pop("bare faiss.knn", None)  # it costs the same as msf_core's faiss, so save the time
         run.unmeasured |= {f"{name} at {describe(problem)}": reason for name, reason in reasons.items()}
 
     def ours(backend: str) -> Callable[[int], Tensor]:
@@ -160,7 +160,7 @@ def _measure_search(run: Run, problem: Problem, bank: MemoryBank, truth: cases.T
         return lambda number: others[name](prepared[number + 1])
 
     calls = {name: ours(name) for name in run.args.backends} | {name: theirs(name) for name in others}
-    # A bank's operator hides its products from the counter, so those of the torch backend are counted.
+    # The operator of a bank hides its products from the counter, so count those of the torch backend.
     counted, _ = cases.count_gflop(lambda: load_backend("torch").topk(prepared[0], bank.rows, problem.k), problem.batch)
     recall: dict[str, float | None] = {}
     for name in list(calls):
@@ -169,7 +169,7 @@ def _measure_search(run: Run, problem: Problem, bank: MemoryBank, truth: cases.T
         except Exception as error:
             if name in run.args.backends:
                 raise
-            del calls[name]  # a peer that fails after all
+            del calls[name]  # a peer that was built but fails in the search
             run.unmeasured[f"{name} at {describe(problem)}"] = f"{type(error).__name__}: {error}"
             continue
         recall[name] = None if name == "lightly bank" else truth.recall(index)
@@ -182,7 +182,7 @@ def _measure_search(run: Run, problem: Problem, bank: MemoryBank, truth: cases.T
 
 def _measure_authors(run: Run, problem: Problem, bank: MemoryBank) -> None:
     if problem.device == "cpu" and problem.rows > AUTHORS_MOST_ROWS:
-        run.unmeasured[f"authors' step at {describe(problem)}"] = "left out on a CPU: it takes long, and gigabytes"
+        run.unmeasured[f"authors' step at {describe(problem)}"] = "left out on a CPU: it takes much time and memory"
         return
     rounds = run.rounds(problem, slow=True)
     batches = cases.make_batches(problem, rounds + 1)
@@ -196,7 +196,7 @@ def _measure_authors(run: Run, problem: Problem, bank: MemoryBank) -> None:
 
 
 def _note_hidden(record: Record, hidden: Summary | None) -> None:
-    """Put the GPU's time with the host hidden into a record; on a CPU, and where it cannot be told, there is none."""
+    """Add the GPU's time with the host hidden to a record, if there is one (never on a CPU)."""
     if hidden is not None:
         record.derived["host_hidden"] = hidden._asdict()
 
@@ -204,7 +204,7 @@ def _note_hidden(record: Record, hidden: Summary | None) -> None:
 def _add_search(
     run: Run, problem: Problem, method: str, seconds: list[float], counted: float, recall: float | None
 ) -> Record:
-    """Make the record of one search, and ask for its memory to be measured where it is one of the paper's sizes."""
+    """Add the record of one search; for a backend at the paper's largest size, also request its extra memory."""
     authors, ours = method == "authors", method in run.args.backends
     name = "authors" if authors else "search" if ours else "peer"
     record = run.add(name, asdict(problem) | {"method": method}, seconds, "s", recall=recall)
@@ -242,7 +242,7 @@ def describe(problem: Problem) -> str:
 
 
 def measure_steps(run: Run, problem: Problem) -> None:
-    """Time one step of ours with each backend, the authors', and two peers' searches, in turns; compare losses."""
+    """Time a step of msf_core by backend, the authors' step, and two peers' searches alternately; compare losses."""
     run.say(f"one step, {describe(problem)}: filling the banks")
     filled = cases.fill_bank(problem)
     *batches, warm_up = cases.make_batches(problem, run.args.repeats + 1)
@@ -279,7 +279,7 @@ def _run_step(step: cases.Step, batches: list[tuple[Tensor, Tensor]], number: in
 
 
 def _peer_steps(run: Run, problem: Problem, bank: MemoryBank) -> dict[str, cases.Step]:
-    """Return the searches to stand beside a step: a bare faiss.knn, and lightly's bank with its update, k = 1."""
+    """Return the searches to compare a step with: a bare faiss.knn, and lightly's bank with its update, k = 1."""
     wanted = {"bare faiss.knn": (bank.rows, problem), "lightly bank": (bank.rows.clone(), replace(problem, k=1))}
     found: dict[str, cases.Step] = {}
     for name, (rows, of) in wanted.items():
@@ -298,7 +298,7 @@ def _as_step(search: peers.Search, dtype: torch.dtype) -> cases.Step:
 
 
 def measure_memory(run: Run) -> None:
-    """Measure the extra memory of everything that is asked for."""
+    """Measure the extra memory of all requested cases."""
     wanted = list(dict.fromkeys(run.memory_cases))
     run.say(f"extra memory: {len(wanted)} cases, each in a fresh process")
     for case, result in memory.measure_cases(wanted).items():

@@ -1,4 +1,4 @@
-"""The report of knn_cost.py: Markdown from its records, and the paper's figures to stand beside them."""
+"""The report of knn_cost.py in Markdown: tables of its records next to the paper's figures."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ HEADER = (
 
 
 def write_report(records: list[Record], unmeasured: dict[str, str]) -> str:
-    """Return the whole report in Markdown. Every cell is measured here, from the paper, or says why it is not."""
+    """Return the whole report in Markdown. A cell has a measured value, the paper's, or the reason why it has none."""
     parts = [
         "# Cost of the nearest neighbors",
         in_words(records[0].environment),
@@ -57,7 +57,7 @@ def write_report(records: list[Record], unmeasured: dict[str, str]) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return seconds in the unit that reads best.
+    """Return seconds in a suitable unit.
 
     >>> format_seconds(0.1715), format_seconds(2.5), format_seconds(44e-6)
     ('172 ms', '2.50 s', '44.0 µs')
@@ -67,12 +67,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_spread(record: Record) -> str:
-    """Return the median of a record in seconds, with its 20 % and 80 % quantiles."""
+    """Return the median of a record of seconds, with the 20 % and 80 % quantiles."""
     return f"{format_seconds(record.median)} ({format_seconds(record.q20)}–{format_seconds(record.q80)})"
 
 
 def format_bytes(count: float) -> str:
-    """Return bytes in MB or GB, of 1e6 and 1e9.
+    """Return bytes in MB (1e6) or GB (1e9).
 
     >>> format_bytes(262144000), format_bytes(2097152000), format_bytes(4.3e6)
     ('262 MB', '2.10 GB', '4.30 MB')
@@ -82,13 +82,13 @@ def format_bytes(count: float) -> str:
 
 
 def host_hidden(record: Record) -> str:
-    """Return the median of the GPU's time with the host hidden; "—" where there is none."""
+    """Return the median of the GPU's time with the host hidden, or "—" if there is none."""
     hidden = record.derived.get("host_hidden")
     return "—" if hidden is None else format_seconds(hidden["median"])
 
 
 def find_memory(records: list[Record], record: Record) -> Record | None:
-    """Return the extra-memory record of what ``record`` has timed."""
+    """Return the extra-memory record of the call that ``record`` timed."""
     what = "authors" if record.parameters["method"] == "authors" else record.name
     wanted = record.parameters | {"what": what}
     for other in records:
@@ -98,17 +98,17 @@ def find_memory(records: list[Record], record: Record) -> Record | None:
 
 
 def is_ours(record: Record) -> bool:
-    """Tell whether a record is of msf_core."""
+    """Return whether a record is of msf_core."""
     return record.name == "search" or (record.name == "step" and "loss" in record.derived and not is_authors(record))
 
 
 def is_authors(record: Record) -> bool:
-    """Tell whether a record is of the authors' formulation."""
+    """Return whether a record is of the authors' formulation."""
     return bool(record.parameters["method"] == "authors")
 
 
 def label(record: Record) -> str:
-    """Return how a method is named in tables and plots."""
+    """Return the name of a method in tables and plots."""
     method = record.parameters["method"]
     return (
         "authors' step, with backward" if is_authors(record) else f"msf_core, {method}" if is_ours(record) else method
@@ -121,7 +121,7 @@ def sizes_of(record: Record) -> tuple[int, ...]:
 
 
 def timed_searches(records: list[Record]) -> dict[tuple[int, ...], list[Record]]:
-    """Return the searches and the authors' steps by their sizes."""
+    """Return the searches and the authors' steps, grouped by their sizes."""
     groups: dict[tuple[int, ...], list[Record]] = {}
     for record in records:
         if record.name in ("search", "peer", "authors"):
@@ -139,7 +139,7 @@ def _table(header: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def _timed_table(header: tuple[str, ...], rows: list[list[str]], hidden: list[str]) -> str:
-    """Return a table with the GPU's times, host hidden, behind those as called, if any row has one."""
+    """Return a table; if any row has a GPU time with the host hidden, add a column for it after the time as called."""
     if all(cell == "—" for cell in hidden):
         return _table(header, rows)
     at = next(place for place, title in enumerate(header) if title.startswith("time"))
@@ -172,7 +172,7 @@ def _machine_lines(records: list[Record], unmeasured: dict[str, str]) -> str:
 
 
 def _glance(records: list[Record]) -> str:
-    """One line a problem, one column a method; and how far "auto" is from the fastest backend of ours."""
+    """Return a table with a line per problem, a column per method, and the ratio of "auto" to the fastest backend."""
     groups = timed_searches(records)
     methods = list(dict.fromkeys(label(r) for group in groups.values() for r in group if not is_authors(r)))
     rows = []
@@ -266,14 +266,14 @@ def _step_table(records: list[Record], unmeasured: dict[str, str]) -> str:
     p = theirs.parameters
     title = (
         f"N = {p['rows']:,}, D = {p['dim']}, batch {p['batch']}, k = {p['k']}, {p['dtype']} rows; "
-        f"{theirs.repeats} runs of each in turns, ratios of medians. The bare searches have neither push, loss nor "
+        f"{theirs.repeats} runs of each in turns, ratios of medians. The bare searches have no push, loss or "
         "backward; lightly's bank finds one neighbor, and updates itself."
     )
     return f"{title}\n\n{_timed_table(header, rows, [host_hidden(record) for record in steps])}"
 
 
 def _unmeasured_lines(unmeasured: dict[str, str]) -> str:
-    """One line a reason, with all that it holds for."""
+    """Return one line per reason, with everything that it applies to."""
     by_reason: dict[str, list[str]] = {}
     for what, reason in unmeasured.items():
         by_reason.setdefault(_cell(reason), []).append(what)
@@ -289,12 +289,12 @@ def _unmeasured_lines(unmeasured: dict[str, str]) -> str:
 
 def _notes(records: list[Record]) -> str:
     return (
-        f"{_first(records)} A multiply-add is two operations. Peers get queries that are normalized and rounded "
-        "beforehand, and fetch no rows; ours do both within the time. The floor is the longer of two: the products at "
-        "the product ceiling, and reading every row once at the memory ceiling. The paper's share is of the training "
-        "time on its machines; here of the ResNet50 step above. Extra memory is measured at N = 1,024,000. "
-        "Recall: against float64 brute force on eight queries; the authors' step and lightly's bank return no "
-        "indices to judge."
+        f"{_first(records)} A multiply-add is two operations. The times of msf_core include normalizing and rounding "
+        "the queries and fetching the neighbors' rows; those of other libraries do not (only lightly's bank fetches "
+        "rows). The floor is the longer of two times: the products at the product ceiling, or reading every row once "
+        "at the memory ceiling. The paper's shares are of the training time on its machines, ours of the ResNet50 step "
+        "above. Extra memory is measured at N = 1,024,000. Recall is relative to float64 brute force on eight queries; "
+        "the authors' step and lightly's bank return no indices to compare."
     )
 
 

@@ -1,4 +1,4 @@
-"""The "auto" backend, which chooses by device, size and installed packages at every search."""
+"""The "auto" backend, which chooses a backend at every search, by device, size and installed packages."""
 
 from functools import cache, partial
 from typing import cast
@@ -11,8 +11,8 @@ from msf_core.search.registry import load_backend, most_neighbors, why_not
 from msf_core.search.screen import screen_pays, screened_search
 from msf_core.search.trial import TriedSearch
 
-# From benchmarks/results/cpu_auto.md, on two AMD cores. FAISS multiplies blocks of 1,024 rows. On a CPU, its OpenBLAS
-# reaches full speed from this value of Q·D on, 1.3 to 1.5 times as fast as PyTorch; below, it is up to 4 times slower.
+# From benchmarks/results/cpu_auto.md, on two AMD cores. FAISS multiplies blocks of 1,024 rows. If Q·D is at least this
+# value, its OpenBLAS reaches full speed, 1.3 to 1.5 times that of PyTorch; otherwise it is up to 4 times slower.
 FAISS_LEAST_WORK = 256 * 512
 # At full speed, FAISS is faster than the screen if the bank has fewer rows per neighbor than this.
 SCREEN_LEAST_ROWS = 1000

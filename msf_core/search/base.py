@@ -1,4 +1,4 @@
-"""The interface of search backends, and what all of them share."""
+"""The interface of search backends, and code that they share."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -45,8 +45,8 @@ class Queries(NamedTuple):
     """[Q] int64: rows with this id are not found; a negative id excludes none."""
     own: Tensor | None = None
     """[Q, V] int64: the indices, between 0 and n − 1, of V rows that are not found: the query's own rows, one for each
-    view. A backend that supports this has the attribute ``leaves_out_own``; from others, V more neighbors are
-    requested."""
+    view. A backend that supports this has the attribute ``leaves_out_own``; other backends are asked for V more
+    neighbors."""
 
     def at(self, which: Tensor | slice) -> "Queries":
         """Return the selected queries."""
@@ -95,7 +95,7 @@ class SearchBackend(Protocol):
 
         Returns:
             similarity [Q, k] float32, descending, and index [Q, k] int64 into ``rows``. Products are accumulated in
-            float32. A row with NaN is never found. If there are fewer than k other rows, the last similarities are −inf
+            float32. A row with NaN is never found. If fewer than k rows are without NaN, the last similarities are −inf
             with index −1.
         """
         ...
@@ -105,11 +105,11 @@ class SearchBackend(Protocol):
 class GeneralSearch(SearchBackend, Protocol):
     """A backend that also supports int8 rows, and queries with labels and ids.
 
-    Without this method, a backend still works with all of them, by `search_by`.
+    A backend without this method still works with all of these, through `search_by`.
     """
 
     def general_topk(self, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k largest inner products with the rows that each query may find, like `SearchBackend.topk`.
+        """Like `SearchBackend.topk`, return the k largest inner products with the rows that each query may find.
 
         If a query may find fewer than k rows, its last similarities are −inf with index −1.
         """
@@ -187,7 +187,7 @@ def _knows_autocast(device_type: str) -> bool:
 def _made_exact(device: torch.device) -> Iterator[None]:
     if hasattr(torch.backends, "fp32_precision"):
         matmul = _matmul_of(device)
-        # An inherited value is restored as inherited.
+        # If the value was inherited from torch.backends, restore it as "none", which means inherited.
         inherited = matmul.fp32_precision == torch.backends.fp32_precision
         before, matmul.fp32_precision = "none" if inherited else matmul.fp32_precision, "ieee"
         try:
@@ -204,7 +204,7 @@ def _made_exact(device: torch.device) -> Iterator[None]:
 
 
 def exact_float32(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which float32 products are computed in float32, without TF32 and bfloat16."""
+    """Return a context in which float32 products are computed in float32, not in TF32 or bfloat16."""
     return _NOTHING if _is_exact(device) else _made_exact(device)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from msf_core.search.base import Queries, Rows, RunningTopk, check_search_arguments
 
-# On the CPU, FAISS accepts only float32, so half-precision rows are converted in chunks of this size.
+# On the CPU, FAISS accepts only float32, so half-precision rows are converted in chunks of this many rows.
 CPU_CHUNK_ROWS = 4096
-# Scratch memory of FAISS on a GPU. The default of FAISS is 1.5 GB.
+# Scratch memory of FAISS on a GPU. FAISS's default is 1.5 GB.
 CUDA_SCRATCH_BYTES = 48 << 20
 GPU_REMEDY = "pip install 'msf_core[faiss-gpu]' (Linux x86-64)"
 
@@ -27,7 +27,7 @@ def has_cuda() -> bool:
 class FaissSearch:
     """`SearchBackend` with FAISS."""
 
-    most_neighbors = MappingProxyType({"cuda": 2048})  # by device type: what knn_gpu can select
+    most_neighbors = MappingProxyType({"cuda": 2048})  # by device type; the limit of knn_gpu
 
     def __init__(self) -> None:
         self._resources: dict[int, Any] = {}  # device index -> faiss.StandardGpuResources
@@ -50,7 +50,7 @@ class FaissSearch:
 
     def _topk_cuda(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if not has_cuda():
-            raise ValueError(f"{self.why_not('cuda')}, or backend='torch'")
+            raise ValueError(f"{self.why_not('cuda')}, or use backend='torch'")
         if k > self.most_neighbors["cuda"]:
             raise ValueError(f"faiss.knn_gpu finds at most {self.most_neighbors['cuda']} neighbors, got k={k}")
         import faiss.contrib.torch_utils
@@ -79,7 +79,7 @@ def _topk_cpu(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _knn(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Search with FAISS without copying the tensors, [Q, k] each; rows with NaN are skipped, which leaves index −1."""
+    """Search with FAISS without copying the tensors. FAISS skips rows with NaN and returns index −1 instead."""
     found = faiss.knn(queries.numpy(), rows.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
     similarity, index = map(torch.from_numpy, found)
     return similarity.masked_fill_(index < 0, -torch.inf), index

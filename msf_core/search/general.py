@@ -1,4 +1,4 @@
-"""Searches with labels, ids and int8 rows by backends that have only `SearchBackend.topk`."""
+"""Searches with labels, ids and int8 rows for backends that have only `SearchBackend.topk`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +17,8 @@ SPARE = 2  # request this many times k neighbors, because some may be excluded
 def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     """Search like `GeneralSearch.general_topk`, with any backend.
 
-    From a backend that has only ``topk``, more than k neighbors are requested if labels or ids exclude rows. Queries
-    that still have fewer than k are searched again by the torch backend, which synchronizes with a GPU.
+    If labels or ids exclude rows, a backend that has only ``topk`` is asked for more than k neighbors. Queries that
+    still have fewer than k are searched again by the torch backend; this synchronizes with a GPU.
     """
     if queries.own is not None and not getattr(backend, "leaves_out_own", False):
         return leaving_out_own(partial(search_by, backend), queries, rows, k)
@@ -48,7 +48,7 @@ def search_by(backend: SearchBackend, queries: Queries, rows: Rows, k: int) -> t
 
 
 def leaving_out_own(search: Search, queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """Search without a query's own rows by a ``search`` that does not support ``queries.own``.
+    """Exclude each query's own rows with a ``search`` that does not support ``queries.own``.
 
     V more neighbors are requested, and the own rows are removed. Indices in ``own`` may also be outside of the rows.
     """

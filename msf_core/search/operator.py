@@ -9,9 +9,10 @@ from msf_core.search.base import Queries, Rows
 from msf_core.search.general import leaving_out_own, search_by
 from msf_core.search.registry import load_backend
 
-# torch.library.custom_op would need fewer lines, but at the first call it imports the compiler, which takes seconds.
+# torch.library.custom_op would be shorter, but at the first call it imports the compiler, which takes seconds.
 _LIBRARY = torch.library.Library("msf_core", "DEF")
-# The operator reads a number on the CPU. A CUDA graph that torch.compile records while the bank fills would freeze it.
+# The operator reads ``filled`` on the CPU. If torch.compile recorded a CUDA graph while the bank fills up, the graph
+# would replay that value forever.
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)  # PyTorch 2.9
 _LIBRARY.define(
     "search(Tensor queries, Tensor rows, Tensor filled, int k, str backend, Tensor? scale, "

@@ -26,7 +26,7 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
         device: the bank's device; by default "cuda" if it is available, else "cpu".
 
     Returns:
-        A dict from each name to None if the backend works, else to the reason and how to fix it.
+        A dict that maps each name to None if the backend works, else to the reason and how to fix it.
 
     Raises:
         ValueError: if PyTorch has no such device.
@@ -39,7 +39,7 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     try:
         device_type = torch.device(device).type
     except RuntimeError as error:
-        raise ValueError(f"device must be one of PyTorch's, got {device!r}") from error
+        raise ValueError(f"device must be a PyTorch device, got {device!r}") from error
     return {name: why_not(name, device_type) for name in _CLASSES if name != "auto"}
 
 
@@ -76,7 +76,7 @@ def find_backend(backend: str | SearchBackend, device: torch.device) -> SearchBa
 
 
 def check_anywhere(backend: str | SearchBackend, device: torch.device | str | int | None) -> None:
-    """Raise unless the backend works on the device; if the device is None or meta, on the CPU or on CUDA.
+    """Raise unless the backend works on the device or, if the device is None or meta, on the CPU or on CUDA.
 
     Raises:
         ValueError, ImportError, TypeError: as in `find_backend`.
@@ -110,7 +110,7 @@ def most_neighbors(backend: SearchBackend, device_type: str) -> int | None:
     return most
 
 
-# The same as torch.compiler.assume_constant_result, but without the import of the compiler, which takes seconds:
+# The same as torch.compiler.assume_constant_result, but without importing the compiler, which takes seconds:
 # torch.compile calls the function once, while tracing.
 check_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -1,12 +1,12 @@
-"""Exact search on CPUs with bfloat16 instructions: a screen in bfloat16, after which few rows remain for float32.
+"""Exact search on CPUs with bfloat16 instructions: a screen in bfloat16 leaves only a few rows for float32.
 
 Consecutive rows form groups. The products of a query q with all rows are computed in bfloat16, several times faster
 than in float32, and only the largest product of each group is kept. If this maximum plus the largest possible rounding
 error reaches a lower bound of the k-th best product, the group can contain a neighbor. The products of such groups are
 computed again in float32.
 
-The error of a product s̃ of the screen, for a row r no longer than 1 (Cauchy-Schwarz; rounding to bfloat16 changes a
-value by at most 2⁻⁸ of it), is bounded by
+For a row r no longer than 1, the error of a product s̃ of the screen is bounded as follows (Cauchy-Schwarz; rounding to
+bfloat16 changes a value by at most 2⁻⁸ of it):
 
     |s̃ − q·r| ≤ ‖q − bfloat16(q)‖  +  2⁻⁸·‖q‖  +  D·2⁻²²·‖q‖  +  2⁻⁸·|s̃|
                  rounding of q        of r         of the sum      of the result, which keeps the order
@@ -29,20 +29,21 @@ from msf_core.search.base import Queries, Rows, RunningTopk, exact_float32, roun
 
 GROUP = 16  # rows
 CHUNK_ROWS = 2048  # rows whose bfloat16 copies and products fit into the cache
-MOST_QUERIES = 512  # at once
-# Rows whose maxima are kept before their candidates are computed again. At first only the k-th best of one block is
-# known, so a block has many rows per neighbor.
+MOST_QUERIES = 512  # searched at once
+# A block is the rows whose maxima are kept before their candidates are computed again. At first, only the k-th best of
+# one block is known, so a block has many rows per neighbor.
 BLOCK_ROWS_FOR_EACH_NEIGHBOR, LEAST_BLOCK_ROWS, MOST_BLOCK_ROWS = 1024, 32768, 131072
 CANDIDATE_BYTES = 32 << 20  # of one block's candidates
 AGAIN_BYTES = 4 << 20  # of rows whose products are computed again at once
 # Computing a row's product again costs as much as AGAIN / (1 + AGAIN_QUERIES / Q + AGAIN_NEIGHBORS · k / D) rows of a
 # float32 search. Measured on a Xeon with AMX, D of 256 and 512, k = 5: 21 to 44 for 256 queries or more, 5 to 10 for 8.
 AGAIN, AGAIN_QUERIES, AGAIN_NEIGHBORS = 35.0, 15, 6
-# This may cost as much as a float32 search of SAVED of the rows so far (the time saved by the screen) plus MORE of all
-# rows (because the first block leaves the most groups). With LEAST_QUERIES, the screen of float32 rows saves nothing.
+# Computing products again may cost as much as a float32 search of a share SAVED of the rows so far (the time that the
+# screen saves) plus a share MORE of all rows (because the first block leaves the most groups). With LEAST_QUERIES
+# queries, the screen of float32 rows saves no time.
 SAVED, MORE = 0.7, 0.3
-DOUBT = 1.25  # a block is given up if its first and last chunk predict this many times the allowed rows
-LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 800  # benchmarks/results/cpu_auto.md
+DOUBT = 1.25  # a block is given up if its first and last chunks predict this many times the allowed rows
+LEAST_QUERIES, LEAST_ROWS_FOR_EACH_NEIGHBOR = 8, 800  # from benchmarks/results/cpu_auto.md
 # Below these limits, the screen of random rows took 1.1 to 7 times as long as float32 products (Xeon with AMX, two
 # threads, D of 64 to 512, 16 to 256 queries, k of 1 and 5).
 LEAST_ROWS, LEAST_WORK = 8192, 1 << 27  # the work is Q·n·D
@@ -60,7 +61,7 @@ def is_fast() -> bool:
 
 
 def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
-    """Return whether the screen makes a search faster: on a CPU with bfloat16 instructions, from some size on."""
+    """Return whether the screen makes this search faster: a large search on a CPU with bfloat16 instructions."""
     least = LEAST_FLOAT16_QUERIES if rows.dtype == torch.float16 else LEAST_QUERIES
     n = rows.shape[0]
     large = n >= LEAST_ROWS and queries.numel() * n >= LEAST_WORK
@@ -70,7 +71,7 @@ def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
 
 @torch.no_grad()
 def screened_search(queries: Queries, rows: Rows, k: int, otherwise: Search) -> tuple[Tensor, Tensor]:
-    """Search like `GeneralSearch.general_topk` on the CPU; ``otherwise`` searches rows for which the screen is slow."""
+    """Search like `GeneralSearch.general_topk` on a CPU; ``otherwise`` searches rows for which the screen is slow."""
     parts = []
     device = rows.values.device
     with without_autocast(device), exact_float32(device):
@@ -100,12 +101,12 @@ class _Screen:
 
     def __init__(self, queries: Queries, rows: Rows, best: RunningTopk) -> None:
         self.best = best
-        self.n, self.pairs = rows.values.shape[0], 0  # rows of the search; (query, group) pairs computed again so far
+        self.n, self.pairs = rows.values.shape[0], 0  # number of rows; (query, group) pairs computed again so far
         self.constraints = queries
         self.queries = queries.values.float()  # [Q, D]
         count, dim = self.queries.shape
         length = torch.linalg.vector_norm(self.queries, dim=1)
-        # New tensors are made from existing ones, because users may set default dtypes and devices.
+        # Create new tensors from existing ones, because users may set default dtypes and devices.
         if rows.scale is not None:
             whole, step, self.error = rounded_to_int8(self.queries)
             self.rounded, self.step = whole.T.contiguous(), step.nan_to_num_().clamp_(min=1e-30)
@@ -138,7 +139,7 @@ class _Screen:
         return True
 
     def _maxima(self, rows: Rows, done: int) -> Tensor | None:
-        """Return the largest product of each group, [groups, Q]; None if the first and last chunk leave too many."""
+        """Return the largest product of each group, [groups, Q]; None if the first and last chunks leave too many."""
         n, k = rows.values.shape[0], self.best.k
         maxima = self.queries.new_empty(n // GROUP, self.queries.shape[0], dtype=torch.bfloat16)
         first, last = CHUNK_ROWS, (n - 1) // CHUNK_ROWS * CHUNK_ROWS
@@ -157,7 +158,7 @@ class _Screen:
         return maxima
 
     def _merge(self, products: Tensor, group: Tensor, query: Tensor, counts: Tensor, offset: int) -> None:
-        """Merge the rows of the wanted groups into the best.
+        """Merge the rows of the wanted groups into the best candidates.
 
         Args:
             products: [p, GROUP] float32, the products of p pairs of a query and a group.
@@ -175,9 +176,9 @@ class _Screen:
         self.best.merge(similarity.flatten(1), index.flatten(1))
 
     def _affordable(self, counts: Tensor, done: int) -> bool:
-        """Return whether this many groups of each query, [Q], may be computed again, after ``done`` screened rows.
+        """Return whether this many groups of each query, [Q], may be computed again after ``done`` screened rows.
 
-        Both the time, including that of earlier groups, and the memory of the candidates are bounded.
+        This bounds both the time, including that for earlier groups, and the memory of the candidates.
         """
         (count, dim), k = self.queries.shape, self.best.k
         selection = 0.0 if self.constraints.constrained else AGAIN_NEIGHBORS * k / dim  # fast among few rows
@@ -257,14 +258,14 @@ class _Screen:
 
 
 def _rank_within(query: Tensor, counts: Tensor) -> Tensor:
-    """Return how many earlier pairs have the same query, for each pair: [2, 0, 2, 2] → [0, 0, 1, 2].
+    """Return, for each pair, how many earlier pairs have the same query: [2, 0, 2, 2] → [0, 0, 1, 2].
 
     Args:
         query: [p], in any order.
-        counts: [Q], how often each occurs.
+        counts: [Q], how often each query occurs.
     """
     by_query = query.argsort(stable=True)
-    begins = counts.cumsum(0) - counts  # [Q], of each query's pairs in that order
+    begins = counts.cumsum(0) - counts  # [Q], where each query's pairs begin in that order
     rank = torch.empty_like(query)
     rank[by_query] = torch.arange(query.shape[0], device=query.device) - begins[query[by_query]]
     return rank

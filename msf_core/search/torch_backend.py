@@ -1,4 +1,4 @@
-"""Exact search by PyTorch's matrix product and top-k, one chunk of rows at a time; by `screen` if large on a CPU."""
+"""Exact search by PyTorch's matrix product and top-k, one chunk of rows at a time; large CPU searches use `screen`."""
 
 from functools import partial
 
@@ -17,7 +17,8 @@ from msf_core.search.base import (
 from msf_core.search.general import leaving_out_own
 from msf_core.search.screen import screen_pays, screened_search
 
-# Bytes of one chunk of rows, and of its products, in float32. They should fit into a CPU's cache, or keep a GPU busy.
+# Maximum bytes of one chunk of rows, and of its products, in float32: they should fit into a CPU's cache, or keep a GPU
+# busy.
 CPU_CHUNK_BYTES = 4 << 20
 CUDA_CHUNK_BYTES = 32 << 20
 
@@ -40,7 +41,7 @@ class TorchSearch:
 
 
 def float32_search(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """Search like `GeneralSearch.general_topk`, with products only in float32."""
+    """Search like `GeneralSearch.general_topk`, without the screen."""
     n = rows.values.shape[0]
     chunk_bytes = CUDA_CHUNK_BYTES if rows.values.is_cuda else CPU_CHUNK_BYTES
     chunk = max(1024, chunk_bytes // (4 * max(queries.values.shape)))

@@ -1,11 +1,11 @@
-"""A trial of the kernels that "auto" chooses. They are used only after they found the right rows on this device.
+"""A trial of the kernels that "auto" chooses. They are used only after they have found the right rows on this device.
 
-A trial searches about 2,500 generated rows with the D, k and limits of the actual search and up to 160 queries. Among
-the rows are rows with NaN, whole groups of NaN, copies, and 200 rows that TF32 cannot distinguish. In the memory after
-the last row are rows that would be the nearest. The result is compared with float64 products: all similarities, missing
-neighbors, and rows that are found twice.
+A trial searches about 2,500 generated rows with the D, k and limits of the actual search and up to 160 queries. They
+include rows with NaN, whole groups of NaN, copies, and 200 rows that TF32 cannot distinguish. The memory after the last
+row contains rows that would be the nearest. The trial compares all similarities with float64 products, and looks for
+missing neighbors and for rows that are found twice.
 
-A trial does not use the user's random number generators, and does not change autocast, TF32 and the sync debug mode.
+A trial does not use the user's random number generators, and does not change autocast, TF32 or the sync debug mode.
 """
 
 import threading
@@ -20,18 +20,18 @@ from msf_core.rows import packed, unit_rows
 from msf_core.search.base import GeneralSearch, Queries, Rows
 
 ROWS, BEYOND = 2477, 40  # rows that are searched, and rows in the memory after them
-LEAST_QUERIES, MOST_QUERIES = 8, 160  # at least a few for each kind of limit; at most more than one tile of the kernels
+LEAST_QUERIES, MOST_QUERIES = 8, 160  # a few for each kind of limit, and more than one tile of the kernels
 TOLERANCE = 1e-5  # of a similarity: float32 sums are within it, TF32 and bfloat16 products are not
-MESSAGE_LENGTH = 500  # of an error, because a compiler's can be pages long
+MESSAGE_LENGTH = 500  # of an error message, because a compiler's can be pages long
 
 
 class TriedSearch:
-    """`GeneralSearch` by ``backend`` if it passes a trial, and by ``fallback`` otherwise. Both must exclude own rows.
+    """`GeneralSearch` by ``backend`` if it passes a trial, else by ``fallback``. Both must support `Queries.own`.
 
-    The trial runs at the first search for each device, dtype, D, k and kind of limits, for which kernels are compiled.
-    It synchronizes with the device. If the backend does not compile, does not launch or finds the wrong rows, there is
-    one warning, and from then on ``fallback`` searches rows of this device and dtype. The same happens if a search
-    fails after the trial, which had fewer rows.
+    The trial runs at the first search for each device, dtype, D, k and kind of limits, because kernels are compiled for
+    each of these combinations. It synchronizes with the device. If the backend does not compile, does not launch or
+    finds the wrong rows, there is one warning, and from then on ``fallback`` searches rows of this device and dtype.
+    The same happens if a later search, which has more rows than the trial, fails.
 
     During the capture of a CUDA graph, no trial is possible. A search that has not been tried is captured with
     ``fallback`` and a warning; to avoid this, search once before the capture. A search that fails during the capture
@@ -79,8 +79,8 @@ class TriedSearch:
                 return True
             if _is_capturing(values.device):
                 warnings.warn(
-                    f"a CUDA graph is being captured before {type(self.backend).__name__} was tried on such a search; "
-                    f"{type(self.fallback).__name__} is captured instead. Search once before the capture.",
+                    f"a CUDA graph is being captured before {type(self.backend).__name__} was tried on this kind of "
+                    f"search; {type(self.fallback).__name__} is captured instead. Search once before the capture.",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -99,7 +99,7 @@ class TriedSearch:
                 return
             self._given_up.add(where)
         warnings.warn(
-            f"{type(self.backend).__name__} does not work for rows of {values.dtype} on {values.device}, "
+            f"{type(self.backend).__name__} does not work for rows of {values.dtype} on {values.device}; "
             f"{type(self.fallback).__name__} searches them instead: {reason}",
             RuntimeWarning,
             stacklevel=2,
@@ -108,7 +108,7 @@ class TriedSearch:
 
 @torch.no_grad()
 def try_out(backend: GeneralSearch, queries: Queries, rows: Rows, k: int) -> str | None:
-    """Return None if the backend finds the right rows in a search like the given one, else what is wrong.
+    """Return None if the backend finds the right rows in a search like the given one, else a description of the fault.
 
     Raises:
         torch.OutOfMemoryError, RuntimeError: as in `TriedSearch`.
@@ -151,7 +151,7 @@ def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
     near = number * (ROWS // MOST_QUERIES)  # the row next to each query
     asked = unit_rows(made[near] + 0.5 * noise[near])
     by_label, by_id, views = _limits(queries, rows)
-    for view in range(1, views):  # a query's other own rows are as near
+    for view in range(1, views):  # the query's other own rows are equally near
         made[near + view] = unit_rows(asked + 0.5 * noise[near + view])
     made[1200:1400] = unit_rows(asked[1] + 0.05 * noise[1200:1400])
     made[300:330] = made[30:60]
@@ -166,7 +166,7 @@ def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
         labels[5] = 7
         asked_labels = labels[near].masked_fill(number % 4 == 0, -1)
         asked_labels = torch.where(number % 4 == 1, 7 + number // 4 % 2, asked_labels)
-    if by_id:  # two rows each; every third query excludes none
+    if by_id:  # each id belongs to two rows; every third query excludes none
         ids = torch.arange(n, device=device) // 2
         asked_ids = (near // 2).masked_fill(number % 3 == 0, -1)
     values, scale = packed(made, rows.values.dtype)
@@ -176,10 +176,10 @@ def _made_for(queries: Queries, rows: Rows) -> tuple[Queries, Rows]:
 
 
 def _difference(similarity: Tensor, index: Tensor, truth: Tensor, k: int) -> str | None:
-    """Compare the k neighbors with the similarities [Q, n] in float64, −inf for excluded rows; return what is wrong."""
+    """Compare the k neighbors with the float64 similarities [Q, n], −inf for excluded rows; describe what differs."""
     expected = truth.topk(k, dim=1).values  # [Q, k]
     if similarity.shape != expected.shape or index.shape != expected.shape:
-        return f"it returned {list(similarity.shape)} and {list(index.shape)} for {list(expected.shape)}"
+        return f"it returned shapes {list(similarity.shape)} and {list(index.shape)} instead of {list(expected.shape)}"
     absent = expected == -torch.inf
     found = truth.gather(1, index.clamp(0, truth.shape[1] - 1))
     slots = index.sort(dim=1).values

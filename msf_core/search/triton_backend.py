@@ -7,8 +7,8 @@ Consecutive rows form groups of G rows.
 2. `select` runs one program per query. It takes groups in the order of their maxima, one batch at a time, computes the
    products of their rows again in float32, and keeps the k best.
 
-After k groups, the k best rows are known: for any row of another group, the k maxima of the groups taken are at least
-as similar. `select` stops earlier if no remaining maximum is above the k-th best.
+After k groups, the k best rows are known: the k maxima of the groups taken are at least as similar as any row of
+another group. `select` stops earlier if no remaining maximum is above the k-th best.
 
 If V own rows of a query are excluded, k + V groups are needed. The maximum of a group may be an own row, so the groups
 taken contain k + V rows that are at least as similar as any row of another group, and at most V of them are own rows.
@@ -29,8 +29,9 @@ after `most_groups` groups and marks the query as unsettled. A precise pass foll
 4. `select` again, for unsettled queries, with k groups (k + V if own rows are excluded), as for half precision.
    Similarities that differ by less than this error can change places.
 
-Both steps are launched at every search that might need them, and end at once if no query does, so the host never
-synchronizes. With blocks of 128 and 64 queries, and b bytes per value, a search reads at most this many bytes of rows:
+Steps 3 and 4 are launched at every search that might need them, and end at once if no query does, so the host never
+synchronizes. With blocks of 128 queries in step 1 and 64 in step 3, and b bytes per value, a search reads at most this
+many bytes of rows:
 
     ⌈Q/128⌉·n·D·b  +  Q·most_groups·G·D·b  +  ⌈Q/64⌉·n·D·b  +  Q·(k + V)·G·D·b
 
@@ -53,7 +54,7 @@ from msf_core.search.triton_plan import EXACT_DTYPES, SELECT_WARPS, Plan, Tiles,
 OLDEST_TRITON = (3, 3)  # the compiler of 3.2 crashes the process
 MOST_NEIGHBORS = 256
 TF32_ERROR = 2**-9 + 2**-12
-LANES = 1024  # of `select`, among which groups are distributed
+LANES = 1024  # of `select`, over which groups are distributed
 MEMBERS = 32  # groups of a lane that are read at once
 
 
@@ -77,7 +78,7 @@ class TritonSearch:
         if (problem := _why_not_launch()) is not None:
             return problem
         capability = torch.cuda.get_device_capability()
-        return None if capability >= (8, 0) else f"it needs compute capability 8.0, this GPU has {capability}"
+        return None if capability >= (8, 0) else f"it needs compute capability 8.0 or newer; this GPU has {capability}"
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SearchBackend.topk`; k is at most 256. Results are deterministic."""
@@ -111,11 +112,11 @@ class TritonSearch:
 
 
 def _launch(queries: Queries, rows: Rows, maxima: Tensor, similarity: Tensor, index: Tensor, plan: Plan) -> None:
-    """Launch the search for at most as many queries as ``maxima`` has lines."""
+    """Launch the search for at most as many queries as ``maxima`` has rows."""
     q, labels, ids, own = queries
     values, scale, row_labels, row_ids = rows
     (count, dim), n, k, groups = q.shape, values.shape[0], similarity.shape[1], plan.groups
-    unused = q  # passed for tensors that do not exist
+    unused = q  # passed to the kernels in place of tensors that do not exist
     screened, q_scale, error = q, unused, unused
     if scale is not None:
         screened, q_scale, error = rounded_to_int8(q)

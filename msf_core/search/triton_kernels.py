@@ -28,16 +28,16 @@ def _index_of(key):
 
 @triton.jit(do_not_specialize=["count", "n", "groups"])
 def group_maxima(
-    queries,  # [count, DIM]; int8 as the rows, or of the dtype of the rows; float32 for int8 rows where PRECISE
+    queries,  # [count, DIM], in the dtype of the rows; float32 for int8 rows if PRECISE
     rows,  # [n, DIM]
-    q_scale,  # [count] float32, not negative; read where INT8 and not PRECISE
-    scale,  # [n] float32, read where INT8
-    q_labels,  # [count] int64, read where BY_LABEL
+    q_scale,  # [count] float32, not negative; read if INT8 and not PRECISE
+    scale,  # [n] float32, read if INT8
+    q_labels,  # [count] int64, read if BY_LABEL
     labels,  # [n] int64, likewise
-    q_ids,  # [count] int64, read where BY_ID
+    q_ids,  # [count] int64, read if BY_ID
     ids,  # [n] int64, likewise
-    unsettled,  # [count] int32, read where PRECISE: 1 for a query that needs it
-    maxima,  # [count, stride] float32, of which groups are used, written
+    unsettled,  # [count] int32, read if PRECISE: 1 for a query that needs the precise pass
+    maxima,  # [count, stride] float32, written; only the first ``groups`` columns are used
     count,
     n,
     groups,
@@ -54,8 +54,8 @@ def group_maxima(
 ):
     """Write the largest product of each query with the rows of each group; NaN if all rows of the group are excluded.
 
-    If PRECISE, the products are exact up to the rounding of a float32 sum, and only blocks with an unsettled query are
-    written. Any number of programs can share the work.
+    If PRECISE, the products are exact up to the rounding of a float32 sum, only blocks with an unsettled query are
+    written, and any number of programs can share the work.
     """
     # Consecutive tiles read the same rows, so the second tile finds them in the L2 cache.
     blocks = tl.cdiv(count, BLOCK_Q)
@@ -68,7 +68,7 @@ def group_maxima(
         q = block_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
         r = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
-        # After the end, use the last row instead: this does not change the maximum of its group.
+        # Beyond the end, use the last row instead: this does not change the maximum of its group.
         q_inside, r_inside = tl.minimum(q, count - 1).to(tl.int64), tl.minimum(r, n - 1).to(tl.int64)
         wanted = True
         if PRECISE:
@@ -113,13 +113,13 @@ def group_maxima(
 
 @triton.jit
 def _stride_of(groups):
-    """Return the distance between lines of the maxima; lines begin at multiples of 64 bytes."""
+    """Return the distance between rows of the maxima; rows begin at multiples of 64 bytes."""
     return tl.cdiv(groups, 16) * 16
 
 
 @triton.jit
 def _keys(maxima, g, groups):
-    """Return the keys of the groups g; `LOWEST` for groups without allowed rows, and after the last group."""
+    """Return the keys of the groups g; `LOWEST` for groups without allowed rows, and beyond the last group."""
     values = tl.load(maxima + g, mask=g < groups, other=float("nan"))
     return tl.where(values == values, _key(values, g), LOWEST)
 
@@ -139,7 +139,7 @@ def _best_two_of_each_lane(maxima, groups, LANES: tl.constexpr):
 
 @triton.jit
 def _best_of_lane_below(group_key, lane, maxima, groups, LANES: tl.constexpr, MEMBERS: tl.constexpr):
-    """Return the key of a lane's best group below ``group_key``, having read the lane again."""
+    """Read a lane again, and return the key of its best group below ``group_key``."""
     members = tl.full((MEMBERS,), LOWEST, dtype=tl.int64)
     for start in range(0, groups, LANES * MEMBERS):
         keys = _keys(maxima, start + lane + tl.arange(0, MEMBERS) * LANES, groups)
@@ -174,7 +174,7 @@ def _products(query, rows, r, n, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK_D
 
 @triton.jit
 def _settled(worst, group_key, error, K: tl.constexpr):
-    """Return whether K rows are found, and no row of the group ``group_key`` or of a worse one can be nearer."""
+    """Return whether K rows have been found, and no row of the group ``group_key`` or of a worse one can be nearer."""
     return (worst > LOWEST + K) & (_similarity_of(group_key) + error <= _similarity_of(worst))
 
 
@@ -182,29 +182,29 @@ def _settled(worst, group_key, error, K: tl.constexpr):
 def select(
     queries,  # [Q, DIM]
     rows,  # [n, DIM]
-    errors,  # [Q] float32, read where INT8 and not PRECISE
-    scale,  # [n] float32, read where INT8
-    q_labels,  # [Q] int64, read where BY_LABEL
+    errors,  # [Q] float32, read if INT8 and not PRECISE
+    scale,  # [n] float32, read if INT8
+    q_labels,  # [Q] int64, read if BY_LABEL
     labels,  # [n] int64, likewise
-    q_ids,  # [Q] int64, read where BY_ID
+    q_ids,  # [Q] int64, read if BY_ID
     ids,  # [n] int64, likewise
     own,  # [Q, OWN] int64
-    unsettled,  # [Q] int32: read where PRECISE, to skip queries with 0; otherwise written where not EXACT
-    maxima,  # [Q, stride] float32, of which groups are used
+    unsettled,  # [Q] int32; read if PRECISE, to skip queries with 0; written if not EXACT
+    maxima,  # [Q, stride] float32; only the first ``groups`` columns are used
     similarity,  # [Q, K] float32, written
     index,  # [Q, K] int64, written
     n,
     groups,
-    most,  # groups to take at most
+    most,  # maximum number of groups to take
     DIM: tl.constexpr,
     K: tl.constexpr,
     K_LANES: tl.constexpr,
     GROUP: tl.constexpr,
-    BATCH: tl.constexpr,  # groups of a batch
+    BATCH: tl.constexpr,  # number of groups of a batch
     BLOCK_D: tl.constexpr,
     LANES: tl.constexpr,
     MEMBERS: tl.constexpr,
-    ERROR: tl.constexpr,  # of the maxima, for a query of length 1
+    ERROR: tl.constexpr,  # error of the maxima, for a query of length 1
     EXACT: tl.constexpr,  # whether the maxima are exact up to the rounding of a sum
     INT8: tl.constexpr,
     BY_LABEL: tl.constexpr,
@@ -212,11 +212,11 @@ def select(
     OWN: tl.constexpr,  # number of own rows excluded from each query
     PRECISE: tl.constexpr,
 ):
-    """Write the k nearest rows of one query, chosen by the maxima of their groups.
+    """Write the K nearest rows of one query, chosen by the maxima of their groups.
 
     Groups are taken in the order of their maxima, BATCH at a time. They are distributed over LANES lanes: lane i has
-    the groups i, i + LANES, i + 2·LANES, … Only the best two groups of each lane are kept; after them, the lane is read
-    again.
+    the groups i, i + LANES, i + 2·LANES, … Only the best two groups of each lane are kept; when both are taken, the
+    lane is read again.
     """
     query = tl.program_id(0).to(tl.int64)
     if PRECISE and tl.load(unsettled + query) == 0:
@@ -230,7 +230,7 @@ def select(
     if not EXACT:
         error = tl.load(errors + query) if INT8 else ERROR * _length(queries, DIM, BLOCK_D)
 
-    # The k best rows so far. They start as distinct placeholders below the key of every row; lanes after k are unused.
+    # The K best rows so far. They start as distinct placeholders below every row's key; lanes from K on are unused.
     k_lanes = tl.arange(0, K_LANES)
     best = tl.where(k_lanes < K, LOWEST + 1 + k_lanes.to(tl.int64), 0x7FFFFFFFFFFFFFFF)
     worst = tl.min(best)

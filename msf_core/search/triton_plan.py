@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 
 EXACT_DTYPES = (torch.float16, torch.bfloat16)  # the first pass computes their products exactly
-MAXIMA_BYTES = 40 << 20  # most bytes of maxima at once
+MAXIMA_BYTES = 40 << 20  # maximum bytes of the maxima of one launch
 SELECT_WARPS = 8
-BATCH_ROWS = 256  # most rows of a batch in `select`
+BATCH_ROWS = 256  # maximum rows of a batch in `select`
 BATCH_BYTES = 32 << 10  # bytes of a batch loaded at once; with more, only one program fits on a multiprocessor
-LEAST_GROUPS = 32  # groups, in addition to k, that `select` takes at least before the precise pass
+LEAST_GROUPS = 32  # `select` may take at least this many groups, in addition to k, before the precise pass
 PRECISE_COST = 4  # cost of the precise pass, in passes over float32 rows; an estimate
 PROGRAMS = 2  # programs of the precise pass on each multiprocessor
 
@@ -32,27 +32,27 @@ class Plan(NamedTuple):
     """The launch parameters of a search."""
 
     at_once: int
-    """Queries of one launch."""
+    """Number of queries of one launch."""
     group: int
-    """Rows of a group."""
+    """Number of rows of a group."""
     groups: int
     tiles: Tiles
     most: int
-    """Most groups that `select` takes for a query after the first pass."""
+    """Maximum number of groups that `select` takes for a query after the first pass."""
     enough: int
     """Number of groups that are certain to contain the k nearest rows if the maxima are exact up to sum rounding."""
     precise: Tiles | None
-    """Tiles of the precise pass. None if the first pass is as precise, or if all groups are taken after it."""
+    """Tiles of the precise pass. None if the first pass is already as precise, or if `select` may take all groups."""
     programs: int
     """Number of programs of the precise pass."""
     batch: int
-    """Groups of a batch in `select`."""
+    """Number of groups of a batch in `select`."""
     batch_dims: int
-    """Values of each row that `select` loads at once."""
+    """Number of values of each row that `select` loads at once."""
 
     @property
     def stride(self) -> int:
-        """Distance between the lines of the maxima, [at_once, stride]."""
+        """Distance between the rows of the maxima, [at_once, stride]."""
         return -(-self.groups // 16) * 16
 
 
@@ -79,7 +79,7 @@ def plan_for(
         own: number of own rows excluded from each query.
         shared_memory: bytes of shared memory available to a program.
         processors: number of multiprocessors of the device.
-        group: rows of a group; by default from `choose_group`.
+        group: number of rows of a group; by default from `choose_group`.
     """
     value_bytes = dtype.itemsize
     group = group or choose_group(min(count, 256), n, dim, k, value_bytes)
@@ -100,10 +100,10 @@ def plan_for(
 
 
 def most_groups(count: int, groups: int, k: int, value_bytes: int) -> int:
-    """Return how many groups to take at most by inexact maxima: k, plus as many as cost about one precise pass.
+    """Return how many groups to take at most if maxima are inexact: k, plus as many as cost about one precise pass.
 
-    A group costs G·D·(bytes of a value) for every query. Fewer than 64 queries cost as much as 64, because few programs
-    do not use the whole memory bandwidth. The precise pass costs `PRECISE_COST` times reading n·D·4 bytes.
+    A group of G rows costs G·D·(bytes of a value) for every query. Fewer than 64 queries cost as much as 64, because
+    few programs do not use the whole memory bandwidth. The precise pass costs `PRECISE_COST` times reading n·D·4 bytes.
     """
     return k + max(LEAST_GROUPS, 4 * PRECISE_COST * groups // (value_bytes * max(count, 64)))
 
@@ -111,9 +111,9 @@ def most_groups(count: int, groups: int, k: int, value_bytes: int) -> int:
 def choose_group(count: int, n: int, dim: int, k: int, value_bytes: int) -> int:
     """Return the number of rows of a group, G: a power of two from 16 to 128.
 
-    G determines 2·4·Q·n/G bytes for writing and reading the maxima, and Q·k·G·D·(bytes of a value) for reading rows
-    again. The square root below minimizes their sum. The maxima of ``count`` queries take at most `MAXIMA_BYTES` if a G
-    of at most 128 allows it.
+    For Q queries, writing and reading the maxima takes 2·4·Q·n/G bytes, and reading rows again takes
+    Q·k·G·D·(bytes of a value). The square root below minimizes the sum. The maxima of ``count`` queries take at most
+    `MAXIMA_BYTES` if a G of at most 128 allows it.
     """
     best = (8 * n / (k * dim * value_bytes)) ** 0.5
     group = 16

@@ -235,7 +235,7 @@ def fsdp1_is_refused(rank: int) -> None:
     target = EMATarget(online)
     wrapped = FullyShardedDataParallel(online, device_id=torch.device("cpu"))
     for call in (target.update, target.reset, EMATarget):
-        with pytest.raises(ValueError, match="FSDP2, fully_shard, and not with FullyShardedDataParallel"):
+        with pytest.raises(ValueError, match=r"FSDP2 \(fully_shard\), but not with FullyShardedDataParallel"):
             call(wrapped)
 
 

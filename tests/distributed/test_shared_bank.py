@@ -412,7 +412,7 @@ def not_everyone_has_ids(rank: int, layout: str) -> None:
     assert bank.ids is None
     bank.push(rows, ids=ids)
     if layout == "sharded":
-        with pytest.raises(ValueError, match="what limits the search must be the same on all ranks"):
+        with pytest.raises(ValueError, match="limits of the search must be the same on all ranks"):
             bank.search(rows, 1, exclude_ids=ids if rank else None)
         with pytest.raises(ValueError, match=r"exclude_ids must be \[3\]"):
             bank.search(rows, 1, exclude_ids=ids if rank else ids[:2])

@@ -45,7 +45,7 @@ def different_limits(rank: int) -> None:
     bank = MemoryBank(8, DIM, layout="sharded")
     ids = torch.arange(3)
     bank.push(rows(rank), ids, ids)
-    with pytest.raises(ValueError, match="what limits the search must be the same on all ranks"):
+    with pytest.raises(ValueError, match="limits of the search must be the same on all ranks"):
         bank.search(rows(rank), 1, **({"labels": ids} if rank else {"exclude_ids": ids}))
 
 

@@ -1,12 +1,16 @@
 """The trainer of the example on several ranks, against its own run in one process."""
 
+import contextlib
 import functools
+import json
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from test_imagenet_eval import blobs, views_of
 from test_training import SMALL_NETWORK, make_tree
 from torch import Tensor, nn
 
+import imagenet_eval
 import imagenet_train
 from msf_core.distributed import Ranks
 from pipeline.data.bad_images import BadImages
@@ -22,8 +27,9 @@ from pipeline.data.digits import Digits
 from pipeline.data.photos import Photos
 from pipeline.data.source import Share
 from pipeline.data.trees import open_folder
-from pipeline.evaluation import scores
+from pipeline.evaluation import commands, scores
 from pipeline.evaluation.linear import Protocol, Standardize, accuracy, train_linear
+from pipeline.models.backbones import build_backbone, export_backbone
 from pipeline.running.ranks import SyncBatchNormAnywhere, shuffled, synchronized
 from pipeline.training.lock import FolderLock
 from pipeline.training.settings import build_parser
@@ -249,6 +255,36 @@ def test_ranks_train_the_linear_layer_that_one_process_trains(ranks: Any) -> Non
     for found in ranks.run(probed):
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def evaluates_while_rank_0_fits(rank: int, folder: str) -> None:
+    done = Path(folder, "rank 1 is done")
+
+    def slow_fit(features: object) -> float:
+        deadline = time.monotonic() + 60
+        while not done.exists():
+            assert time.monotonic() < deadline, "rank 1 waits for rank 0"
+            time.sleep(0.01)
+        return 0.5
+
+    joined = contextlib.nullcontext((Ranks(), torch.device("cpu")))
+    flags = ["linear", f"{folder}/digits.safetensors", "--solver", "logistic", "--out", f"{folder}/record.json"]
+    with (
+        patch.object(imagenet_eval, "joined", lambda device, timeout: joined),
+        patch.object(commands, "linear_probe", slow_fit),
+    ):
+        assert imagenet_eval.evaluate(flags) == 0
+    if rank == 1:
+        done.touch()
+
+
+def test_no_rank_waits_while_rank_0_fits_a_classifier(two_ranks: Any, tmp_path: Path) -> None:
+    """Fitting may take longer than ranks wait for one another."""
+    backbone, _ = build_backbone("digits", (1, 16, 16), "imagenet")
+    facts = {"arch": "digits", "dataset": "digits", "image_size": 16}
+    export_backbone(backbone, tmp_path / "digits.safetensors", **facts)
+    two_ranks.run(evaluates_while_rank_0_fits, str(tmp_path))
+    assert json.loads((tmp_path / "record.json").read_text())["results"] == {"linear": 0.5}
 
 
 def damaged_photos(folder: str, rank: int, ranks: int, on_bad_image: str) -> Photos:

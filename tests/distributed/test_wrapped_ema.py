@@ -98,7 +98,7 @@ def sharded_wrongly(rank: int) -> None:
     target = EMATarget(online)
     before = [parameter.clone() for parameter in target.parameters()]
     sharded(online)
-    with pytest.raises(ValueError, match=r"'0\.weight' is not sharded alike"):
+    with pytest.raises(ValueError, match=r"'0\.weight' is sharded differently"):
         target.update(online)
     assert all(torch.equal(one, other) for one, other in zip(before, target.parameters(), strict=True))
     assert target.updates == 0

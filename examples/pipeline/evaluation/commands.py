@@ -51,6 +51,17 @@ class Subject:
         self.gray = self.encoder.gray
         self.image_size: int = flags.image_size or self.encoder.trained_on.get("image_size", 16 if self.gray else 224)
         self.backbone = self.encoder.backbone.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self._unreadable: dict[str, str] | None = None
+
+    def unreadable(self) -> dict[str, str]:
+        """Return the unreadable images of all ranks.
+
+        All ranks must make the first call together, after they have read all images. Later calls do not communicate. If
+        only rank 0 has work left, make the first call before it: the other ranks must not wait for rank 0.
+        """
+        if self._unreadable is None:
+            self._unreadable = self.bad.of_all(self.ranks)
+        return self._unreadable
 
 
 class Evaluation(Subject):
@@ -146,7 +157,8 @@ def linear(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
     """The paper's linear protocol on all labels, or logistic regression."""
     if evaluation.flags.solver == "logistic":
         features = {split: evaluation.all(split) for split in ("train", "val")}
-        value = linear_probe(features) if evaluation.ranks.rank == 0 else 0.0  # may take long; no rank waits for it
+        evaluation.unreadable()
+        value = linear_probe(features) if evaluation.ranks.rank == 0 else 0.0  # may take long
         protocol = {
             "solver": "scikit-learn's LogisticRegression(C=0.1, max_iter=300)",
             "view": view(evaluation),
@@ -278,8 +290,9 @@ def transfer(subject: Transfer) -> tuple[dict[str, Any], dict[str, float]]:
     if not features:
         why = "; ".join(f"{name}: {reason}" for name, reason in protocol["not measured"].items())
         raise ValueError(f"--data: none of the data sets is in {flags.data}: {why}")
+    subject.unreadable()
     row: dict[str, float] = {}
-    for one in chosen if ranks.rank == 0 else []:  # may take long; no rank waits for it
+    for one in chosen if ranks.rank == 0 else []:  # may take long
         if one.name in features:
             train, val, test = features[one.name]
             assert train is not None
