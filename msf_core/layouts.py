@@ -281,6 +281,6 @@ def _own_slots(slots: Tensor, views: int) -> Tensor:
 
 
 def _named(by_label: bool, by_id: bool) -> str:
-    return {(False, False): "nothing", (True, False): "labels", (False, True): "ids", (True, True): "both"}[
+    return {(False, False): "none", (True, False): "labels", (False, True): "ids", (True, True): "both"}[
         by_label, by_id
     ]

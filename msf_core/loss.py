@@ -325,7 +325,8 @@ class MeanShiftLoss(nn.Module):
             check_not_replica(self)
             check_not_recomputed("MeanShiftLoss")
         k = self._k_of_step()
-        _check_prediction(predictions[0], _name("prediction", predictions, 0))
+        several = ", or a list of views" if len(predictions) == 1 else ""
+        _check_prediction(predictions[0], _name("prediction", predictions, 0), several)
         _check_k(k, bank)
         first = predictions[0]
         for i in range(1, len(predictions)):
@@ -412,10 +413,10 @@ def _name(name: str, views: Sequence[Tensor], i: int) -> str:
     return name if len(views) == 1 else f"{name}[{i}]"
 
 
-def _check_prediction(prediction: Tensor, name: str = "prediction") -> None:
+def _check_prediction(prediction: Tensor, name: str = "prediction", several: str = "") -> None:
     check_tensor(name, prediction)
     if prediction.ndim != 2 or prediction.shape[0] < 1:
-        raise ValueError(f"{name} must be [B, D] with at least 1 row, or a list of views, got {list(prediction.shape)}")
+        raise ValueError(f"{name} must be [B, D] with at least 1 row{several}, got {list(prediction.shape)}")
     if not prediction.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {prediction.dtype}")
 

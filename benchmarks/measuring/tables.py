@@ -293,8 +293,8 @@ def _notes(records: list[Record]) -> str:
         "the queries and fetching the neighbors' rows; those of other libraries do not (only lightly's bank fetches "
         "rows). The floor is the longer of two times: the products at the product ceiling, or reading every row once "
         "at the memory ceiling. The paper's shares are of the training time on its machines, ours of the ResNet50 step "
-        "above. Extra memory is measured at N = 1,024,000. Recall is relative to float64 brute force on eight queries; "
-        "the authors' step and lightly's bank return no indices to compare."
+        "above. Extra memory is measured only at N = 1,024,000. Recall is relative to float64 brute force on eight "
+        "queries; the authors' step and lightly's bank return no indices to compare."
     )
 
 
