@@ -219,8 +219,8 @@ def test_a_cleared_bank_is_saved_as_a_new_one() -> None:
         ({"ids": torch.zeros(3, dtype=torch.int64)}, "have ids of shape"),
         ({"ids": [1] * 6}, "must be tensors"),
         ({"scale": "x"}, "must be tensors"),
-        ({"int8_rows": torch.zeros(6, 5, dtype=torch.int64), "scale": None}, "floating or int8, got torch.int64"),
-        ({"int8_rows": torch.zeros(6, 5, dtype=torch.bool), "scale": None}, "floating or int8, got torch.bool"),
+        ({"int8_rows": torch.zeros(6, 5, dtype=torch.int64), "scale": None}, "floating point or int8, got torch.int64"),
+        ({"int8_rows": torch.zeros(6, 5, dtype=torch.bool), "scale": None}, "floating point or int8, got torch.bool"),
     ],
 )
 def test_more_corrupt_states(change: dict[str, Any], message: str) -> None:

@@ -110,7 +110,7 @@ def spoil(root: Path, how: str) -> None:
         ("magic", "is not an idx file of bytes in 3 dimensions"),
         ("short", "should hold 47,040 bytes after its header, but has 47,039"),
         ("long", "should hold 47,040 bytes after its header, but has 47,041"),
-        ("count", "has 60 images, train-labels-idx1-ubyte 59 labels"),
+        ("count", "has 60 images, but train-labels-idx1-ubyte has 59 labels"),
         ("packed", r"idx3-ubyte\.gz cannot be read"),
         ("size", "differ in size"),
     ],
