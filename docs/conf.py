@@ -48,6 +48,7 @@ html_sidebars = {
         "faq",
         "changelog",
         "contributing",
+        "guides/choosing",
         "guides/methods",
         "guides/experiments",
     )
