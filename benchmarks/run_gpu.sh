@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: the GPU tests, then the benchmarks, their records and pictures written
-# to benchmarks/results (or the folder that is the first argument), and a log beside them.
+# The GPU tests, then the benchmarks that measure a GPU. Their records and pictures go to benchmarks/results (or the folder
+# that is the first argument), with a log beside them. benchmarks/methods.py, which takes hours, is not among them.
 #
 #     bash benchmarks/run_gpu.sh [FOLDER]
 #
-# PYTHON names the interpreter (default: python3), which has msf_core's extras test and bench. A part that fails is
-# said at the end, and the others still run.
+# PYTHON names the interpreter (default: python3), which has msf_core's extras test and bench. If a part fails, the others
+# still run, and the end of the output names it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -43,6 +43,10 @@ keep() {
     keep "ema" ema_cost "ema_cost_${name}"
     part "bank_options" "$python" benchmarks/bank_options.py --device cuda --repeats 30 --out "$work/options"
     keep "options" bank_options "bank_options_${name}"
+    part "step_overhead" "$python" benchmarks/step_overhead.py --device cuda --out "$work/overhead"
+    keep "overhead" step_overhead "step_overhead_${name}"
+    part "lightly_bank" "$python" benchmarks/lightly_bank.py --device cuda --out "$work/lightly"
+    keep "lightly" lightly_bank "lightly_bank_${name}"
     part "trial_cost" "$python" benchmarks/trial_cost.py --out "$work/trial"
     keep "trial" trial_cost "trial_cost_${name}"
     part "image_views" "$python" benchmarks/image_views.py --device cuda --out "$work/views"
