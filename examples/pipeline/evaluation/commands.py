@@ -157,7 +157,7 @@ def linear(evaluation: Evaluation) -> tuple[dict[str, Any], dict[str, float]]:
     """The paper's linear protocol on all labels, or logistic regression."""
     if evaluation.flags.solver == "logistic":
         features = {split: evaluation.all(split) for split in ("train", "val")}
-        evaluation.unreadable()
+        evaluation.unreadable()  # exchanged now: later, the other ranks would wait for rank 0
         value = linear_probe(features) if evaluation.ranks.rank == 0 else 0.0  # may take long
         protocol = {
             "solver": "scikit-learn's LogisticRegression(C=0.1, max_iter=300)",
@@ -290,7 +290,7 @@ def transfer(subject: Transfer) -> tuple[dict[str, Any], dict[str, float]]:
     if not features:
         why = "; ".join(f"{name}: {reason}" for name, reason in protocol["not measured"].items())
         raise ValueError(f"--data: none of the data sets is in {flags.data}: {why}")
-    subject.unreadable()
+    subject.unreadable()  # exchanged now: later, the other ranks would wait for rank 0
     row: dict[str, float] = {}
     for one in chosen if ranks.rank == 0 else []:  # may take long
         if one.name in features:
