@@ -15,7 +15,7 @@ extensions = [
 ]
 default_role = "py:obj"  # `name` in a docstring links to what it names, where that is on a page
 
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "deflist"]  # deflist: the messages in the FAQ
 myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
