@@ -126,7 +126,7 @@ def table(records: list[dict[str, Any]]) -> str:
         f"{first['device']}; PyTorch {first['versions']['torch']}; {first['date'][:10]}. {SIZE:,} rows of {DIM} "
         f"values, a batch of {BATCH} in total, k = {K}, median of {STEPS} steps; backend torch, one thread per rank.",
         "",
-        "| layout | rows | ranks | bank a rank | received a rank, worked out | measured | step | equal to one |",
+        "| layout | rows | ranks | bank per rank | received per rank, calculated | measured | step | equal to one |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for record in records:
@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the records")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    about = describe_environment(torch.device("cpu"))
+    about = describe_environment(torch.device("cpu")) | {"threads": 1}  # for each rank
     records = []
     for dtype in E:
         alone = measure(1, "replicated", dtype)

@@ -43,7 +43,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks.measuring.arguments import positive, settle_device_and_folder
 from benchmarks.measuring.measure import (
@@ -189,9 +188,8 @@ def main() -> None:
 
 
 def environment(task: Task) -> dict[str, Any]:
-    """Describe the machine, its instruction set and the libraries that create views."""
+    """Describe the machine and the libraries that create views."""
     found = describe_environment(torch.device("cpu"))
-    found["instructions"] = torch.backends.cpu.get_cpu_capability()
     for name in ("torchvision", "pillow", "lightly"):
         with contextlib.suppress(ImportError):
             found["versions"][name] = version(name)
@@ -475,7 +473,7 @@ def write_report(records: list[Record], task: Task) -> str:
     gpu = "" if task.device.type == "cuda" else "The GPU's part and a training run on one: unmeasured, no GPU."
     texts = [
         "# How fast views are made",
-        f"{in_words(found)} Instructions: {found['instructions']}.",
+        in_words(found),
         f"{len(task.files)} JPEGs of {kilobytes:.0f} kB on average, views of {task.size} pixels, w/s; {task.rounds} "
         f"rounds of {task.batches} batches of {task.batch} in turns, ratios of medians. One worker or one process, one "
         "thread.",

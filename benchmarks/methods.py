@@ -33,7 +33,6 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 try:
     from benchmarks.comparing.learners import BASELINES, METHODS, RAW_PIXELS

@@ -54,7 +54,7 @@ def products(x: Tensor, rows: Tensor, temperature: float) -> list[float]:
     return [sum(a * b for a, b in zip(x.tolist(), row, strict=True)) / temperature for row in rows.tolist()]
 
 
-# The losses that are written here, number by number from the papers' formulas.
+# The losses that are implemented here, compared number by number with the papers' formulas.
 
 
 def test_isd_is_the_formula_and_its_gradient_goes_to_the_student_alone() -> None:
@@ -142,7 +142,7 @@ def test_each_method_trains_its_backbone_and_moves_its_target_and_its_bank(name:
         assert not [key for key in same if key.startswith("target.") and key.endswith("weight")]
         assert method.target.updates == 3
     queues = [key for key in first if key.endswith(("bank.rows", "memory_bank.bank"))]
-    assert not set(queues) & set(same), "the bank has new rows"
+    assert not set(queues) & set(same), "the bank must have new rows"
     needs_bank = name.startswith("msf") or name in ("isd", "co2", "deepcluster-v2")
     assert bool(queues) == needs_bank, "lightly's queues are not in a state"
     for queue in [module for module in method.modules() if hasattr(module, "bank_ptr") and module.size != (0,)]:
@@ -227,12 +227,13 @@ def test_a_comparison_takes_each_methods_best_rate_and_repeats_nothing(
     assert "comparison: 3 runs, 2 of them finished before" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
     again = json.loads(stopped.read_text())
-    assert (again["results"], again["loss"]) == (msf["results"], msf["loss"]), "a run is its settings and its seed"
+    assert (again["results"], again["loss"]) == (msf["results"], msf["loss"]), "settings and seed determine a run"
 
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     here = msf["environment"]
-    machine = f"{here['threads']} thread{'s' * (here['threads'] > 1)}, PyTorch {here['versions']['torch']}"
+    threads = f"{here['threads']} thread{'s' * (here['threads'] > 1)}"
+    machine = f"{here['instructions']}, {threads}, PyTorch {here['versions']['torch']}"
     assert f"- Trained on {here['device']}, {machine} (3 runs).\n" in table
     elsewhere = again | {"environment": here | {"device": "a faster CPU"}}
     lines = (tmp_path / "records.jsonl").read_text().replace(json.dumps(again), json.dumps(elsewhere))
@@ -331,7 +332,7 @@ def test_the_cost_of_a_step_is_measured_and_comes_into_the_table(
     assert "| – | – |" not in row.partition("1 + 1")[2]
 
 
-# Images of one's own.
+# A user's own images.
 
 
 def test_a_folder_without_val_is_divided_class_by_class_the_same_for_all_runs(tmp_path: Path) -> None:
@@ -340,17 +341,18 @@ def test_a_folder_without_val_is_divided_class_by_class_the_same_for_all_runs(tm
         for number in range(count):
             Image.new("RGB", (20, 20), (number * 9, 40, 90)).save(tmp_path / label / f"{number}.png")
     recipe = replace(RECIPES["folder"], image_size=16, batch_size=4)
+    kept = []
     for seed in (0, 1):
         options = {"seed": seed, "device": CPU, "workers": 0}
         source = open_images(recipe, str(tmp_path), "w/s", validation=False, **options)
         held = open_images(recipe, str(tmp_path), "w/s", validation=True, **options)
         assert source.labels("val").tolist() == [0, 0, 1]
         assert (source.train_size, held.train_size, held.size("val")) == (15, 12, 3)
-        names = source.names()
-        assert len(names) == 15
-        assert (seed, names) in [(0, names), (1, names)]
+        kept.append(source.names())
         first, second, *_ = next(source.train_views(0, 0))
         assert first.shape == second.shape == (4, 3, 16, 16)
+    assert len(kept[0]) == 15
+    assert kept[0] == kept[1]
     assert not set(parts_of(torch.tensor([0] * 5 + [1] * 5), 0.2)[0]) & set(
         parts_of(torch.tensor([0] * 5 + [1] * 5), 0.2)[1]
     )
@@ -389,7 +391,7 @@ def test_the_papers_rows_are_those_of_methods_that_are_there() -> None:
 def test_the_committed_comparison_is_that_of_its_records() -> None:
     file = Path(methods.__file__).parent / "results" / "methods_fashion_mnist.jsonl"
     if not file.exists():
-        pytest.skip("no records beside the benchmarks")
+        pytest.skip("benchmarks/results has no records of the comparison")
     found: dict[str, dict[int, dict]] = {}
     for record in map(json.loads, file.read_text().splitlines()):
         if not record["run"]["validation"]:
@@ -399,7 +401,9 @@ def test_the_committed_comparison_is_that_of_its_records() -> None:
         name: [METHODS[name].title, *(spread_of([row[key] for row in rows]) for key in ORDER)]
         for name, rows in three.items()
     }
+    assert len(cells) > 9
     page = [line.strip("| ").split(" | ") for line in file.with_suffix(".md").read_text().splitlines()]
     assert {tuple(of) for of in cells.values()} <= {(row[0], *row[3:]) for row in page}
     five = {name: [seeds[seed] for seed in sorted(seeds)] for name, seeds in found.items()}
+    assert paired(five)
     assert "\n\n".join(paired(five)) in file.with_suffix(".md").read_text()

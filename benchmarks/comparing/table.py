@@ -17,7 +17,7 @@ from benchmarks.comparing.core import Method
 from benchmarks.comparing.learners import BASELINES, METHODS, UNTRAINED
 from benchmarks.comparing.recipe import Recipe, new_backbone
 from benchmarks.comparing.runs import Run, optimizer_of, step_of
-from benchmarks.measuring.measure import describe_environment, in_words, quantiles, time_interleaved
+from benchmarks.measuring.measure import describe_environment, in_words, machine_of, quantiles, time_interleaved
 from benchmarks.measuring.memory import extra_memory_cpu, extra_memory_cuda
 from benchmarks.measuring.tables import format_seconds
 from pipeline.evaluation.scores import COLUMNS
@@ -63,7 +63,7 @@ NOT_HERE = {
 PAPER_NOTE = (
     "The paper's columns are its Table 2: ResNet50 on ImageNet, 200 epochs, in percent. There SimCLR, SwAV, "
     "DeepCluster-v2 and BYOL had batches of 4096, the others 256. Its Table 3 trains a linear layer with 1 % and 10 % "
-    "of the labels; the columns here are 1-NN from 1 and 10 labels a class, so the two are not set side by side."
+    "of the labels; the columns here are 1-NN from 1 and 10 labels per class, so the two are not set side by side."
 )
 
 
@@ -122,8 +122,8 @@ def _notes(
         f"Learning rates: {rates}",
         "Passes: how often a step sends each image through an encoder, with gradient + without. The paper counts a "
         "method with two of the former as 2x FLOPS.",
-        "linear: logistic regression on frozen features; 1-NN and 20-NN: cosine similarity; labels a class: 1-NN with "
-        "this many labeled images per class, mean of 10 draws; purity: share of the "
+        "linear: logistic regression on frozen features; 1-NN and 20-NN: cosine similarity; labels per class: 1-NN "
+        "with this many labeled images per class, mean of 10 draws; purity: share of the "
         f"{recipe.k - 1} nearest training images with the same label.",
         PAPER_NOTE,
     ]
@@ -148,7 +148,7 @@ def _notes(
 def trained_on(records: list[dict[str, Any]]) -> str:
     """Return the machines that runs were trained on, with the number of runs, most runs first."""
     counts = Counter(
-        "{device}, {threads} thread{s}, PyTorch {versions[torch]}".format(**found, s="s" * (found["threads"] > 1))
+        f"{machine_of(found)}, PyTorch {found['versions']['torch']}"
         for found in (record["environment"] for record in records)
     )
     return "; ".join(f"{machine} ({count} run{'s' * (count > 1)})" for machine, count in counts.most_common())

@@ -7,11 +7,9 @@ Units: s, bytes, GFLOP = 1e9 operations; a multiply-add counts as two operations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 
 import msf_core
+from pipeline.running.environment import environment
 
 # Sizes [M, K, N] of the products that are tried to find the fastest rate of the machine.
 CPU_PRODUCTS = ((256, 512, 1024), (256, 512, 8192), (2048, 2048, 2048))
@@ -195,43 +194,27 @@ def memory_rate(device: torch.device) -> tuple[list[float], str]:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return device name, threads, library versions and the date (UTC, ISO 8601), for the records."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "faiss": _faiss_version(),
-            "triton": _triton_version(),
-            "msf_core": msf_core.__version__,
-        },
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    """Return `environment` with the versions of further libraries, for the records."""
+    found = environment(device)
+    found["versions"] |= {"numpy": np.__version__, "faiss": _faiss_version(), "triton": _triton_version()}
+    return found
 
 
-def in_words(environment: Mapping[str, Any]) -> str:
+def in_words(found_with: Mapping[str, Any]) -> str:
     """Return the result of `describe_environment` as one line, for the top of a report.
 
-    >>> versions = {"torch": "2.15.0", "faiss": None}
-    >>> in_words({"device": "a CPU", "threads": 2, "versions": versions, "date": "2026-11-24"})
-    'a CPU, 2 threads; 2026-11-24; torch 2.15.0, faiss absent.'
+    >>> found = {"device": "a CPU", "instructions": "AVX2", "threads": 2, "date": "2026-11-24"}
+    >>> in_words(found | {"versions": {"torch": "2.15.0", "faiss": None}})
+    'a CPU, AVX2, 2 threads; 2026-11-24; torch 2.15.0, faiss absent.'
     """
-    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in environment["versions"].items())
-    return f"{environment['device']}, {environment['threads']} threads; {environment['date']}; {versions}."
+    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in found_with["versions"].items())
+    return f"{machine_of(found_with)}; {found_with['date']}; {versions}."
 
 
-def cpu_name() -> str:
-    """Return the CPU's model name if the system reports it, else the name of its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine() or "unknown CPU"
+def machine_of(found_with: Mapping[str, Any]) -> str:
+    """Return device, instruction sets (older records have none) and threads as text."""
+    threads = f"{found_with['threads']} thread{'s' * (found_with['threads'] > 1)}"
+    return ", ".join(filter(None, [found_with["device"], found_with.get("instructions"), threads]))
 
 
 def write_jsonl(records: list[Record], path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import platform
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ import msf_core
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return the device, the versions and the date."""
+    """Return the device, the CPU's instruction sets, the number of threads, the versions and the date."""
+    on_cpu = f"{cpu_name()}, {os.cpu_count()} cores"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
         "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instruction_sets(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "msf_core": msf_core.__version__},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -29,3 +31,22 @@ def in_words(found_with: dict[str, Any]) -> str:
     """
     version = found_with["versions"]["torch"].partition("+")[0]
     return f"{found_with['device']}; PyTorch {version}; {found_with['date'][:10]}"
+
+
+def cpu_name() -> str:
+    """Return the CPU's model name if the system reports it, else the name of its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def instruction_sets() -> str:
+    """Return the CPU's instruction sets that PyTorch uses, such as "AVX2" or "AVX512, AVX512-BF16, AMX"."""
+    further = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
+    found = [name for name, test in further.items() if getattr(torch.cpu, test, bool)()]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *found])

@@ -1,0 +1,6 @@
+"""The benchmarks. They use helpers of the examples: the package ``pipeline``."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
