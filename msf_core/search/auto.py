@@ -12,7 +12,8 @@ from msf_core.search.screen import screen_pays, screened_search
 from msf_core.search.trial import TriedSearch
 
 # From benchmarks/results/cpu_auto.md, on two AMD cores. FAISS multiplies blocks of 1,024 rows. If Q·D is at least this
-# value, its OpenBLAS reaches full speed, 1.3 to 1.5 times that of PyTorch; otherwise it is up to 4 times slower.
+# value, its OpenBLAS reaches full speed, and it is 1.2 to 1.8 times as fast as PyTorch's product and top-k
+# (knn_cost_cpu.md); otherwise it takes up to 3 times as long.
 FAISS_LEAST_WORK = 256 * 512
 # At full speed, FAISS is faster than the screen if the bank has fewer rows per neighbor than this.
 SCREEN_LEAST_ROWS = 1000
