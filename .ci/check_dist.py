@@ -1,8 +1,8 @@
-"""What the sdist and the wheel of a folder hold: all that they should, and nothing else.
+"""Check that the sdist and the wheel in a folder contain everything that they should, and nothing else.
 
     python .ci/check_dist.py DIST CHECKOUT
 
-The checkout is the tree they were built from; git knows which of its files are the project's.
+CHECKOUT is the tree that they were built from. The project's files are those that git tracks.
 """
 
 import ast
@@ -15,13 +15,13 @@ import zipfile
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 
-PARTS = ("msf_core", "tests", "docs", "examples", "benchmarks")  # folders of the sdist
+PARTS = ("msf_core", "tests", "docs", "examples", "benchmarks")  # folders that go into the sdist
 ROOT_FILES = {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"}
-RECORDS = {".md", ".png"}  # of benchmarks/results; the .jsonl beside them stay in the repository
+RECORDS = {".md", ".png"}  # suffixes of the files that go in from benchmarks/results; .jsonl files do not
 
 
 def version_of(checkout: Path) -> str:
-    """Return ``__version__`` as the source has it, without an import."""
+    """Return ``__version__`` from the source, without importing the package."""
     for node in ast.parse((checkout / "msf_core" / "__init__.py").read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
             return str(ast.literal_eval(node.value))
@@ -42,7 +42,7 @@ def wheel_wants(files: set[str], version: str) -> set[str]:
 
 
 def sdist_wants(files: set[str]) -> set[str]:
-    """Return what the sdist should hold: what builds the wheel, tests it, documents it and shows its use."""
+    """Return what the sdist should hold: the package, its tests, documentation, examples and benchmarks."""
 
     def goes_in(name: str) -> bool:
         path = PurePosixPath(name)
@@ -71,7 +71,7 @@ def metadata_errors(text: str, version: str, pyproject: str) -> list[str]:
 
 
 def main(dist: Path, checkout: Path) -> None:
-    """Exit with what is wrong, if anything is."""
+    """Exit with a list of errors, if there are any."""
     version, files = version_of(checkout), tracked(checkout)
     names = sorted(path.name for path in dist.iterdir())
     wheel, sdist = f"msf_core-{version}-py3-none-any.whl", f"msf_core-{version}.tar.gz"
@@ -86,7 +86,7 @@ def main(dist: Path, checkout: Path) -> None:
         found[sdist] = {member.name.removeprefix(top) for member in members}
         links = {member.name: posixpath.join(posixpath.dirname(member.name), member.linkname) for member in members}
         errors = [
-            f"{sdist}: {member.name} is no file, nor a link to one in it"
+            f"{sdist}: {member.name} is neither a file nor a link to a file in the archive"
             for member in members
             if not member.isfile() and posixpath.normpath(links[member.name]).removeprefix(top) not in found[sdist]
         ]
@@ -99,7 +99,7 @@ def main(dist: Path, checkout: Path) -> None:
         errors += [f"{name}: {error}" for error in metadata_errors(metadata[name], version, pyproject)]
     if errors:
         raise SystemExit("\n".join(errors))
-    print(f"{wheel} and {sdist} hold {len(found[wheel])} and {len(found[sdist])} files, all of them as they should")
+    print(f"{wheel} and {sdist} hold {len(found[wheel])} and {len(found[sdist])} files, exactly those expected")
 
 
 if __name__ == "__main__":

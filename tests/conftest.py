@@ -1,12 +1,13 @@
-"""What all tests share: seeds, the hypothesis profile, the gpu marker, and the judge of neighbors."""
+"""What all tests share: seeds, the hypothesis profile, the gpu marker, and a check of neighbors."""
 
 import os
 from collections.abc import Callable
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # they share the cores: before anything imports PyTorch
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; set before PyTorch is imported
     for _library in ("OMP", "MKL", "OPENBLAS"):
         os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -15,7 +16,7 @@ from torch import Tensor
 from msf_core import available_backends
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: run its kernels on the CPU
 
 settings.register_profile(
     "msf_core", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
@@ -34,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+    np.random.seed(0)  # for augmentations of lightly
 
 
 @pytest.fixture(scope="session", params=["torch", "faiss"])
@@ -47,20 +49,21 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def assert_k_nearest() -> Callable[..., None]:
-    """The judge of (similarity, index), a fixture so that no test file has to import another."""
+    """The check of (similarity, index); a fixture so that no test file has to import another."""
     return _assert_k_nearest
 
 
-# Inner products of unit vectors, against float64 on the same rounded values. TF32 and bfloat16 are 100 times off.
+# For inner products of unit vectors, compared with float64 on the same rounded values. The errors of TF32 and bfloat16
+# are 100 times larger.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 
 
 def _assert_k_nearest(
     similarity: Tensor, index: Tensor, queries: Tensor, rows: Tensor, k: int, largest: float = torch.inf
 ) -> None:
-    """Compare with a float64 brute force, per row; among ties any choice is right.
+    """Compare with a float64 brute-force search, row by row; among ties, any choice is correct.
 
-    A backend tells inner products; those that a bank tells are cosines, ``largest`` 1.
+    A backend returns inner products; a bank returns cosines, for which ``largest`` is 1.
     """
     tolerance = TOLERANCE[rows.dtype]
     truth = queries.double() @ rows.double().T  # [Q, n]
@@ -79,4 +82,4 @@ def _assert_k_nearest(
     found = truth.gather(1, index.clamp(min=0)).masked_fill(absent, -torch.inf)
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     slots = index.sort(dim=1).values
-    assert not ((slots[:, 1:] == slots[:, :-1]) & (slots[:, 1:] >= 0)).any(), "a neighbor comes twice"
+    assert not ((slots[:, 1:] == slots[:, :-1]) & (slots[:, 1:] >= 0)).any(), "a neighbor occurs twice"

@@ -1,4 +1,4 @@
-"""Images that cannot be read, and processes that read them: a run names what it met, loses nothing, and ends."""
+"""Images that cannot be read, and reader processes that die: a run names what it met, loses nothing, and ends."""
 
 import io
 import json
@@ -70,7 +70,7 @@ class OneFile(Dataset):
 
 
 @settings(max_examples=400)
-@example("png", 0.5, [])  # torchvision's decoder of PNG ends the process here
+@example("png", 0.5, [])  # torchvision's PNG decoder crashes the process here
 @given(
     st.sampled_from(sorted(FILES)),
     st.one_of(st.just(1.0), st.floats(0, 1)),
@@ -170,9 +170,9 @@ def test_whatever_a_decoder_raises_is_one_line_that_survives_pickling(problem: E
     assert (again.path, again.reason) == (Raising._images[0], reason)
 
 
-# What a run sees in their place
+# What a run sees instead of bad images
 
-BAD = {"train": ("class0/1.jpg", "class2/\udcff\n.jpg"), "val": ("class1/1.jpg",)}  # places 1 and 11; 5
+BAD = {"train": ("class0/1.jpg", "class2/\udcff\n.jpg"), "val": ("class1/1.jpg",)}  # at places 1 and 11, and at 5
 
 
 def spoil(tree: Path, *splits: str) -> list[Path]:
@@ -214,11 +214,11 @@ def test_what_is_skipped_is_replaced_by_a_function_of_seed_epoch_and_index(damag
     assert alone.bad.found == helped.bad.found
     items = alone._loader.dataset
     stand_ins = [list(items.instead((epoch, 1)))[:3] for epoch in range(4)]
-    assert len({tuple(place for _, _, place in keys) for keys in stand_ins}) > 1, "another epoch, another image"
+    assert len({tuple(place for _, _, place in keys) for keys in stand_ins}) > 1, "another epoch must use another image"
     epoch, index, place = next(key for key in items.instead((1, 1)) if key[2] not in (1, 11))
     (weak, _, row, label, seen), met = items[1, 1]
     assert torch.equal(row, items.items[1, 1, place][2])
-    assert not torch.equal(row, items.items[1, place][2]), "not the views that its own turn has"
+    assert not torch.equal(row, items.items[1, place][2]), "its views must differ from those in its own turn"
     assert (label, seen, Path(met[0].path).name) == (place // 4, place, "1.jpg")
     assert torch.equal(weak, items.items[epoch, index, place][0])
 
@@ -227,7 +227,7 @@ def test_a_classifier_is_trained_on_no_image_that_it_was_not_given(damaged: Path
     source = photos(damaged, on_bad_image="skip")
     views = list(source.supervised_views(3, [[1, 4], [11]]))  # 1 and 11 are bad, 4 is of class 1
     assert [labels.tolist() for _, labels in views] == [[1, 1], [1]]
-    assert not torch.equal(views[0][0][0], views[0][0][1]), "views of their own"
+    assert not torch.equal(views[0][0][0], views[0][0][1]), "each must have its own view"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -236,7 +236,7 @@ def test_evaluation_does_without_and_keeps_its_places(damaged: Path, workers: in
     labels = torch.cat([labels for _, labels in source.images("val")])
     assert labels.tolist() == [0, 0, 0, 0, 1, UNREADABLE, 1, 1, 2, 2, 2, 2]
     images, labels = next(source.images("val", [5, 3]))
-    assert (images[0].std(), labels.tolist()) == (pytest.approx(images[0].std()), [UNREADABLE, 0])
+    assert labels.tolist() == [UNREADABLE, 0]
     assert source.displayable(images)[0].max() < 1e-6 < source.displayable(images)[1].max()
 
 
@@ -254,7 +254,7 @@ def test_a_set_without_readable_images_is_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def skipped(damaged: Path) -> Path:
-    """The folder of a run that skipped what is bad from its first step on."""
+    """The folder of a run that skipped bad images from its first step on."""
     run = damaged.parent / "skipped"
     with pytest.MonkeyPatch.context() as patch:
         straight_to_training(patch)
@@ -263,7 +263,7 @@ def skipped(damaged: Path) -> Path:
 
 
 def straight_to_training(patch: pytest.MonkeyPatch) -> None:
-    """Leave out the evaluation of the untrained encoder, which of small sets reads every image."""
+    """Leave out the evaluation of the untrained encoder, which reads every image of a small set."""
     patch.setattr(imagenet_train, "add_rows_before", lambda trainer: trainer.notes.update(before={}))
 
 
@@ -352,7 +352,7 @@ def test_a_worker_that_is_killed_is_an_error_where_its_images_are_waited_for(tmp
     before, others = signal.getsignal(signal.SIGCHLD), set(workers())
     views = photos(make_tree(tmp_path), workers=1).train_views(0, 0)
     next(views)
-    assert signal.getsignal(signal.SIGCHLD) is before, "a dead worker would interrupt any step by an error"
+    assert signal.getsignal(signal.SIGCHLD) is before, "a dead worker would interrupt any step with an error"
     (worker,) = set(workers()) - others
     os.kill(worker, signal.SIGTERM)
     os.kill(worker, signal.SIGINT)
@@ -380,16 +380,16 @@ def test_a_file_that_crashes_its_decoder_is_named(tmp_path: Path, monkeypatch: p
 
 
 def ended(pid: int) -> bool:
-    """Whether it is gone, or waits for nothing but its parent to notice."""
+    """Return whether the process is gone, or a zombie that its parent has not noticed yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it is asked of /proc whether a process is there")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="/proc is needed to see whether a process is alive")
 def test_workers_end_with_the_process_that_reads(tmp_path: Path) -> None:
-    """Two processes refer to two loaders with a worker each; an error ends one of them, and SIGKILL the other."""
+    """Each of two processes has two loaders with one worker each; an error ends one process, and SIGKILL the other."""
     script = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
@@ -422,5 +422,5 @@ for how in ("an error", "SIGKILL"):
     assert len(workers) == 4
     until = time.monotonic() + 60
     while not all(map(ended, workers)):
-        assert time.monotonic() < until, "workers are left"
+        assert time.monotonic() < until, "workers are still alive"
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""benchmarks/bank_latency.py: real ranks in network namespaces, apart by a delay, and figures worked out by hand."""
+"""benchmarks/bank_latency.py: real ranks in network namespaces, separated by a delay, and figures computed by hand."""
 
 import math
 import threading
@@ -18,7 +18,7 @@ ABOUT = {"device": "a CPU", "threads": 1, "versions": {"torch": "2.14.1"}, "date
 
 
 def measured(times: dict[float, list[float]]) -> dict[str, Any]:
-    """What a rank tells of one case whose steps took that long at each round trip."""
+    """What a rank reports about one case, given the times of its steps at each round-trip time."""
     case = [{"seconds": seconds, "sent": [1000 * len(seconds), 2 * len(seconds)]} for seconds in times.values()]
     return {"echo": [[0.001 + rtt, 0.002 + rtt, 0.003 + rtt] for rtt in times], "replicated, none, step": case}
 
@@ -50,7 +50,7 @@ def test_a_machine_that_cannot_says_so(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def fail(host: Host, layout: str) -> list[str]:
-    """Make rank 1 fail in each call in which others wait for it; tell what every call raised here."""
+    """Make rank 1 fail in each call in which others wait for it; return what every call raised on this rank."""
     bank = MemoryBank(SIZES.rows, SIZES.dim, layout=layout, backend="torch")
     criterion = MeanShiftLoss(bank, SIZES.k)
     good = torch.randn(SIZES.batch, SIZES.dim, generator=torch.Generator().manual_seed(host.rank))
@@ -68,7 +68,7 @@ def fail(host: Host, layout: str) -> list[str]:
 
 
 def time_and_fail(host: Host) -> dict[str, Any]:
-    """Do as one rank all that needs ranks, which take long to start."""
+    """Run on one rank everything that needs several ranks, because they take long to start."""
     cases = [("replicated", "none"), ("sharded", "limit")]
     timed = bank_latency.time_exchanges(host, cases, [0.0, APART], SIZES, OFTEN)
     host.set_round_trip(APART)
@@ -91,10 +91,10 @@ def test_hosts_that_are_apart_wait_for_each_other(answers: list[dict[str, Any]])
     assert all(seconds >= APART for seconds in timed[0]["echo"][1])
     for name in ("replicated, none, step", "replicated, none, push", "sharded, limit, step", "sharded, limit, search"):
         for here in timed:
-            # Two steps take a message to the other rank, and its answer to that, at the least.
+            # Two steps take at least a message to the other rank and its answer.
             assert sum(here[name][1]["seconds"]) >= 0.9 * OFTEN.steps * APART / 2, name
             assert here[name][1]["sent"][0] > 0
-    assert all(here["replicated, none, search"][1]["sent"][0] < 1000 for here in timed)  # that talks to nobody
+    assert all(here["replicated, none, search"][1]["sent"][0] < 1000 for here in timed)  # this talks to nobody
 
 
 def test_records_tell_what_was_measured(answers: list[dict[str, Any]]) -> None:
@@ -119,7 +119,7 @@ def test_records_tell_what_was_measured(answers: list[dict[str, Any]]) -> None:
 def test_a_rank_that_fails_far_away_raises_on_all(answers: list[dict[str, Any]]) -> None:
     for layout in bank_latency.LAYOUTS:
         first, second = (answer["said"][layout] for answer in answers)
-        together = [True, layout == "sharded", True]  # a replicated bank is searched alone
+        together = [True, layout == "sharded", True]  # each rank searches a replicated bank by itself
         for shared, here, there in zip(together, first, second, strict=False):
             assert "got [4, 7]" in there
             assert here == (f"rank 1: {there}" if shared else "")
@@ -127,6 +127,6 @@ def test_a_rank_that_fails_far_away_raises_on_all(answers: list[dict[str, Any]])
 
 
 def test_nothing_is_left_behind(answers: list[dict[str, Any]]) -> None:
-    assert [answer["devices"] for answer in answers] == [["lo:", f"{bank_latency.DEVICE}:"]] * 2  # no way out of there
+    assert [answer["devices"] for answer in answers] == [["lo:", f"{bank_latency.DEVICE}:"]] * 2  # no other device
     assert not any(thread.name == bank_latency.RELAY for thread in threading.enumerate())
     assert bank_latency.DEVICE not in Path("/proc/net/dev").read_text()

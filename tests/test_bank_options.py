@@ -1,4 +1,4 @@
-"""benchmarks/bank_options.py at a tiny size: every option is timed, on the searches that its name says."""
+"""benchmarks/bank_options.py at a tiny size: every option is timed, with the limits that its name says."""
 
 import json
 from pathlib import Path

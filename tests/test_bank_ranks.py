@@ -1,4 +1,4 @@
-"""benchmarks/bank_ranks.py: its formula by hand, and that it would notice a difference."""
+"""benchmarks/bank_ranks.py: its formula checked by hand, and that it would notice a difference."""
 
 from typing import Any
 
@@ -11,8 +11,9 @@ rank_main = bank_ranks.rank_main
 
 
 def test_the_bytes_on_the_wire_are_those_counted_by_hand() -> None:
-    # Two ranks, 3 rows each, D = 2, k = 1, float16: of the other rank 3 rows of 2 halves and a label, one header;
-    # then 3 queries of 2 halves, and 3 answers of a similarity, a slot, a label and 2 halves, two headers.
+    # Two ranks with 3 rows each, D = 2, k = 1, float16. A push takes 3 rows of the other rank, of 2 halves and a label
+    # each, and one header. A search takes 3 queries of 2 halves; 3 answers of a similarity, a slot, a label and 2
+    # halves; and two headers.
     push = 3 * (2 * 2 + 8) + 88
     search = 3 * 2 * 2 + 3 * (4 + 8 + 8 + 2 * 2) + 2 * 88
     assert bank_ranks.wire_bytes(2, "replicated", 6, 2, 1, 2) == push

@@ -1,4 +1,4 @@
-"""benchmarks/collapsed.py at a tiny size: every bank is searched with and without the screen, and told of."""
+"""benchmarks/collapsed.py at a tiny size: every bank is searched with and without the screen, and reported."""
 
 import json
 from pathlib import Path

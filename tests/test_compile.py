@@ -1,4 +1,4 @@
-"""The hot path: what torch.compile makes of it, no question to the device, and nothing of the bank's size."""
+"""The hot path: it compiles whole and once, and outside the search it makes nothing of the bank's size."""
 
 import shutil
 import sys
@@ -95,7 +95,7 @@ def test_a_schedule_of_k_works_compiled_with_a_break_of_the_graph() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ for CPU code")
-@pytest.mark.skipif(sys.platform != "linux", reason="inductor for CPU code is tried on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="inductor's CPU code is only tested on Linux")
 def test_inductor_gives_the_same_and_pushes_in_place() -> None:
     plain, traced = criterion(size=100_000), criterion(size=100_000)
     compiled = torch.compile(traced, fullgraph=True)
@@ -129,7 +129,7 @@ class Made(TorchDispatchMode):
 
 def test_a_forward_makes_nothing_larger_than_the_neighbors_outside_the_search() -> None:
     class First:
-        """Finds the first k rows: a search that makes nothing."""
+        """A search that returns the first k rows, and makes no large tensor itself."""
 
         def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
             index = torch.arange(k).expand(queries.shape[0], k)

@@ -139,7 +139,7 @@ def test_reset_makes_the_criterion_as_new() -> None:
     assert without_bank.steps == 0
 
 
-# Where a module is made, and with what.
+# Where and with what a module is created.
 
 
 def test_device_is_where_the_rows_lie() -> None:

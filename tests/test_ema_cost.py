@@ -1,4 +1,4 @@
-"""benchmarks/ema_cost.py from one end to the other with a small model, and what it says of a method that is wrong."""
+"""benchmarks/ema_cost.py: a complete run with a small model, and what it says about a wrong method."""
 
 import builtins
 import copy
@@ -41,7 +41,7 @@ BUFFERS = {
 
 @pytest.fixture
 def task(monkeypatch: pytest.MonkeyPatch) -> Task:
-    """A tiny encoder with BatchNorm, whose update takes no time; nor does its extra memory, which is not measured."""
+    """A tiny encoder with BatchNorm. Its updates take no time, and its extra memory is not measured but set."""
     monkeypatch.setattr(memory, "extra_memory_cpu", lambda call: memory.MemoryResult([7_000_000]))
     encoder = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     return Task("tiny", encoder, 0.9, REPEATS, torch.device("cpu"))
@@ -49,19 +49,19 @@ def task(monkeypatch: pytest.MonkeyPatch) -> Task:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One run: where the results went, and what was printed."""
+    """One run: the folder of its results, and what it printed."""
     pytest.importorskip("torchvision", reason="the models are torchvision's")
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     out = tmp_path_factory.mktemp("ema_cost") / "new" / "out"
     command = ["ema_cost.py", "--device", "cpu", "--model", "resnet18", "--repeats", str(REPEATS), "--out", str(out)]
     printed: list[str] = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two would wait for each other where something else runs
+    torch.set_num_threads(1)  # two threads would wait for each other on a busy machine
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", command)
             patch.setattr(builtins, "print", lambda text, **_: printed.append(text))
-            patch.setattr(gc, "collect", lambda: 0)  # of all of PyTorch, for each method: seconds
+            patch.setattr(gc, "collect", lambda: 0)  # collecting all of PyTorch for each method would take seconds
             ema_cost.main()
     finally:
         torch.set_num_threads(threads)
@@ -74,7 +74,7 @@ def records(whole_run: tuple[Path, str]) -> list[dict[str, Any]]:
 
 
 def installed() -> list[str]:
-    """The methods whose library is here."""
+    """Return the names of the methods whose library is installed."""
     here = {"msf_core", "torch"}
     for package, module in (("timm", "timm.utils"), ("lightly", "lightly.models.utils")):
         try:
@@ -86,7 +86,7 @@ def installed() -> list[str]:
 
 
 def measure_with(task: Task, *methods: Method) -> tuple[Record, ...]:
-    """The records of ours and of these methods."""
+    """Measure our method and these, and return their records."""
     return tuple(ema_cost.measure(task, (OURS, *methods))[0])
 
 

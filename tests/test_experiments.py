@@ -1,4 +1,4 @@
-"""examples/experiments.py: small grids from one end to the other, what is not repeated, and wrong input."""
+"""examples/experiments.py: small grids from start to finish, no repeated runs, and wrong input."""
 
 import contextlib
 import csv
@@ -55,7 +55,7 @@ def test_a_grid_is_run_once_and_drawn(
         folder = tmp_path / "runs" / name
         (row,) = json.loads((folder / "results.json").read_text())["rows"].values()  # baselines are skipped
         if name == "k-5-seed-0":
-            assert f"{row['one_label']:.1%} with one label a class.\n" in (folder / "log.txt").read_text()
+            assert f"{row['one_label']:.1%} with one label per class.\n" in (folder / "log.txt").read_text()
         assert record["values"]["nn1"][place] == [row["nn1"]]
         with (folder / "metrics.csv").open() as file:
             *_, last = csv.DictReader(file)

@@ -1,4 +1,4 @@
-"""benchmarks/fault_drill.py: what it plans, and that it would notice. Its faults run in tests/distributed."""
+"""benchmarks/fault_drill.py: its plans, and that it would notice failures. Its faults run in tests/distributed."""
 
 import json
 from collections import Counter
@@ -58,7 +58,7 @@ def test_what_does_not_hold_is_noticed(record: dict, holds: bool) -> None:
 def test_the_committed_record_has_fifty_kills_and_all_of_it_holds() -> None:
     file = Path(fault_drill.__file__).parent / "results" / "fault_drill.jsonl"
     if not file.exists():
-        pytest.skip("no record of the drill beside the benchmarks")
+        pytest.skip("benchmarks/results has no record of the drill")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(fault_drill.sound(record) for record in records)
     assert sum(record["fault"] == fault_drill.KILL for record in records) >= 50

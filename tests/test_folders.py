@@ -1,4 +1,4 @@
-"""Pixels of image files of every color mode and format: as RGB, with 16 bits scaled, or refused by name."""
+"""Image files of every color mode and format: read as RGB, with 16 bits scaled, or refused by name."""
 
 import struct
 import zlib
@@ -81,17 +81,17 @@ def test_an_image_that_a_camera_has_turned_is_read_as_torchvisions_image_folder_
     tmp_path: Path, ending: str
 ) -> None:
     exif = Image.Exif()
-    exif[274] = 6  # orientation: to be turned by 90 degrees
+    exif[274] = 6  # orientation: to be rotated by 90 degrees
     Image.fromarray(RGB).save(
         tmp_path / f"turned.{ending}", exif=exif, **({"lossless": True} if ending == "webp" else {})
     )
     found = read_image(str(tmp_path / f"turned.{ending}")).permute(1, 2, 0).numpy()
     assert np.array_equal(found, np.array(default_loader(str(tmp_path / f"turned.{ending}"))))
-    assert found.shape == ((31, 23, 3) if ending == "tif" else RGB.shape), "Pillow turns TIFF, and nothing else"
+    assert found.shape == ((31, 23, 3) if ending == "tif" else RGB.shape), "Pillow rotates only TIFF"
 
 
 def rgb16(path: Path) -> np.ndarray:
-    """Write a PNG of 16 bits a channel, which Pillow cannot write; return its pixels."""
+    """Write a PNG with 16 bits per channel, which Pillow cannot write; return its pixels."""
     pixels = np.random.default_rng(2).integers(0, 65536, (23, 31, 3), dtype=np.uint16)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
     chunks = (

@@ -1,6 +1,6 @@
-"""Searches for queries that may not find all rows, and int8 rows: by every backend as by a float64 brute force.
+"""Searches with limited queries and with int8 rows: every backend against a float64 brute-force search.
 
-Triton's are in test_triton.py: its interpreter is slow.
+Triton is tested in test_triton.py, because its interpreter is slow.
 """
 
 from typing import Any, ClassVar
@@ -121,7 +121,7 @@ def test_the_nearest_of_those_that_may_be_found_are(
     found = truth.gather(1, index.clamp(min=0)).masked_fill(absent, -torch.inf)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     slots = index.sort(dim=1).values
-    assert not ((slots[:, 1:] == slots[:, :-1]) & (slots[:, 1:] >= 0)).any(), "a neighbor comes twice"
+    assert not ((slots[:, 1:] == slots[:, :-1]) & (slots[:, 1:] >= 0)).any(), "a neighbor occurs twice"
 
 
 class Few(Plain):

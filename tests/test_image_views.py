@@ -1,4 +1,4 @@
-"""benchmarks/image_views.py from one end to the other in small, and that what it compares makes the same views."""
+"""benchmarks/image_views.py: a small run from start to finish, and wrong flags."""
 
 import json
 import sys

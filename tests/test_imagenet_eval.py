@@ -97,7 +97,7 @@ def test_standardized_features_are_those_of_scikit_learn() -> None:
 
 
 def test_the_layer_converges_to_the_logistic_regression_of_scikit_learn() -> None:
-    """In full batches, for long, with the bias regularized there as here."""
+    """With full batches and many epochs, and with the bias regularized in both."""
     features, labels = blobs(200, classes=3)
     standardize = Standardize.fitted([(features, labels)], Ranks())
     protocol = Protocol(lrs=(0.5,), epochs=800, batch_size=200, weight_decay=0.05, milestones=(700,))
@@ -191,7 +191,7 @@ def test_the_default_protocol_is_the_papers_and_the_rate_falls_at_its_milestones
     monkeypatch.setattr(torch.optim.SGD, "step", recorded)
     train = blobs(300)
     probe(train, train, Protocol(), Ranks())
-    assert rates == pytest.approx([0.01] * 30 + [0.001] * 30 + [0.0001] * 20)  # 2 batches of 256 and 44 an epoch
+    assert rates == pytest.approx([0.01] * 30 + [0.001] * 30 + [0.0001] * 20)  # two batches per epoch: 256 and 44
 
 
 # The commands
@@ -216,7 +216,7 @@ def test_digits_are_measured_as_the_trainer_did(digits_run: Path, tmp_path: Path
     assert {"device", "versions", "date", "protocol", "seconds"} <= record.keys()
     table = capsys.readouterr().out
     assert re.search(rf"\| digits on digits +\|  {100 * found['nn1']:.1f} \|  {100 * found['nn20']:.1f} \|", table)
-    assert "paper" not in table, "its rows are of ImageNet"
+    assert "paper" not in table, "the paper's rows are for ImageNet"
 
 
 def test_an_exported_backbone_is_worth_what_its_checkpoint_is(digits_run: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_few_labels_by_share_by_number_and_by_list(photo_run: Path, tmp_path: Pa
     assert [shares["protocol"][name]["images"] for name in ("10%", "50%")] == [3, 15]
     _, numbers = measured("few-labels", photo_run, *flags, "--per-class", 2, tmp_path / "numbers.json")
     assert numbers["protocol"]["2/class"]["images"] == 6
-    # The names of a class's images are those of the others' here: with one class in each file name, as ImageNet has.
+    # Here, all classes have the same file names. Add the class to each file name, as in ImageNet.
     tree = make_tree(tmp_path / "tree", train=4)
     for path in (tree / "train").rglob("*.jpg"):
         path.rename(path.with_name(f"{path.parent.name}_{path.name}"))
@@ -476,6 +476,7 @@ def test_ctrl_c_amid_the_imports_is_one_line(tmp_path: Path, program: ModuleType
     done = subprocess.run(
         [sys.executable, script, "knn", "resnet18"],
         env={**os.environ, "PYTHONPATH": search},
+        timeout=600,
         capture_output=True,
         text=True,
         check=False,
@@ -484,7 +485,7 @@ def test_ctrl_c_amid_the_imports_is_one_line(tmp_path: Path, program: ModuleType
 
 
 def test_it_works_in_a_thread(digits_run: Path, photo_run: Path, tmp_path: Path) -> None:
-    """As in a notebook or a server, with worker processes, and there also tells errors by its status."""
+    """As in a notebook or a server: with worker processes, and with errors reported by the status."""
     statuses: list[int] = []
     calls = (["knn", photo_run, "--workers", 1], ["knn", digits_run, "--device", "gpu"])
     for call in calls:
@@ -495,8 +496,8 @@ def test_it_works_in_a_thread(digits_run: Path, photo_run: Path, tmp_path: Path)
 
 
 def test_the_first_process_of_a_machine_speaks_first(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The others wait for torchrun to end them; one that it does not end has an error of its own."""
-    said: list[str] = []  # before it slept
+    """The others wait for torchrun to end them, and report their own error if it does not."""
+    said: list[str] = []  # what it had printed before it slept
     monkeypatch.setattr("time.sleep", lambda seconds: said.append(capsys.readouterr().err))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank in (0, 1):

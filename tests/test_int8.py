@@ -1,4 +1,4 @@
-"""Int8 rows: how near they are to what was pushed, what they take, what is saved of them."""
+"""Int8 rows: how close they are to the pushed rows, how much memory they take, and how they are saved."""
 
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def test_a_state_of_any_dtype_loads_into_a_bank_of_any_other(
 def test_a_checkpoint_in_place_never_casts_between_int8_and_floats(
     tmp_path: Path, saved: torch.dtype, wanted: torch.dtype
 ) -> None:
-    """torch.distributed.checkpoint fills the tensors of a state, casting; without its scale an int8 row is none."""
+    """torch.distributed.checkpoint casts what it loads to the dtypes of a state; int8 rows also need their scale."""
     dcp.save({"bank": filled(saved).state_dict()}, checkpoint_id=tmp_path)
     bank = filled(wanted)
     before = bank.rows.clone()

@@ -1,4 +1,4 @@
-"""The recall of rounded rows: against a count by hand, and what is written."""
+"""The recall of rounded rows, compared with a count by hand, and the files that are written."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""benchmarks/knn_cost.py from one end to the other at a tiny size, and the measuring functions it rests on."""
+"""benchmarks/knn_cost.py: a complete run at a tiny size, and the measuring functions that it uses."""
 
 import builtins
 import contextlib
@@ -25,9 +25,9 @@ PROBLEM = cases.Problem(rows=300, dim=33, batch=7, k=5, dtype="float32", device=
 
 @contextlib.contextmanager
 def quick_rates() -> Iterator[pytest.MonkeyPatch]:
-    """Rates of the machine from small products, timed for a moment each, on one thread."""
+    """Measure the rates of the machine with small products, timed only briefly, on one thread."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two would wait for each other where something else runs
+    torch.set_num_threads(1)  # two threads would wait for each other on a busy machine
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(measure, "CPU_PRODUCTS", ((16, 64, 128), (64, 64, 256)))
@@ -40,7 +40,7 @@ def quick_rates() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One run: where the results went, and what was printed."""
+    """One run: the folder of its results, and what it printed."""
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     from benchmarks import knn_cost
 
@@ -204,13 +204,13 @@ def test_calls_are_timed_in_turns() -> None:
     assert [number for _, number in calls] == sorted([*range(30), *range(20)])  # round after round
     assert {name for name, number in calls if number < 20} == {"a", "b"}
     firsts = [calls[2 * number][0] for number in range(20)]
-    assert 5 < firsts.count("a") < 15  # in an order of its own
+    assert 5 < firsts.count("a") < 15  # each round has its own order
     assert [len(seconds["a"]), len(seconds["b"])] == [30, 20]
     assert min(seconds["a"] + seconds["b"]) > 0
 
 
 class FakeEvent:
-    """Of a device whose wait ends after some microseconds by the clock of the test."""
+    """An event of a device whose waits end according to the test's own clock."""
 
     now, waits, over = 0.0, [], 0.0
 
@@ -283,7 +283,7 @@ def test_peers_find_what_we_find_and_the_others_say_why_not(dtype: str) -> None:
     assert "one neighbor" in reasons["lightly bank"] or "not installed" in reasons["lightly bank"]
     truth = cases.Truth(bank, u, most=5)
     for search in built.values():
-        # A product in bfloat16 is rounded to it, and so is its order.
+        # Products in bfloat16 are rounded, which can change their order.
         assert truth.recall(search(peers.unit_queries(u, bank.dtype))) >= (1.0 if dtype == "float32" else 0.7)
 
 
@@ -310,7 +310,7 @@ def test_the_banks_contents_are_seeded_and_full() -> None:
     assert torch.equal(bank.rows, again.rows)
     torch.testing.assert_close(bank.rows.norm(dim=1), torch.ones(300))
     large = cases.fill_bank(dataclasses.replace(PROBLEM, rows=cases.FILL_CHUNK_ROWS + 300))
-    assert large.search(large.rows[-300:], k=2).similarity[:, 1].max() < 0.99  # no row comes twice
+    assert large.search(large.rows[-300:], k=2).similarity[:, 1].max() < 0.99  # no row occurs twice
 
 
 def test_operations_are_counted_on_a_real_product() -> None:

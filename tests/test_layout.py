@@ -1,4 +1,8 @@
-"""Where things are: rooms import only those before them, helpers no commands, and every benchmark is in its README."""
+"""Where things are.
+
+Rooms, the subpackages of examples/pipeline, import only rooms before them. The benchmarks' helpers import no command,
+and the benchmarks' README lists every command.
+"""
 
 import ast
 import re
@@ -13,7 +17,7 @@ COMMANDS = sorted(file.name for file in (ROOT / "benchmarks").glob("*.py"))
 
 
 def imported(folder: Path) -> set[str]:
-    """Modules that the files below a folder import, wherever in them, with every name of a "from" as one."""
+    """Return what the files below a folder import, anywhere in them; each name of a "from" import counts on its own."""
     found = set()
     for file in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

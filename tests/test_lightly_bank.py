@@ -1,4 +1,4 @@
-"""benchmarks/lightly_bank.py from one end to the other with a small bank, and what it says of a wrong module."""
+"""benchmarks/lightly_bank.py: a complete run with a small bank, and what it says about a wrong module."""
 
 import builtins
 import gc
@@ -28,19 +28,19 @@ from msf_core import available_backends
 ROWS, DIM, BATCH, REPEATS = 512, 16, 64, 3
 CPU = torch.device("cpu")
 TASK = Task(ROWS, DIM, BATCH, REPEATS, CPU)
-WRAP_BATCH, LOST = 48, 16  # 512 = 10 · 48 + 32: of the eleventh batch 16 rows do not fit
+WRAP_BATCH, LOST = 48, 16  # 512 = 10 · 48 + 32: 16 rows of the eleventh batch do not fit
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "collect", lambda: 0)  # of all of PyTorch, for each forward: seconds
+        patch.setattr(gc, "collect", lambda: 0)  # collecting all of PyTorch for each forward would take seconds
         yield
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One run: where the results went, and what was printed."""
+    """One run: the folder of its results, and what it printed."""
     out = tmp_path_factory.mktemp("lightly_bank") / "new" / "out"
     sizes = ["--rows", str(ROWS), "--dim", str(DIM), "--batch", str(BATCH), "--repeats", str(REPEATS)]
     printed: list[str] = []
@@ -107,7 +107,7 @@ def test_the_report_has_a_line_for_each(whole_run: tuple[Path, str], records: li
 
 
 class Wrong(nn.Module):
-    """Answers with its oldest row, and keeps every batch at its beginning."""
+    """Always answers with its first row, and writes every batch over its first rows."""
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()

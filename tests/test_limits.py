@@ -1,4 +1,4 @@
-"""Searches and losses in which not every row may serve: by id, by label, against slow loops over a deque."""
+"""Searches and losses limited by id or label, against slow loops over a deque."""
 
 from collections import deque
 from collections.abc import Collection
@@ -22,7 +22,7 @@ Row = tuple[Tensor, int, int, int]  # unit row in float64, label, id, slot
 
 
 def batch_of(count: int, dim: int, classes: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings, labels and ids; −1 is among both."""
+    """Embeddings, labels and ids; −1 occurs among labels and ids."""
     generator = torch.Generator().manual_seed(seed)
     labels, ids = (torch.randint(-1, classes, (count,), generator=generator) for _ in range(2))
     return torch.randn(count, dim, generator=generator), labels, ids
@@ -134,7 +134,7 @@ def test_the_loss_pulls_towards_u_and_the_nearest_rows_that_may_serve(
     views: tuple[int, int],
     seed: int,
 ) -> None:
-    """Value and gradient, against the paper's formula in float64; 0 views are a tensor, more are a list."""
+    """Value and gradient against the paper's formula in float64; 0 views stand for a tensor instead of a list."""
     bank = MemoryBank(size, dim=9, dtype=dtype, backend=backend)
     criterion = MeanShiftLoss(bank, k=k, same_label=same_label, exclude_same_id=exclude_same_id).train(training)
     of_v, of_u = (max(1, number) for number in views)
@@ -212,7 +212,7 @@ def test_k_1_with_several_views_is_the_mean_of_byols_losses(training: bool) -> N
 
 
 def test_the_views_of_an_image_are_not_each_others_neighbors() -> None:
-    """In two calls they are: each is nearly the other."""
+    """In two calls they are, because they are nearly equal."""
     generator = torch.Generator().manual_seed(0)
     images, ids = torch.randn(8, 16, generator=generator), torch.arange(8)
     z1, z2 = (images + 0.01 * torch.randn(8, 16, generator=generator) for _ in range(2))
@@ -253,7 +253,7 @@ def test_views_that_do_not_fit_are_refused_and_change_nothing(
 
 
 class Plain:
-    """A user's backend, with topk alone."""
+    """A user's backend that has only topk."""
 
     def topk(self, queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return TorchSearch().topk(queries, rows, k)
@@ -335,7 +335,7 @@ class OfAnotherKind(Plain):
     """A user's backend in a class whose ``search`` means something else, as that of a FAISS index does."""
 
     def search(self, queries: Tensor, k: int) -> None:
-        raise AssertionError("it is not asked for")
+        raise AssertionError("this must not be called")
 
 
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, pytest.param(OfAnotherKind(), id="of another kind")])

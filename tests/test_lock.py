@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,18 +47,24 @@ def test_a_folder_is_one_processs_until_that_is_killed(tmp_path: Path, capsys: p
             ours.take(tmp_path)
         holder.kill()
         holder.wait()
-        ours.take(tmp_path)  # although the forked one lives on
+        ours.take(tmp_path)  # although the forked process lives on
         assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
     assert (tmp_path / ".lock").read_text() == ""
     assert capsys.readouterr().err == ""
 
 
-def test_a_patient_one_waits(tmp_path: Path) -> None:
+def test_a_lock_with_patience_waits_for_the_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
     with held_elsewhere(tmp_path) as holder, FolderLock(patience=60) as ours:
-        timer = threading.Timer(0.2, holder.kill)
-        timer.start()
+
+        def kill_instead_of_sleeping(seconds: float) -> None:
+            waits.append(seconds)
+            holder.kill()
+            holder.wait()
+
+        monkeypatch.setattr(lock.time, "sleep", kill_instead_of_sleeping)
         ours.take(tmp_path)
-        timer.join()
+    assert waits == [1]
 
 
 def test_within_a_process_too_a_folder_is_one_runs(tmp_path: Path) -> None:

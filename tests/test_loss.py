@@ -17,7 +17,7 @@ from msf_core.schedules import linear
 from msf_core.search.torch_backend import TorchSearch
 
 BACKENDS = tuple(name for name, reason in available_backends("cpu").items() if reason is None)
-QUICK_BACKENDS = tuple(name for name in BACKENDS if name != "triton")  # in its interpreter, a hundred times slower
+QUICK_BACKENDS = tuple(name for name in BACKENDS if name != "triton")  # its interpreter is a hundred times slower
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INPUT_DTYPES = (*ROW_DTYPES, torch.float64)
 # Loss and gradient against float64, by the dtype that rounds last: the arithmetic is float32 for all of them.
@@ -160,11 +160,11 @@ def test_the_first_row_of_an_empty_bank_is_byol_for_every_k(backend: str) -> Non
     assert found.index.tolist() == [[0]]
 
 
-# Every k is the paper's.
+# Every k gives the paper's loss.
 
 
 def check_neighbors(bank: MemoryBank, u: Tensor, labels: Tensor, k: int, first: int, found: Neighbors) -> None:
-    """u first, then the nearest other rows by a search in float64; ``first``: rows pushed before the batch."""
+    """Expect u, then the nearest other rows of a float64 search; ``first`` rows were pushed before the batch."""
     batch, n = u.shape[0], len(bank)
     position = torch.arange(first, first + batch)
     slots = torch.where(position >= first + batch - bank.size, position % bank.size, -1)
@@ -193,7 +193,7 @@ def check_neighbors(bank: MemoryBank, u: Tensor, labels: Tensor, k: int, first: 
 
 
 def reference_of(v: Tensor, u: Tensor, neighbors: Tensor) -> Tensor:
-    """The reference, for every query with a bank of its own neighbors."""
+    """Return the mean of the reference over the queries, each with only its neighbors as the bank."""
     k = neighbors.shape[1]
     each = [reference.mean_shift_loss(v[i : i + 1], u[i : i + 1], neighbors[i], k) for i in range(v.shape[0])]
     return torch.stack(each).mean()
@@ -227,14 +227,14 @@ def test_the_neighbors_are_u_and_the_nearest_others_and_the_loss_is_the_referenc
 @example(Case())
 @example(Case(backend="faiss", filled=3))
 def test_float32_rows_give_the_reference_on_the_rows_after_the_push(case: Case) -> None:
-    assume(case.batch <= case.size)  # of a larger batch, some u are not among the rows
+    assume(case.batch <= case.size)  # in a larger batch, some u are not among the rows
     bank = case.bank()
     v, u = case.batch_of()
     loss = MeanShiftLoss(bank, case.k)(v, u)
     rows = bank.rows[: len(bank)]
     ranked = (unit(u).double() @ rows.double().T).sort(dim=1, descending=True).values
     k = min(case.k, len(bank))
-    assume(k == len(bank) or (ranked[:, k - 1] - ranked[:, k]).min() > 1e-5)  # a tie has no one answer
+    assume(k == len(bank) or (ranked[:, k - 1] - ranked[:, k]).min() > 1e-5)  # a tie has no single answer
     value, gradient = loss_and_gradient(loss, v)
     for formula in (reference.mean_shift_loss, reference.mean_shift_loss_two_matrices):
         expected_value, expected_gradient = loss_and_gradient(formula(v, u, rows, k), v)
@@ -356,7 +356,7 @@ def test_every_float_dtype_is_computed_in_float32(dtype: torch.dtype) -> None:
 def test_backends_agree_bit_for_bit_on_the_loss_of_the_same_neighbors() -> None:
     v, u = Case().batch_of()
     losses = [MeanShiftLoss(Case(backend=backend).bank(), k=5)(v, u) for backend in BACKENDS]
-    assert torch.equal(losses[0], losses[1])
+    assert all(torch.equal(losses[0], loss) for loss in losses[1:])
 
 
 # u is its own first neighbor by construction.
@@ -636,7 +636,7 @@ def test_zero_vectors_give_a_finite_loss_and_gradient() -> None:
     assert torch.autograd.grad(loss, v)[0].isfinite().all()
 
 
-# No waiting for the device: of a meta tensor no value can be read.
+# No waiting for the device: no value of a meta tensor can be read.
 
 
 @pytest.mark.parametrize("row_dtype", ROW_DTYPES)
@@ -649,11 +649,11 @@ def test_forward_and_backward_read_no_value_back(row_dtype: torch.dtype) -> None
             loss.backward()
             assert v.grad is not None
             assert found.index.shape == (batch, 5)
-        with pytest.raises(RuntimeError, match="meta"):  # the trick does see it
+        with pytest.raises(RuntimeError, match="meta"):  # reading a value is detected
             loss.item()
 
 
-# Errors: named, and before anything changes.
+# Errors name what is wrong, before anything changes.
 
 
 def meta(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The average of an encoder of half precision: kept in float32, saved, and given up where somebody changes weights."""
+"""The average of a half-precision encoder: kept in float32, saved, and dropped where someone changes weights."""
 
 import copy
 import io
@@ -58,7 +58,7 @@ def values(target: EMATarget) -> dict[str, Tensor]:
     return {name: f.detach() for name, f in (*target.module.named_parameters(), *target.module.named_buffers())}
 
 
-# It arrives.
+# The average reaches the online values.
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
@@ -150,11 +150,11 @@ def test_momentum_0_and_1_are_exact(dtype: torch.dtype) -> None:
         assert torch.equal(master, theirs[name]), name
 
 
-# Nobody else pays, and the host starts few kernels.
+# Other dtypes pay nothing, and the host starts few kernels.
 
 
 class Started(TorchDispatchMode):
-    """Counts what reads or writes values."""
+    """Records the operations that read or write values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def test_more_tensors_of_half_precision_take_no_more_calls(dtype: torch.dtype) -
     assert len(started(dtype, 2)) < 16
 
 
-# What somebody else has changed.
+# Weights that someone else has changed.
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -214,7 +214,7 @@ def test_weights_that_somebody_loads_win(dtype: torch.dtype, how: str) -> None:
             f.data.copy_(value.data)
         elif how == "new tensor":
             f.data = value.data.clone()
-    new = copy.deepcopy(new)  # whose memory the target may have now
+    new = copy.deepcopy(new)  # the target may use its memory now
     train(online, 4)
     target.update(online)
     for name, value in new.named_parameters():
@@ -353,7 +353,7 @@ def test_masters_are_never_cast(cast: Callable[[nn.Module], nn.Module]) -> None:
     target = cast(target)
     assert_same(masters_of(target), before)
     target.update(online)
-    for name, master in masters_of(target).items():  # bfloat16 is no float16: the cast may have rounded
+    for name, master in masters_of(target).items():  # a cast from bfloat16 to float16 may have rounded
         expected = before[name].lerp(dict(online.named_parameters())[name].detach().float(), 0.01)
         torch.testing.assert_close(master, expected, rtol=1e-2, atol=1e-3)
     assert bool(masters_of(target)) is (target.module.scalar.dtype != torch.float64)

@@ -1,4 +1,4 @@
-"""MemoryBank beside collections.deque(maxlen=size), its saved state, and its errors."""
+"""MemoryBank against collections.deque(maxlen=size), its saved state, and its errors."""
 
 import copy
 import io
@@ -25,9 +25,9 @@ from msf_core import MemoryBank
 from msf_core.search import load_backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SEEDS = st.integers(0, 20)  # few, so that rows come again, and as queries
+SEEDS = st.integers(0, 20)  # few, so that rows repeat, and also occur as queries
 SIZES = st.integers(1, 7)
-# A row of these has no finite norm; in the last the entries are finite, their norm is not.
+# Rows with these values have no finite norm; in the last kind, the entries are finite but their norm is not.
 BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "overflow": 3e38}
 
 
@@ -140,7 +140,7 @@ class BankBesideDeque(RuleBasedStateMachine):
     @precondition(lambda self: self.saved)
     @rule(size=st.none() | SIZES)
     def load(self, size: int | None) -> None:
-        """Over what this bank holds, or over what a new one of some size holds."""
+        """Load over the contents of this bank, or over those of a new bank of some size."""
         state, contents, pushed, self.nonfinite = self.saved
         if size is not None:
             self.bank = self.new_bank(size)

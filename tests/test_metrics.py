@@ -70,7 +70,7 @@ def test_purity_leaves_unknown_neighbors_and_queries_out() -> None:
 @pytest.mark.parametrize(
     ("neighbor_labels", "labels"),
     [
-        ([[1], [2]], [1, 2]),  # k = 1: nobody but the query
+        ([[1], [2]], [1, 2]),  # k = 1: only the query itself
         ([[1, -1], [2, -1]], [1, 2]),
         ([[-1, 1], [-1, -1]], [-1, -1]),
     ],
@@ -167,7 +167,7 @@ def test_purity_and_spread_read_no_value_back() -> None:
         spread = embedding_spread(torch.ones(7, 33))
         assert purity.shape == spread.shape == ()
         for value in (purity, spread):
-            with pytest.raises(DataDependentOutputException):  # the trick does see it
+            with pytest.raises(DataDependentOutputException):  # reading a value is detected
                 value.item()
 
 
@@ -175,7 +175,7 @@ def test_purity_and_spread_read_no_value_back() -> None:
 
 
 def classify_in_a_loop(queries: Tensor, features: Tensor, labels: list[int], k: int) -> tuple[list[int], float]:
-    """Majority vote, a tie to the larger sum of similarities; and how near the closest decision was."""
+    """Return majority votes, with ties going to the larger sum of similarities, and the margin of the closest one."""
     similarity = (F.normalize(queries.double(), dim=1) @ F.normalize(features.double(), dim=1).T).numpy()
     predicted, margin = [], math.inf
     for row in similarity:
@@ -228,7 +228,7 @@ def test_20_nn_tells_classes_apart_that_are_far_apart() -> None:
     labels = torch.arange(120) % 4
     features = 5 * torch.eye(4, 33)[labels] + random(120, 33)
     queries = 5 * torch.eye(4, 33) + random(4, 33, seed=1)
-    assert knn_classify(queries, features, labels).tolist() == [0, 1, 2, 3]  # k = 20 unless told
+    assert knn_classify(queries, features, labels).tolist() == [0, 1, 2, 3]  # k = 20 by default
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -264,7 +264,7 @@ def test_more_votes_win_over_any_similarity() -> None:
 
 
 class Recording(TorchSearch):
-    """How many queries came at a time, and beside which rows."""
+    """Records how many queries come at a time, and with which rows."""
 
     def __init__(self) -> None:
         self.queries: list[int] = []

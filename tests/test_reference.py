@@ -1,4 +1,4 @@
-"""The reference itself: by hand, and its two forms against each other."""
+"""The reference itself: compared with results by hand, and its two forms with each other."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""What an older release saved still loads, and the run goes on as it would have gone on there.
+"""States that older releases saved still load, and the run goes on as it would have with that release.
 
-``python tests/test_released_states.py`` writes tests/states/VERSION.pt for the release at hand: at each release, once.
+Run ``python tests/test_released_states.py`` once at each release: it writes tests/states/VERSION.pt.
 """
 
 from contextlib import suppress
@@ -38,7 +38,7 @@ class Training:
         self.criterion = MeanShiftLoss(MemoryBank(SIZE, DIM, **options), k=linear(2, 4, STEPS))
 
     def step(self, number: int) -> dict[str, Tensor]:
-        """Do one, by a given gradient, and return what came out."""
+        """Do one step, with a fixed change of the parameters, and return its results."""
         weak, strong = self.data[number]
         limits = {"ids": self.labels[number] * 10} if self.criterion.bank.dtype == torch.int8 else {}
         v, u = self.online(strong), self.target(weak)
@@ -79,9 +79,9 @@ def test_a_state_of_that_release_loads_and_goes_on(file: Path, name: str) -> Non
     assert (len(bank), int(bank.pushed), training.criterion.steps) == (SIZE, STEPS * BATCH, STEPS)
 
     found = training.step(STEPS)
-    assert not torch.allclose(before["u"], found["u"]), "the state changes nothing"
+    assert not torch.allclose(before["u"], found["u"]), "loading the state changed nothing"
     assert found.keys() == saved["next"].keys()
-    for part, expected in saved["next"].items():  # on other processors sums are rounded otherwise
+    for part, expected in saved["next"].items():  # other processors round sums differently
         torch.testing.assert_close(found[part], expected, rtol=1e-5, atol=1e-6, msg=f"{part} differs")
 
 

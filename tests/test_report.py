@@ -1,4 +1,4 @@
-"""What a run says and draws: lines and bar, the pictures' labels, and what Weights & Biases gets."""
+"""What a run prints and draws: lines and progress bar, labels in the pictures, and what Weights & Biases gets."""
 
 import io
 import itertools
@@ -24,7 +24,7 @@ TITLE = f"MSF, k = 5 on fashion-mnist, seed 0\n{DEVICE}"
 
 
 class Terminal(io.StringIO):
-    """A terminal, as far as anybody asks."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -51,7 +51,7 @@ def test_an_epoch_is_a_line_and_only_a_terminal_gets_a_bar(
 def test_an_epoch_of_hours_is_not_silent_and_other_ranks_are(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = itertools.count(0, 50)  # seconds, at each look
+    clock = itertools.count(0, 50)  # 50 seconds pass between readings
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     for speaks in (True, False):
         with Progress(100, 10_000, 2, batch_size=8, speaks=speaks) as shown:
@@ -60,11 +60,11 @@ def test_an_epoch_of_hours_is_not_silent_and_other_ranks_are(
             shown.after_epoch(EPOCH | {"step": 10_000})
         said = capsys.readouterr().out.splitlines()
         assert len(said) == (3 if speaks else 0)
-        if speaks:  # every ten steps 50 s are over: at 13 looks more than 600
+        if speaks:  # it is read every ten steps, 50 s apart: 13 readings exceed 600 s
             assert said[0] == (
                 "epoch 1 of 2, step 230 of 10,000: loss 0.250, purity 0.500, 2 images/s, 14 h 37 min left"
             )
-            assert "left" not in said[-1], "that is the end"
+            assert "left" not in said[-1], "the run has ended"
 
 
 def history(epochs: int, *missing: str) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ DRAWINGS: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 
 def labels_of(figure: Figure) -> list[tuple[str, Any]]:
-    """Every text that is seen, and its box."""
+    """Return every visible text and its box."""
     figure.draw_without_rendering()
     hidden = set()
     for axes in figure.axes:
@@ -133,7 +133,7 @@ def labels_of(figure: Figure) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_labels_never_touch_and_are_on_the_picture(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     function, arguments = DRAWINGS[name]
-    for module in (pictures, paper):  # where the labels are is known without writing the pixels
+    for module in (pictures, paper):  # the positions of the labels are known without writing the pixels
         monkeypatch.setattr(module, "write_picture", lambda figure, path, dpi: figure)
     figure = getattr(pictures if hasattr(pictures, function) else paper, function)(tmp_path / "x.png", *arguments)
     labels = labels_of(figure)
@@ -152,7 +152,7 @@ def records_of(log: bytes) -> Iterator[bytes]:
     place, record = 7, b""
     while place + 7 <= len(log):
         left = 32_768 - place % 32_768
-        if left < 7:  # the rest of a block is filled up
+        if left < 7:  # padding at the end of a block
             place += left
             continue
         size, kind = int.from_bytes(log[place + 4 : place + 6], "little"), log[place + 6]
@@ -210,7 +210,7 @@ def test_wandb_goes_on_with_its_run_and_gets_every_number(
 
 def test_wandb_without_a_login_is_said(monkeypatch: pytest.MonkeyPatch, wandb: Any) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    monkeypatch.setattr(wandb, "login", lambda prompt: prompt)  # whatever this machine has
+    monkeypatch.setattr(wandb, "login", lambda prompt: prompt)  # whatever is configured on this machine
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(ValueError, match="WANDB_MODE=offline"):
         check_logger("wandb")

@@ -1,4 +1,4 @@
-"""Schedules: where they start and end, what they do between, and that they hold no state."""
+"""Schedules: where they start and end, what they do in between, and that they hold no state."""
 
 import math
 import pickle

@@ -1,4 +1,4 @@
-"""The bfloat16 screen of large searches on a CPU: exact whatever it leaves, and out of the way where it leaves much."""
+"""The bfloat16 screen of large searches on a CPU: always exact, and given up where it leaves too many rows."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ def screened_topk(queries: Tensor, rows: Tensor, k: int, otherwise: Search) -> t
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_blocks():
-    """Blocks of four groups and chunks of one, so that a test of some hundred rows has many; none is given up."""
+    """Blocks of four groups and chunks of one, so that a few hundred rows make many; none is given up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(screen, "CHUNK_ROWS", GROUP)
         patch.setattr(screen, "LEAST_BLOCK_ROWS", 4 * GROUP)
@@ -49,7 +49,7 @@ def _small_blocks():
 
 
 def unit(count: int, dim: int, dtype: torch.dtype, seed: int, cone: float = 0.0) -> Tensor:
-    """Random unit rows; with ``cone`` all of them about one direction, that far apart."""
+    """Random unit rows; with ``cone``, they are all close to one direction, at about that distance."""
     rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
     if cone:
         rows = torch.ones(dim) / dim**0.5 + cone * rows / dim**0.5
@@ -135,7 +135,7 @@ def test_rounding_queries_to_int8_never_costs_a_neighbor(
     queries = Queries(unit(20, 64, torch.float32, seed=1, cone=0.05))
     found = screen.screened_search(queries, rows, 5, otherwise=float32_search)
     assert_k_nearest(*found, queries.values, rows.floats(), 5)
-    # Without the bound and the roundings of the result, neighbors are missed: the test is one.
+    # Without the bound and the allowance for rounding, neighbors are missed, so this test can fail.
     monkeypatch.setattr("msf_core.search.base.INT8_ERROR", 0.0)
     monkeypatch.setattr(screen, "ROUNDING", 0.0)
     found = screen.screened_search(queries, rows, 5, otherwise=float32_search)
@@ -207,7 +207,7 @@ def test_where_too_many_rows_are_left_the_search_goes_on_without_the_screen(
     rows, queries = unit(3 * block + 7, 256, torch.float32, seed=0), unit(5, 256, torch.float32, seed=1)
     otherwise = Otherwise()
     assert_k_nearest(*screened_topk(queries, rows, 1, otherwise), queries, rows, 1)
-    assert otherwise.rows == [7]  # the last rows make no whole group
+    assert otherwise.rows == [7]  # the last rows do not fill a group
     rows[block:] = unit(2 * block + 7, 256, torch.float32, seed=2, cone=1e-3)
     queries = unit(5, 256, torch.float32, seed=3, cone=1e-3)
     otherwise = Otherwise()
@@ -238,7 +238,7 @@ def test_collapsed_rows_are_searched_exactly_and_given_up_once(
     for k in (1, 5):
         similarity, index = screened_search(asked, there, k, otherwise)
         assert_k_nearest(similarity, index, asked.values, there.floats().to(asked.values.dtype), k)
-    assert len(otherwise.rows) == 2  # the rest of each search, in one
+    assert len(otherwise.rows) == 2  # the rest of each search, in one call
     given_up = [n for n in otherwise.rows if n > 7]
     assert all((n - 7) % block == 0 for n in given_up)
     if kind in ("within 0.001", "duplicates", "half"):
@@ -269,7 +269,7 @@ def test_candidates_that_would_take_too_much_memory_are_left_to_float32(
 ) -> None:
     rows, queries = unit(4 * GROUP, 64, torch.float32, seed=0), unit(5, 64, torch.float32, seed=1)
     queries[0] = rows[0]
-    rows[1:] = F.normalize(rows[:1] + 1e-3 * rows[1:], dim=1)  # one query has all of them for candidates
+    rows[1:] = F.normalize(rows[:1] + 1e-3 * rows[1:], dim=1)  # one query has all of them as candidates
     for most, expected in ((4, []), (3, [4 * GROUP])):
         monkeypatch.setattr(screen, "CANDIDATE_BYTES", most * 5 * GROUP * 12)
         otherwise = Otherwise()
@@ -346,6 +346,6 @@ def test_auto_leaves_a_bank_of_few_rows_for_each_neighbor_to_a_fast_faiss(monkey
         ),
     )
     rows, queries = unit(2000, 1024, torch.float32, seed=0), unit(128, 1024, torch.float32, seed=1)
-    for count, n in ((128, 1999), (128, 2000), (127, 1999)):  # 128 x 1,024 query values are FAISS's
+    for count, n in ((128, 1999), (128, 2000), (127, 1999)):  # FAISS gets 128 x 1,024 query values
         AutoSearch().topk(queries[:count], rows[:n], 2)
     assert used == [(128, 2000), (127, 1999)]

@@ -1,4 +1,4 @@
-"""The screen where it leaves groups out: of limited queries, at the edge of its bounds, among NaN rows and queries."""
+"""Groups that the screen leaves out: for limited queries, at the edge of its bounds, with NaN rows and queries."""
 
 from typing import Any
 
@@ -46,6 +46,7 @@ def test_the_screen_of_limited_queries_leaves_out_no_neighbor(
     monkeypatch.setattr(screen._Screen, "_again", lambda *a: left_out.append(a[2].shape[0] < 20 * 16) or again(*a))
     _, index = screened_search(asked, rows, k, float32_search)
     torch.testing.assert_close(truth.gather(1, index), expected, rtol=0, atol=1e-6)
+    assert left_out
     assert all(left_out), "no group was left out: the test tests nothing"
 
 
@@ -54,12 +55,12 @@ def test_the_error_bound_of_int8_queries_holds_for_the_worst_row(dim: int) -> No
     queries = unit_rows(rows_of(20, dim, dim))
     whole, step, error = rounded_to_int8(queries)
     off = queries.double() - whole.double() * step.double()[:, None]
-    worst = Rows(*packed(unit_rows(off), torch.int8)).floats().double()  # along what rounding has taken off
+    worst = Rows(*packed(unit_rows(off), torch.int8)).floats().double()  # parallel to the rounding error
     products = ((whole.double() * step.double()[:, None] - queries.double()) * worst).sum(1).abs()
     assert (products <= error).all()
     made = screen._Screen(Queries(queries), Rows(*packed(queries, torch.int8)), screen.RunningTopk(queries, 1))
     assert (products + 2e-7 <= made.error).all()
-    assert (products > 0.97 * error).all()  # and it is not larger than need be
+    assert (products > 0.97 * error).all()  # and it is not larger than necessary
 
 
 def test_an_int8_query_of_nan_does_not_spoil_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +112,6 @@ def test_a_maximum_that_was_rounded_up_hides_no_neighbor(error: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bound_counts_the_sums_too(dtype: torch.dtype) -> None:
-    queries = torch.eye(64).to(torch.float32 if dtype == torch.int8 else dtype)  # rounded without a loss
+    queries = torch.eye(64).to(torch.float32 if dtype == torch.int8 else dtype)  # rounded without loss
     made = screen._Screen(Queries(queries), Rows(*packed(torch.eye(64), dtype)), screen.RunningTopk(queries, 1))
     assert (made.error >= 64 * 2.0**-22).all()

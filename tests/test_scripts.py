@@ -1,6 +1,6 @@
-"""The benchmarks' scripts start from any folder and end with 2 where they cannot run: all in one process.
+"""The benchmark scripts start from any folder, and exit with status 2 if they cannot run.
 
-Each would import PyTorch in a process of its own.
+All run in one process, because each process would have to import PyTorch.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("sklearn", reason="an example that a script compares with needs scikit-learn")
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-STARTS = {  # script -> (arguments, what it says, what must be there)
+STARTS = {  # script -> (arguments, expected message, required module)
     "knn_cost.py": (["--rows", "0"], "usage: knn_cost.py", "numpy"),
     "ema_cost.py": (["--repeats", "0"], "usage: ema_cost.py", "numpy"),
     "lightly_bank.py": (["--repeats", "0"], "usage: lightly_bank.py", "lightly"),

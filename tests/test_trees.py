@@ -1,4 +1,4 @@
-"""Trees of images as people have them: links, leavings of systems, splits by other names, and what is held out."""
+"""Image trees as found in practice: links, system files, splits with other names, and images that are held out."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def names(images: ImageTree | None) -> list[str]:
     return [] if images is None else list(images.paths.names())
 
 
-# Which images there are
+# Which images are found
 
 
 def test_images_and_their_order_are_those_of_torchvision_links_included(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_leavings_of_systems_are_neither_classes_nor_images_and_all_that_is_left
     assert len(found.lines) == SHOWN + 2
     assert found.no_val == ""
     few = grow(tmp_path / "few", *split("train"), "LICENSE", "raw/0.jpg", "1.jpg")
-    os.mkfifo(few / "train" / "dog" / "pipe.jpg")  # reading it would wait for ever
+    os.mkfifo(few / "train" / "dog" / "pipe.jpg")  # reading it would wait forever
     assert open_folder(few)[2].lines[1:-1] == (
         "left out: files without an extension (1), such as LICENSE",
         "left out: folders beside train (1), such as raw",
@@ -111,7 +111,7 @@ def test_leavings_of_systems_are_neither_classes_nor_images_and_all_that_is_left
     )
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there file names are text")
+@pytest.mark.skipif(os.name == "nt", reason="file names are always text on Windows")
 def test_a_file_name_that_is_no_text_is_read_and_can_be_printed(tmp_path: Path) -> None:
     for folder in ("cat", "dog\n"):
         grow(tmp_path / folder, os.fsdecode(b"caf\xe9.jpg"), os.fsdecode(b"\xe9.txt"))
@@ -123,7 +123,7 @@ def test_a_file_name_that_is_no_text_is_read_and_can_be_printed(tmp_path: Path) 
     "\n".join(found.lines).encode()
 
 
-# Which are of which split
+# Which images belong to which split
 
 UNDERSTOOD: dict[str, tuple[list[str], str]] = {
     "train and val": (split("train") + split("val", 1), "val"),

@@ -1,4 +1,4 @@
-"""The trial of a backend before "auto" relies on it: what is broken is found out once, and torch answers instead."""
+"""The trial of a backend before "auto" relies on it: a broken one is detected once, and torch answers instead."""
 
 import warnings
 from collections.abc import Callable
@@ -154,7 +154,7 @@ def test_what_is_broken_is_found_out_with_one_warning_and_torch_answers(
         for k in (3, 4):  # nor is it tried again for another kernel
             assert_same(tried.general_topk(queries, rows, k), queries, rows, k)
     assert backend.searches == 1
-    backend.search = torch_search  # another dtype is tried by itself
+    backend.search = torch_search  # another dtype has its own trial
     tried.topk(*(part.values.double().to(torch.bfloat16) for part in (queries, rows)), 3)
     assert backend.searches == 3
 
@@ -222,7 +222,7 @@ def test_no_memory_and_a_broken_device_are_no_reason_to_go_on(monkeypatch: pytes
     tried = TriedSearch(Backend(no_memory), TorchSearch())
     with pytest.raises(torch.OutOfMemoryError):
         tried.general_topk(queries, rows, 3)
-    tried.backend = Backend()  # it can still pass
+    tried.backend = Backend()  # it can still pass the trial
     tried.general_topk(queries, rows, 3)
     tried.backend = Backend(no_memory)
     with pytest.raises(torch.OutOfMemoryError):

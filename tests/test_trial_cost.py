@@ -1,4 +1,4 @@
-"""benchmarks/trial_cost.py in Triton's interpreter, on few queries."""
+"""benchmarks/trial_cost.py in Triton's interpreter, with few queries."""
 
 import json
 from pathlib import Path

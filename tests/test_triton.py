@@ -1,4 +1,4 @@
-"""The Triton backend in Triton's interpreter: exact for every shape and adversary."""
+"""The Triton backend in Triton's interpreter: exact for every shape and for adversarial rows."""
 
 import os
 import subprocess
@@ -53,14 +53,14 @@ def constants(**values: object) -> Iterator[None]:
 
 LANES = (
     {},
-    {"LANES": 4, "MEMBERS": 2, "BATCH_ROWS": 32},  # groups go round the lanes several times, two of them a batch
+    {"LANES": 4, "MEMBERS": 2, "BATCH_ROWS": 32},  # groups go around the lanes several times, two per batch
     {"LANES": 4, "MEMBERS": 2, "LEAST_GROUPS": 0, "PRECISE_COST": 0},  # the precise pass comes after k groups
 )
 
 
 @pytest.fixture
 def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of float32 values as the tensor cores form them: the lowest 13 bits are cut off, unless asked for."""
+    """Form TF32 products as tensor cores do: the lowest 13 bits of float32 values are cut off."""
     dot = InterpreterBuilder.create_dot
 
     def cut(handle):
@@ -84,7 +84,7 @@ def unit_rows(count: int, dim: int, dtype: torch.dtype, seed: int, cone: float =
 
 
 def assert_exact(judge: Callable[..., None], queries: Queries, rows: Rows, k: int) -> Tensor:
-    """Search, judge every query beside the rows that it may find, and return the index."""
+    """Search, check every query against the rows that it may find, and return the index."""
     similarity, index = TRITON.general_topk(queries, rows, k)
     values, slots = rows.values if rows.scale is None else rows.floats(), torch.arange(rows.values.shape[0])
     forbidden = queries.forbidden(rows.labels, rows.ids)
@@ -142,7 +142,7 @@ def test_the_k_nearest_are_found(
 def test_a_query_does_not_find_its_own_rows(
     assert_k_nearest: Callable[..., None], dtype: torch.dtype, views: int
 ) -> None:
-    """Half precision looks at k + V groups: V of the best may hold nothing but own rows."""
+    """Half precision looks at k + V groups, because V of the best may hold only the query's own rows."""
     exact = torch.float32 if dtype == torch.int8 else dtype
     values = unit_rows(60, 8, exact, seed=0)
     values[20], values[40] = values[0], values[0]  # twins of the first row, in groups of their own
@@ -193,7 +193,7 @@ def test_where_rows_are_all_alike_a_precise_pass_bounds_the_groups_that_are_look
     bound = {"choose_group": lambda *_: 16, "LEAST_GROUPS": 0, "PRECISE_COST": 0, "BATCH_ROWS": 32}
     with constants(**LANES[1] | bound):
         assert_exact(assert_k_nearest, queries, rows, 3)
-    if copies == 1:  # the test is one: without that pass, rows are missed
+    if copies == 1:  # without that pass, rows are missed, so this test can fail
         unprecise = {"plan_for": lambda *sizes: PLAN_FOR(*sizes)._replace(precise=None)}
         with constants(**LANES[1] | bound | unprecise), pytest.raises(AssertionError):
             assert_exact(assert_k_nearest, queries, rows, 3)
@@ -258,7 +258,7 @@ def test_float32_rows_are_exact_although_the_first_pass_is_tf32(
     monkeypatch.setattr(triton_plan, "LEAST_GROUPS", 100)  # no precise pass
     assert_k_nearest(*TRITON.topk(queries, rows, 5), queries, rows, 5)
     monkeypatch.setattr(triton_backend, "TF32_ERROR", 1e-12)
-    with pytest.raises(AssertionError):  # without the bound, groups are missed: the test is one
+    with pytest.raises(AssertionError):  # without the bound, groups are missed, so this test can fail
         assert_k_nearest(*TRITON.topk(queries, rows, 5), queries, rows, 5)
 
 
@@ -272,7 +272,7 @@ def test_int8_rows_are_exact_although_the_first_pass_rounds_the_queries(
     rows, queries = Rows(values, scale), Queries(unit_rows(8, 64, torch.float32, seed=1, cone=0.05))
     assert_k_nearest(*TRITON.general_topk(queries, rows, 5), queries.values, rows.floats(), 5)
     monkeypatch.setattr("msf_core.search.base.INT8_ERROR", 0.0)
-    with pytest.raises(AssertionError):  # without the bound, groups are missed: the test is one
+    with pytest.raises(AssertionError):  # without the bound, groups are missed, so this test can fail
         assert_k_nearest(*TRITON.general_topk(queries, rows, 5), queries.values, rows.floats(), 5)
 
 
@@ -281,7 +281,7 @@ def test_int8_rows_are_exact_although_the_first_pass_rounds_the_queries(
 def test_groups_are_taken_by_the_rows_that_may_be_found(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, by: str
 ) -> None:
-    """Of half-precision rows only k groups are looked at: a forbidden row must not make its group one of them."""
+    """For half-precision rows, only k groups are looked at; a forbidden row must not make its group one of them."""
     monkeypatch.setattr(triton_plan, "choose_group", lambda *_: 16)
     monkeypatch.setattr(triton_plan, "MAXIMA_BYTES", 4 * 10 * 3)  # three queries at once
     query = F.normalize(torch.ones(7, 4), dim=1)
@@ -390,5 +390,7 @@ def test_outside_the_interpreter_it_says_that_it_searches_cuda_tensors() -> None
     code = "from msf_core import available_backends; print(available_backends('cpu')['triton'])"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     package = Path(triton_backend.__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=package, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=package, env=environment, timeout=300
+    )
     assert done.stdout.startswith("Triton searches CUDA tensors"), done.stderr

@@ -1,7 +1,7 @@
-"""The kernels of the Triton backend compiled for GPUs that are not here: what they use, and that nothing spills.
+"""The kernels of the Triton backend compiled for GPUs that need not be here: what they use, and no spills.
 
-How fast they run, only a GPU tells. Everything is compiled once, by a program of its own: in this process Triton may be
-its interpreter.
+Only a GPU can tell how fast they run. Everything is compiled once, in a separate process, because Triton may run its
+interpreter in this one.
 """
 
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 # What Triton 3.8 makes. Older ones spill a few bytes and use more registers, and 3.3 cannot compile for sm_120.
 NEWEST = VERSION >= (3, 8)
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes that a program may have
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes of shared memory that a program may use
 if VERSION < (3, 4):
     del SHARED[120]
 DTYPES = ("float32", "bfloat16", "int8")
@@ -101,7 +101,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here_into_what_the_search_res
 
 
 def compiled(folder: Path) -> Kernels:
-    """By case: shared memory, PTX, and what cuobjdump says, of "maxima", "select" and, where there is, its twin."""
+    """Return shared memory, PTX and cuobjdump's output by case, of "maxima", "select" and, if any, "precise maxima"."""
     (folder / "compile_all.py").write_text(COMPILE)  # Triton reads the source of a kernel, so it has to be a file
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
@@ -110,7 +110,12 @@ def compiled(folder: Path) -> Kernels:
     }
     cases = json.dumps([(*case, SHARED[case[0]]) for case in CASES])
     done = subprocess.run(
-        [sys.executable, "compile_all.py", cases], capture_output=True, text=True, cwd=folder, env=environment
+        [sys.executable, "compile_all.py", cases],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
@@ -119,7 +124,7 @@ def compiled(folder: Path) -> Kernels:
 def usage_of(kernel: dict[str, Any]) -> dict[str, int]:
     """Return the registers (REG) and bytes of the stack that a thread has; skip where Triton came without cuobjdump."""
     if not kernel["usage"]:
-        pytest.skip("Triton came without cuobjdump, which tells registers and spills")
+        pytest.skip("Triton came without cuobjdump, which reports registers and spills")
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", kernel["usage"])}
 
 
@@ -158,7 +163,7 @@ def check_that_the_first_pass_multiplies_on_tensor_cores(kernels: Kernels) -> No
 def check_that_rows_come_in_pieces_of_16_bytes_without_passing_the_registers(kernels: Kernels) -> None:
     for case, of_case in kernels.items():
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\w+)", of_case["maxima"]["ptx"])
-        wanted = 8 if case[1] == "int8" and case[2] == 520 else 16  # 520 bytes: every second row begins at half of that
+        wanted = 8 if case[1] == "int8" and case[2] == 520 else 16  # every second row of 520 bytes is aligned to only 8
         assert copies, case
         assert {int(size, 16) for size in copies} == {wanted}, case
         words = "v4" if wanted == 16 else "v2"

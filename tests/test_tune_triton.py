@@ -1,4 +1,4 @@
-"""benchmarks/tune_triton.py as far as it goes without a GPU: what it tries, and that a trial is a search."""
+"""benchmarks/tune_triton.py as far as it runs without a GPU: what it tries, and that a trial is a search."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_every_combination_is_one_that_the_kernel_takes(problem) -> None:
         assert tiles.queries <= problem.batch
 
 
-@pytest.mark.skipif(not triton_backend.INTERPRETED, reason="it runs in Triton's interpreter")
+@pytest.mark.skipif(not triton_backend.INTERPRETED, reason="this needs Triton's interpreter")
 def test_a_trial_is_a_search_with_those_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     launch = triton_backend._launch

@@ -1,4 +1,4 @@
-"""Views: distributed as torchvision draws them, equal to its operations in float, and functions of the row alone."""
+"""Views: distributed like torchvision's, equal to its operations in float, and determined by the row alone."""
 
 from dataclasses import replace
 from typing import Any
@@ -114,7 +114,7 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
     ):
         assert stats.ks_2samp(measure(boxes), measure(theirs)).pvalue > LEAST
     down, across = boxes[:, 0] / np.maximum(1, height - boxes[:, 2]), boxes[:, 1] / np.maximum(1, width - boxes[:, 3])
-    assert abs(np.corrcoef(down, across)[0, 1]) < 0.1, "drawn apart"
+    assert abs(np.corrcoef(down, across)[0, 1]) < 0.1, "drawn independently"
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 300), (300, 10), (1, 1), (1, 9)])
@@ -280,14 +280,14 @@ def test_a_long_image_is_seen_as_if_it_were_resized_as_a_whole(height: int, widt
     side = round(size * 256 / 224)
     whole = transforms.resize(image, [side], antialias=True)
     apart = (found.int() - transforms.center_crop(whole, [size]).int()).abs().max()
-    rounded = long // short >= 20 and long * side % short  # the whole resized image has no whole number of pixels
+    rounded = long // short >= 20 and long * side % short  # the exact size of the resized image is not a whole number
     assert found.float().std() > 20
     assert apart <= (6 if rounded else 0)
 
 
 @pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (3, 1_000), (2_000, 100)])
 def test_no_image_takes_much_more_memory_than_its_views(shape: tuple[int, int]) -> None:
-    """One of 1 x 5,000 pixels took more than a gigabyte."""
+    """An image of 1 x 5,000 pixels once took more than a gigabyte."""
     image = noise(1, 1)[0].expand(3, *shape)
     with Largest() as seen:
         assert _Centred([(image, 0)], 224)[0][0].shape == (3, 224, 224)
@@ -322,7 +322,7 @@ def smooth(height: int, width: int) -> Image.Image:
 
 
 def test_the_blur_is_near_the_authors_which_is_pillows() -> None:
-    """They give Pillow's box blurs the same sigma as a radius."""
+    """They pass sigma to Pillow, which approximates the blur with box blurs, as its radius."""
     image = smooth(224, 224)
     crop = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     row = rows(1)
@@ -332,4 +332,4 @@ def test_the_blur_is_near_the_authors_which_is_pillows() -> None:
         ours = rendering(replace(PLAIN, blur=1.0), 224)(crop, row)[0].permute(1, 2, 0).numpy() * 255
         theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(radius=sigma))).astype(float)
         apart.append(np.abs(ours - theirs).mean())
-    assert max(apart) < 1, apart  # mean difference in levels of 255, their rounding to whole ones included
+    assert max(apart) < 1, apart  # mean difference in levels of 255, including their rounding

@@ -1,4 +1,4 @@
-"""What EMATarget takes over of an encoder and what it leaves behind: wrappers, hooks, computed weights, replicas."""
+"""What EMATarget copies from an encoder and what it leaves out: wrappers, hooks, computed weights, replicas."""
 
 import threading
 import types
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.fsdp  # as libraries around a plain model import it
+import torch.distributed.fsdp  # some libraries import it even for plain models
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import OffloadWrapper, checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
@@ -271,12 +271,12 @@ def test_computed_weights_follow_by_their_parts(kind: Callable[[nn.Linear], nn.M
     assert not torch.allclose(target(X), start)
 
 
-# FSDP, as far as one process tells.
+# FSDP, as far as one process can test it.
 
 
 def test_shards_that_cannot_be_reached_are_an_error_and_plain_models_are_none() -> None:
     class Group:
-        """Of a PyTorch whose private names are others."""
+        """Stands in for a PyTorch with other private names."""
 
         def register(self, module: nn.Module) -> None:
             def to_sharded_hook(*_: Any) -> None:

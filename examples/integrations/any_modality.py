@@ -50,7 +50,7 @@ NOISE, MISSING = 0.1, 0.1
 STEPS, BATCH, LR, MOMENTUM = 500, 32, 0.05, 0.97
 WIDTH, FEATURES, DIM = 128, 64, 32  # hidden layers, the encoder's features, the embedding
 SHOTS, DRAWS = (1, 5), 20
-COLUMNS = ("1-NN", *(f"{shots} label{'s' * (shots > 1)} a class" for shots in SHOTS))
+COLUMNS = ("1-NN", *(f"{shots} label{'s' * (shots > 1)} per class" for shots in SHOTS))
 
 
 def mlp(width_in: int, width_out: int) -> nn.Sequential:

@@ -123,7 +123,7 @@ def train(args: argparse.Namespace) -> tuple[float, float]:
 
     def report(when: str) -> tuple[float, float]:
         all_labels, one_label = accuracies(backbone, data)
-        accelerator.print(f"{when}: 1-NN {all_labels:.3f}, with one label a class {one_label:.3f}", flush=True)
+        accelerator.print(f"{when}: 1-NN {all_labels:.3f}, with one label per class {one_label:.3f}", flush=True)
         return all_labels, one_label
 
     report("before")

@@ -189,7 +189,7 @@ def main() -> None:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # the same for every seed
     train, test = order[450:], order[:450]
 
-    print("                 1-NN   1 label a class")
+    print("                 1-NN   1 label per class")
     for name, method in (("raw pixels", None), ("untrained", make_encoder), ("MoCo", moco), ("MSF, k = 5", msf)):
         torch.manual_seed(args.seed)
         if method is None:

@@ -1,4 +1,4 @@
-"""Real processes that talk by gloo: started once, and then handed one function after another."""
+"""Real processes that communicate through gloo. They start once, and then run one function after another."""
 
 import multiprocessing
 import pickle
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 120  # that a function may take; a hang is a failure
+SECONDS = 120  # time limit of a function; a hang is a failure
 
-# All are forked from one process, which has imported already what takes seconds of each, as far as it is installed.
+# All are forked from one process that has already imported these modules, if they are installed. That saves seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -29,7 +29,7 @@ CONTEXT.set_forkserver_preload(
 
 
 class Workers:
-    """Processes that are the ranks of a world now of this size and now of that."""
+    """Processes that serve as the ranks of worlds of various sizes, one world at a time."""
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
@@ -37,7 +37,7 @@ class Workers:
         self._size = 0
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Return what ``function(rank, *arguments)`` gives on each of the ranks; raise what it raises on one."""
+        """Return what ``function(rank, *arguments)`` returns on each rank; raise an error if any rank raises one."""
         while len(self._workers) < size:
             self._start()
         if size != self._size:
@@ -78,14 +78,14 @@ class Workers:
 
 
 class Processes:
-    """A world of ``size`` of the workers."""
+    """A world of the first ``size`` workers."""
 
     def __init__(self, size: int, workers: Workers) -> None:
         self.size = size
         self._workers = workers
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Return what ``function(rank, *arguments)`` gives on every rank; raise what it raises on one of them."""
+        """Return what ``function(rank, *arguments)`` returns on each rank; raise an error if any rank raises one."""
         return self._workers.run(self.size, function, *arguments)
 
 
@@ -109,7 +109,7 @@ def _serve(rank: int, stores: str, connection: Connection) -> None:
 
 
 def _join(rank: int, size: int, store: Path) -> None:
-    """Take part in another world."""
+    """Join another world."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group(

@@ -1,4 +1,4 @@
-"""Hosts in network namespaces: one drill of breaking/host_faults.py, which has more, and the end of the hosts."""
+"""Hosts in network namespaces: one of the drills of breaking/host_faults.py, and how hosts are removed."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def test_a_host_vanishes_and_returns_and_the_losses_are_those_of_a_quiet_run(two
     assert told.items() <= record.items(), (tmp_path / "run-host1.log").read_text()
     flags = ["--steps", str(host_faults.STEPS), "--eval-every", "0"]
     expected, _ = two_ranks.run(train, str(tmp_path / "undisturbed"), *flags)[0]
-    assert losses(tmp_path / "run") == expected, "to the last bit"
+    assert losses(tmp_path / "run") == expected, "must be equal to the last bit"
 
 
 APART = """
@@ -81,7 +81,7 @@ def test_what_does_not_hold_is_noticed(change: dict[str, Any], holds: bool) -> N
 def test_the_committed_record_has_all_faults_on_two_and_three_hosts_and_all_of_it_holds() -> None:
     file = Path(host_faults.__file__).parents[1] / "results" / "host_faults.jsonl"
     if not file.exists():
-        pytest.skip("no record of the drill beside the benchmarks")
+        pytest.skip("benchmarks/results has no record of the drill")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     faults = (host_faults.CUT, host_faults.VANISHES, host_faults.FIRST, host_faults.SLOW)
     assert [(record["hosts"], record["fault"]) for record in records] == [*product((2, 3), faults)]

@@ -1,4 +1,4 @@
-"""examples/pipeline/running/peers.py: who is missing, by number and host. That hosts do vanish is in test_hosts.py."""
+"""examples/pipeline/running/peers.py names missing ranks and their hosts. In test_hosts.py, hosts really vanish."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ NAMES = ["left", "middle", "right"]
 
 
 def on_each(places: list[int], call: Callable[[int], object]) -> dict[int, object]:
-    """Call for several ranks at once, in threads with the names of their hosts."""
+    """Call a function for several ranks at once, in threads named after their hosts."""
     answers: dict[int, object] = {}
     threads = [
         threading.Thread(target=lambda at: answers.update({at: call(at)}), args=(place,), name=NAMES[place])
@@ -33,7 +33,7 @@ def on_each(places: list[int], call: Callable[[int], object]) -> dict[int, objec
 
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Peers]]:
-    """Three ranks on three hosts, by the name of their thread; the first keeps the store, in a thread of its own."""
+    """Three ranks on three hosts named after their threads; the first one hosts the store, in a thread of its own."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
@@ -74,7 +74,7 @@ def test_a_rank_that_lives_and_does_not_come_is_named_and_one_that_waits_is_not(
         "lost rank 2 on right: no answer to rank 0 on left",
         "lost rank 2 on right: no answer to rank 1 on middle",
     ]
-    assert time.monotonic() - began > SILENCE, "it may have come later than the others"
+    assert time.monotonic() - began > SILENCE, "a rank may come later than the others"
 
 
 def test_where_all_wait_for_one_another_none_is_named(peers: list[Peers]) -> None:

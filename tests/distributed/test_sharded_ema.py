@@ -1,4 +1,7 @@
-"""EMATarget wherever FSDP2 is applied, updated inside the forward or after the step, against one process without it."""
+"""EMATarget with FSDP2 applied to various modules, and updated inside the forward or after the step.
+
+Everything is compared with one process without FSDP2.
+"""
 
 import shutil
 import tempfile
@@ -36,7 +39,7 @@ def one_or_two(request: pytest.FixtureRequest, workers: Workers) -> Processes:
 
 
 class Model(nn.Module):
-    """Encoder and target in one, as in MoCo and the authors' code; the target is updated at ``when``."""
+    """Encoder and target in one module, as in MoCo and the authors' code; ``when`` says when the target is updated."""
 
     def __init__(self, when: str, dtype: torch.dtype = torch.float32, momentum: Any = None) -> None:
         super().__init__()
@@ -109,7 +112,7 @@ def sharded(model: Model, shard: Shard, **options: Any) -> Model:
 
 
 def steps_of(model: Model, first: int = 0, steps: int = STEPS) -> list[Tensor]:
-    """Return the loss of all ranks at every step, and what the target gave."""
+    """Return, for each step, the mean loss over all ranks and the outputs of the target."""
     optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.1)
     found = []
     apart = any(hasattr(parameter, "placements") for parameter in model.parameters())
@@ -166,7 +169,7 @@ def all_equal_unsharded(rank: int, shard: Shard) -> None:
 
 
 def shards_are_averaged_and_not_their_copies(rank: int) -> None:
-    """The copies of mixed precision are in bfloat16, the shards in float32."""
+    """With mixed precision, the gathered copies are in bfloat16 and the shards in float32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     models = [sharded(Model(when, momentum=0.999), the_root, mp_policy=policy) for when in ("last", "never")]
     start = whole(models[0])
@@ -274,7 +277,7 @@ def test_on_two_ranks(two_ranks: Processes, function: Callable[[int], None]) -> 
     two_ranks.run(function)
 
 
-# Saving shards of half precision.
+# Saving half-precision shards.
 
 
 def resumes_bit_for_bit(rank: int, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""A bank that ranks share, against the bank of one process that pushes the whole batch."""
+"""A bank shared by several ranks, compared with the bank of one process that pushes the whole batch."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from msf_core.ring import Found
 from msf_core.search.torch_backend import TorchSearch
 
 DIM = 5
-# Rows that each rank brings to each push: equal, uneven, none at all, and more than the bank holds.
+# Number of rows that each rank pushes: equal, uneven, none at all, and more than the bank holds.
 PUSHES = {
     2: [(3, 3), (2, 0), (0, 4), (0, 0), (9, 14), (1, 5)],
     4: [(2, 2, 2, 2), (1, 0, 3, 2), (0, 0, 0, 5), (7, 1, 9, 4)],
@@ -50,15 +50,15 @@ def whole_state(bank: MemoryBank) -> dict[str, Tensor]:
 
 
 def assert_same_neighbors(found: Neighbors, expected: Neighbors, single: MemoryBank) -> None:
-    """The same similarities, the same slots up to ties, and in each place what ``single`` has in that slot."""
+    """Compare similarities, slots (up to ties), and labels and embeddings with those in the slots of ``single``."""
     torch.testing.assert_close(found.similarity, expected.similarity, rtol=0, atol=1e-6)
     assert torch.equal(found.index < 0, expected.index < 0)
     lists = zip(found.index.tolist(), expected.index.tolist(), expected.similarity.tolist(), strict=True)
     for mine, theirs, similarity in lists:
-        clear = [s > similarity[-1] + 2e-6 for s in similarity]  # what ties with the last may be another
+        clear = [s > similarity[-1] + 2e-6 for s in similarity]  # rows that tie with the last one may differ
         missed = {i for i, c in zip(theirs, clear, strict=True) if c} - set(mine)
         assert not missed, (mine, theirs)
-        assert len({i for i in mine if i >= 0}) == sum(i >= 0 for i in mine), "a neighbor comes twice"
+        assert len({i for i in mine if i >= 0}) == sum(i >= 0 for i in mine), "a neighbor occurs twice"
     ring = single._ring
     there = single.neighbors(Found(found.similarity, found.index, ring.embeddings(found.index)))
     assert torch.equal(found.label, there.label)
@@ -122,7 +122,7 @@ def batches_of_any_dtype_are_gathered(rank: int) -> None:
         bank, single = MemoryBank(8, DIM), Single(8)
         push_all(bank, single, rank, 6, dtype)
         assert same_bits(bank.rows, single.rows)
-    slots = bank.push(torch.full((1, DIM), 2.0, dtype=torch.float16 if rank else torch.float64))  # of another on each
+    slots = bank.push(torch.full((1, DIM), 2.0, dtype=torch.float16 if rank else torch.float64))  # the dtypes differ
     assert torch.allclose(bank.rows[slots], torch.tensor(DIM**-0.5))
 
 
@@ -145,7 +145,7 @@ def test_a_rank_of_a_sharded_bank_keeps_one_of_w_parts(ranks: Any, size: int) ->
 
 def talks_to_nobody(rank: int) -> None:
     bank = MemoryBank(6, DIM, layout="local")
-    if rank == 0:  # alone: it would wait for the others
+    if rank == 0:  # alone: a shared bank would wait for the others
         bank.push(torch.ones(2, DIM))
         bank.search(torch.ones(1, DIM), 1)
     dist.barrier()
@@ -182,7 +182,7 @@ def test_search_finds_what_one_process_finds(ranks: Any, layout: str, backend: A
 
 
 def exactly_the_same_similarities(rank: int) -> None:
-    """At sizes where products have room to differ."""
+    """At sizes at which the products could differ."""
     bank, single = MemoryBank(4096, 64, layout="sharded"), MemoryBank(4096, 64, layout="local")
     rows = torch.randn(4096, 64, generator=generator(0))
     bank.push(rows.chunk(dist.get_world_size())[rank], torch.arange(4096).chunk(dist.get_world_size())[rank])
@@ -197,7 +197,7 @@ def test_a_sharded_search_is_exact_at_size(ranks: Any) -> None:
     ranks.run(exactly_the_same_similarities)
 
 
-# Errors: on all ranks, nothing changed, and the next call works
+# Errors are raised on all ranks and change nothing, and the next call works
 
 
 def caught(call: Callable[[], Any]) -> str:
@@ -275,7 +275,7 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all_and_changes_nothing(ranks:
 def other_banks(rank: int) -> list[str]:
     odd = rank == 1
     behind = MemoryBank(8, DIM)
-    if odd:  # as a bank that one rank alone has loaded
+    if odd:  # like a bank that only one rank has loaded
         behind.load_state_dict(MemoryBank(8, DIM, layout="local").state_dict() | {"pushed": torch.tensor(3)})
     return [
         caught(lambda: MemoryBank(9 if odd else 8, DIM).push(torch.ones(1, DIM))),
@@ -297,7 +297,7 @@ def test_banks_that_are_not_the_same_do_not_drift_apart_in_silence(two_ranks: An
     assert one == [f"ValueError: {message}" for message in expected]
 
 
-# Groups, copies, and what is wrong when a bank is made
+# Groups, copies, and errors when a bank is created
 
 
 def in_a_group(rank: int) -> None:
@@ -358,7 +358,7 @@ def test_a_wrong_layout_or_group_is_named(options: dict, error: type[Exception],
 
 def made_too_early(rank: int) -> None:
     bank = MemoryBank(4, DIM, layout="sharded", group=None)
-    bank._layout.shards = 1  # as it is when there was no process group yet
+    bank._layout.shards = 1  # as if there had been no process group yet
     with pytest.raises(RuntimeError, match=r"sharded for 1 ranks, but now there are 2.*after torch.distributed.init"):
         bank.push(torch.ones(1, DIM))
 

@@ -1,4 +1,4 @@
-"""Labels and ids of banks that ranks share: their dtypes, searches that differ, states that mix."""
+"""Labels and ids of banks shared by several ranks: dtypes, searches that differ between ranks, and mixed states."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def test_labels_here_and_ids_there_is_an_error(two_ranks: Any) -> None:
 
 
 def a_loss_with_options(rank: int, layout: str, same_label: bool, exclude_same_id: bool) -> None:
-    """Whatever comes along, only the options restrict the neighbors: as in one process with the whole batch."""
+    """Labels and ids restrict the neighbors only if the options say so, as in one process with the whole batch."""
     options = {"same_label": same_label, "exclude_same_id": exclude_same_id}
     shared = MeanShiftLoss(MemoryBank(40, DIM, layout=layout), 4, **options)
     single = MeanShiftLoss(MemoryBank(40, DIM, layout="local"), 4, **options)
@@ -76,7 +76,7 @@ def test_labels_and_ids_restrict_the_neighbors_of_the_loss_by_its_options_alone(
 
 
 def a_loss_of_views(rank: int, layout: str) -> None:
-    """Views of the same image are not found, whoever pushed them; batches differ between the ranks."""
+    """Views of the same image are not found, whichever rank pushed them; batch sizes differ between the ranks."""
     shared = MeanShiftLoss(MemoryBank(400, DIM, layout=layout), 4)
     single = MeanShiftLoss(MemoryBank(400, DIM, layout="local"), 4)
     counts = [1 + r % 2 for r in range(dist.get_world_size())]
@@ -105,7 +105,7 @@ def test_several_views_are_those_of_one_process(ranks: Any, layout: str) -> None
 
 
 def more_rows_than_the_bank(rank: int, layout: str, views: int) -> None:
-    """All ranks' rows push some of this rank's own out again, though its own alone would fit."""
+    """The rows of all ranks overwrite some of this rank's rows, although its own rows alone would fit."""
     shared = MeanShiftLoss(MemoryBank(4 * views, DIM, layout=layout), 3)
     for step in range(3):
         own = [rows(step + 10 * rank + view) for view in range(views)]
@@ -124,7 +124,7 @@ def test_a_batch_of_all_ranks_may_be_larger_than_the_bank(two_ranks: Any, layout
 
 
 def not_everyone_comes(rank: int) -> None:
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    group = dist.new_group(timeout=timedelta(seconds=4))
     criterion = MeanShiftLoss(MemoryBank(8, DIM, group=group), 2)
     criterion(rows(0), rows(1))
     if rank == 0:
@@ -148,7 +148,7 @@ def told_of(rank: int, text: str, exchanges: bool) -> str:
         call = partial(ranks.agree, "step", same={}, count=7, problem=problem)
     with pytest.raises(OSError, match=re.escape(text)) as raised:
         call()
-    assert ranks.agree("step", same={}, count=rank) == [0, 1], "they can go on"
+    assert ranks.agree("step", same={}, count=rank) == [0, 1], "the ranks can go on"
     return str(raised.value)
 
 

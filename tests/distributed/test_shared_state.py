@@ -1,4 +1,4 @@
-"""What is saved of a bank that ranks share, loaded wherever it may be."""
+"""The saved state of a bank shared by several ranks, loaded into banks of any layout and number of ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ LAYOUTS = ("replicated", "sharded")
 
 
 def fill(bank: MemoryBank, pushes: int, with_ids: bool = False) -> MemoryBank:
-    """Push the same rows on every rank's own terms: each brings its part of batches of 12."""
+    """Push the same batches of 12 rows into any bank; each rank of a shared bank pushes its part."""
     world = dist.get_world_size() if bank.layout != "local" and dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
     for step in range(pushes):
@@ -72,7 +72,7 @@ def into_every_other(rank: int, saved_layout: str, pushes: int, saved_dtype: tor
                 if size > 2 and len(bank) >= 3:
                     goes_on_alike(bank, expected)
     assert_same_bank(saved, single)  # it was only read
-    saved.load_state_dict(saved.state_dict())  # its own memory
+    saved.load_state_dict(saved.state_dict())  # the state shares the bank's memory
     assert_same_bank(saved, single)
 
 

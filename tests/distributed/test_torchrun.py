@@ -28,7 +28,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def train_until(rank: int, folder: str, stop: int, flags: list[str]) -> list[float]:
-    """The losses of the first steps of a run that nothing disturbs."""
+    """Return the losses of the first steps of an undisturbed run."""
     trainer, _ = prepared(folder, *flags)
     request = Stop(stop)
     trainer._train_step = request.after(trainer._train_step)  # type: ignore[method-assign]
@@ -40,7 +40,7 @@ def train_until(rank: int, folder: str, stop: int, flags: list[str]) -> list[flo
 def test_ranks_that_are_killed_and_stopped_change_nothing_and_one_process_ends_their_run(
     two_ranks: Any, tmp_path: Path
 ) -> None:
-    """All are killed while a checkpoint is written; a single rank is lost in test_hosts.py, and both in the drill."""
+    """All ranks are killed while a checkpoint is written; test_hosts.py loses a single rank, and the drill has both."""
     folder = tmp_path / "run"
     flags = ["--batchnorm", "sync", "--bank-layout", "sharded", "--steps", "2400", "--checkpoint-every", "1"]
     flags += ["--eval-every", "0", "--timeout", "60"]
@@ -52,7 +52,7 @@ def test_ranks_that_are_killed_and_stopped_change_nothing_and_one_process_ends_t
                 assert process.poll() is None, process.stdout.read()
                 assert time.monotonic() < until
                 time.sleep(0.1)
-            process.send_signal(signal.SIGTERM)  # torchrun hands it to the ranks
+            process.send_signal(signal.SIGTERM)  # torchrun forwards it to the ranks
             said, _ = process.communicate(timeout=60)
         finally:
             process.kill()
@@ -64,7 +64,7 @@ def test_ranks_that_are_killed_and_stopped_change_nothing_and_one_process_ends_t
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (state["step"], len(state["sums"])) == (stopped, 2)
     expected, _ = two_ranks.run(train_until, str(tmp_path / "undisturbed"), stopped, flags)
-    assert losses(folder) == expected, "to the last bit"
+    assert losses(folder) == expected, "must be equal to the last bit"
 
     state["settings"]["steps"] = stopped + 3
     torch.save(state, folder / "checkpoint.pt")
@@ -75,12 +75,12 @@ def test_ranks_that_are_killed_and_stopped_change_nothing_and_one_process_ends_t
     after = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert after["criterion"]["bank.rows"].shape == (1024, 64)
     assert int(after["criterion"]["bank.pushed"]) == 64 * (stopped + 3)
-    assert not list(folder.glob("bank-shards-*")), "the shards of the earlier checkpoint are not needed any more"
+    assert not list(folder.glob("bank-shards-*")), "the shards of the earlier checkpoint are no longer needed"
 
 
 @pytest.mark.slow
 def test_ranks_whose_workers_meet_a_bad_file_end(tmp_path: Path) -> None:
-    """Every rank has a worker alive when one of them fails."""
+    """Every rank still has a live worker when the worker of one rank fails."""
     tree = make_tree(tmp_path / "tree", train=8, val=1)
     (tree / "train" / "class0" / "0.jpg").write_bytes(b"")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -40,7 +40,7 @@ RECIPE = ["--steps", STEPS, "--batch-size", 16, "--lr", 0.005, "--batchnorm", "s
 
 
 def train(rank: int, folder: str, *flags: object) -> tuple[list[float], int]:
-    """Losses of all steps, and updates of the target."""
+    """Train; return the losses of all steps, and the number of updates of the target."""
     trainer, _ = prepared(folder, *flags)
     trainer.train(StopRequest(), lambda row: None)
     return trainer.average_losses(), trainer.target.updates
@@ -69,9 +69,9 @@ class Stop(StopRequest):
 
 @functools.cache
 def alone(*flags: object) -> tuple[list[float], int]:
-    """What one process gets."""
+    """Train in one process; return the same as `train`."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the ranks have
+    torch.set_num_threads(1)  # like the ranks
     try:
         with tempfile.TemporaryDirectory() as folder:
             return train(0, f"{folder}/run", *flags)
@@ -80,10 +80,10 @@ def alone(*flags: object) -> tuple[list[float], int]:
 
 
 def compare(ranks: Any, folder: Path, *flags: object) -> None:
-    """Train on the ranks, and in this process alone: at one seed of three at least the losses must be the same.
+    """Train on the ranks and in this process alone: for at least one of three seeds, the losses must be the same.
 
-    Two rows that are as near can change places by rounding, and with them the neighbors, the more so at larger learning
-    rates and in more steps. That befalls some seeds, others on each kind of CPU; what is wrong befalls all.
+    Rounding can swap two rows that are about equally near, and thus change the neighbors, especially at larger learning
+    rates and over more steps. This affects some seeds, and different ones on each kind of CPU; an error affects all.
     """
     for seed in (2, 1, 3):
         expected, updates = alone(*flags, "--seed", seed)
@@ -93,7 +93,7 @@ def compare(ranks: Any, folder: Path, *flags: object) -> None:
         apart = [(torch.tensor(losses) / torch.tensor(expected) - 1).abs().max() for losses, _ in runs]
         if max(apart) < 1e-5:
             return
-    pytest.fail(f"the losses are apart at every seed, at the last by {max(apart):.0e}")
+    pytest.fail(f"the losses differ for every seed, for the last one by {max(apart):.0e}")
 
 
 @pytest.mark.parametrize("layout", ["replicated", "sharded"])
@@ -154,12 +154,12 @@ def test_a_rank_that_does_not_see_the_checkpoint_stops_them_all(two_ranks: Any, 
 
 
 def goes_on(rank: int, folder: str) -> None:
-    """Train to the end at one go, and stopped within an epoch of three steps and gone on with by a new trainer."""
+    """Train to the end in one go, and also with a stop within an epoch of three steps, continued by a new trainer."""
     flags = ["--batch-size", 448, "--steps", 6, "--eval-every", 0, "--lr", 0.5]
     trainer, _ = prepared(f"{folder}/whole", *flags)
     for name, value in trainer.online.named_buffers():
         assert torch.equal(value, torch.full_like(value, name.endswith("var"))), (
-            f"{name}: untouched by DDP's first pass"
+            f"{name} must not be changed by DDP's first pass"
         )
     trainer.train(StopRequest(), lambda row: None)
     whole, losses = trainer.online.state_dict(), trainer.average_losses()
@@ -172,7 +172,7 @@ def goes_on(rank: int, folder: str) -> None:
     assert imagenet_train.save(trainer, path)
     trainer, _ = prepared(f"{folder}/run", "--resume", "auto")
     trainer.train(StopRequest(), lambda row: None)
-    assert begun + trainer.average_losses() == losses, "to the last bit"
+    assert begun + trainer.average_losses() == losses, "must be equal to the last bit"
     for name, value in trainer.online.named_parameters():
         assert torch.equal(value, whole[name]), name
 
@@ -220,7 +220,7 @@ def test_a_full_disk_on_rank_0_is_a_warning_on_all_and_the_next_checkpoint_works
 
 def evaluated(rank: int) -> tuple[dict[str, float], dict[str, float]]:
     ranks = Ranks()
-    torch.manual_seed(rank)  # of the model of rank 0 the BatchNorm statistics count, of the others they differ
+    torch.manual_seed(rank)  # only the BatchNorm statistics of rank 0 count; those of other ranks differ
     source = Digits("w/s", Share(64, rank=rank, ranks=ranks.size), seed=0, device=torch.device("cpu"))
     backbone = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(256))
     backbone(torch.randn(64, 1, 16, 16) * torch.rand(256).view(1, 1, 16, 16))
@@ -237,7 +237,7 @@ def test_all_ranks_evaluate_together_and_get_what_one_process_gets(ranks: Any) -
 
 
 def probed(rank: int) -> list[dict[str, float]]:
-    """250 features, so that the last batch is short, and not the same for all ranks."""
+    """Train on 250 features, so that the last batch is short, and its parts differ between the ranks."""
     ranks = Ranks()
     train, val = blobs(250, noise=4), blobs(100, seed=1, noise=4)
     protocol = Protocol(lrs=(0.01, 0.3), epochs=3, batch_size=64)
@@ -279,7 +279,7 @@ def evaluates_while_rank_0_fits(rank: int, folder: str) -> None:
 
 
 def test_no_rank_waits_while_rank_0_fits_a_classifier(two_ranks: Any, tmp_path: Path) -> None:
-    """Fitting may take longer than ranks wait for one another."""
+    """Fitting may take longer than the ranks' timeout."""
     backbone, _ = build_backbone("digits", (1, 16, 16), "imagenet")
     facts = {"arch": "digits", "dataset": "digits", "image_size": 16}
     export_backbone(backbone, tmp_path / "digits.safetensors", **facts)
@@ -387,7 +387,7 @@ def shuffles(rank: int) -> list[int]:
         return images * 2
 
     images = torch.arange(6 * dist.get_world_size()).view(-1, 1).float().chunk(dist.get_world_size())[rank]
-    assert torch.equal(shuffled(module, images, Ranks(), 1, 2), images * 2), "everyone gets its own back"
+    assert torch.equal(shuffled(module, images, Ranks(), 1, 2), images * 2), "each rank gets its own back"
     shuffled(module, images, Ranks(), 1, 3)
     assert not torch.equal(*seen)
     return seen[0].int().tolist()

@@ -1,4 +1,4 @@
-"""EMATarget beside an online encoder in DDP, torch.compile, both, and FSDP2, against one that nothing wraps."""
+"""EMATarget with an online encoder in DDP, torch.compile, both, or FSDP2, compared with an unwrapped one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,14 +34,14 @@ def compiled_ddp(module: nn.Module) -> nn.Module:
 
 def sharded(module: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for part in list(module)[:-1]:  # the last one's parameters stay gathered after a forward of the whole
+    for part in list(module)[:-1]:  # the last part's parameters stay gathered after a forward of the whole module
         if list(part.parameters()):
             fully_shard(part, mesh=mesh)
     return fully_shard(module, mesh=mesh)
 
 
 def train(wrap: Callable[[nn.Module], nn.Module], fsdp: bool, wrapped_first: bool) -> list[torch.Tensor]:
-    """Targets of every step and, last, the parameters of the target, after steps on this rank's images."""
+    """Train on this rank's images; return the target's output after each step, then its parameters."""
     torch._dynamo.reset()
     online = encoder()
     target = EMATarget(wrap(online) if wrapped_first else online, cosine(0.5, 0.9, steps=4))

@@ -1,4 +1,4 @@
-"""What the GPU tests share: the backends that work on CUDA, and a way to see whether something waits for the device."""
+"""What the GPU tests share: the backends that work on CUDA, and a check that nothing waits for the device."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +20,7 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def waiting_is_an_error() -> Callable[[], AbstractContextManager[None]]:
-    """Make everything that waits for the device an error, within ``with waiting_is_an_error():``."""
+    """Everything that waits for the device raises an error within ``with waiting_is_an_error():``."""
     return _waiting_is_an_error
 
 

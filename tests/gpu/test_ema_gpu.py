@@ -1,4 +1,4 @@
-"""EMATarget on CUDA: the formula, no waiting for the device, and devices that do not mix."""
+"""EMATarget on CUDA: the formula, no waiting for the device, and errors when devices are mixed."""
 
 import copy
 
@@ -87,7 +87,7 @@ def test_update_does_not_wait_for_the_device(policy: str, half: str) -> None:
         torch.cuda.set_sync_debug_mode("error")
         for _ in range(3):
             target.update(online)
-        with pytest.raises(RuntimeError, match="synchroniz"):  # the trick does see it
+        with pytest.raises(RuntimeError, match="synchroniz"):  # waiting is detected
             next(online.parameters()).sum().item()
     finally:
         torch.cuda.set_sync_debug_mode(before)

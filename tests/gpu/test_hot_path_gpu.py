@@ -17,7 +17,7 @@ SIZE, DIM, BATCH = 300, 32, 16
 
 @pytest.fixture(params=["auto", "torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """The backends that are ours; FAISS may wait for the device within a search."""
+    """Our own backends; FAISS may wait for the device during a search."""
     reason = available_backends("cuda").get(request.param)
     if reason is not None:
         pytest.skip(reason)
@@ -50,7 +50,7 @@ def test_training_steps_never_wait_while_the_bank_fills_and_wraps(
     criterion, labels = criterion_of(backend, dtype, k), torch.arange(BATCH, device="cuda")
     v, u = batches(1)[0]
     v.requires_grad_()
-    criterion(v, u, labels).backward()  # libraries are loaded, kernels compiled
+    criterion(v, u, labels).backward()  # loads libraries and compiles kernels
     with waiting_is_an_error():
         for _ in range(SIZE // BATCH + 3):
             loss, _ = criterion(v, u, labels, return_neighbors=True)
@@ -138,7 +138,7 @@ def test_a_search_at_a_million_rows_takes_less_than_64_mib_more(
     backend: str, dtype: torch.dtype, count: int, k: int
 ) -> None:
     if count > 256 and backend == "torch":
-        pytest.skip("torch's chunks grow with so many queries")
+        pytest.skip("the torch backend's chunks grow with so many queries")
     bank = MemoryBank(1_024_000, 512, dtype=dtype, backend=backend).cuda()
     chunk = torch.randn(16_000, 512, device="cuda")
     for number in range(64):
@@ -148,5 +148,5 @@ def test_a_search_at_a_million_rows_takes_less_than_64_mib_more(
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    bank._nearest(queries, k)  # the rows that a search returns are k·Q·D values more
+    bank._nearest(queries, k)  # without the k·Q·D values of the rows that a search returns
     assert torch.cuda.max_memory_allocated() - before < 64 << 20

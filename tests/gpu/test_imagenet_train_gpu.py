@@ -1,4 +1,4 @@
-"""examples/imagenet_train.py where there is a GPU: bfloat16 autocast, channels last, views and bank on the device."""
+"""examples/imagenet_train.py on a GPU: bfloat16 autocast, channels last, views and bank on the device."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_images_train_channels_last_and_resume(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("size", [32, 224])
 def test_views_on_the_gpu_are_those_of_the_cpu(size: int) -> None:
-    """The compiled jitter included; by rounding a pixel may turn its hue from another side."""
+    """Including the compiled jitter; because of rounding, a pixel's hue may be computed in another sector."""
     crops = torch.randint(0, 256, (64, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
     rows = draws(0, 0, 0, 64)[:, :PER_VIEW]
     views = [
@@ -79,7 +79,7 @@ def test_the_wait_is_the_gpus_and_not_the_hosts() -> None:
     clock = WaitClock(device)
 
     for _ in clock.over(iter(range(3))):
-        torch.cuda._sleep(100_000_000)  # the step is long, and its item was there at once
+        torch.cuda._sleep(100_000_000)  # the step takes long, but its item was available at once
     assert clock.take_seconds() < 0.01
 
 

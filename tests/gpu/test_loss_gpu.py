@@ -1,4 +1,4 @@
-"""MeanShiftLoss on CUDA: as on the CPU, as BYOL, and without waiting for the device."""
+"""MeanShiftLoss on CUDA: equal to the loss on the CPU and, for k = 1, to BYOL."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from msf_core import MeanShiftLoss, MemoryBank, available_backends, mean_shift_l
 pytestmark = pytest.mark.gpu
 
 ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Against the CPU, by the dtype of the prediction.
+# For comparisons with the CPU, by the dtype of the prediction.
 TOLERANCE = {
     torch.float32: {"rtol": 1e-4, "atol": 2e-6},
     torch.float16: {"rtol": 2e-3, "atol": 1e-5},
@@ -29,7 +29,7 @@ def batch(rows: int = 7, dim: int = 33, seed: int = 0, dtype: torch.dtype = torc
 
 
 def bank_of(device: str, dtype: torch.dtype = torch.float32, backend: str = "torch") -> MemoryBank:
-    """A wrapped bank whose rows are the same bits on every device: filled on the CPU, then moved."""
+    """A bank that has wrapped around, with the same bits on every device: filled on the CPU, then moved."""
     bank = MemoryBank(313, 33, dtype=dtype, backend=backend)
     bank.push(batch(400, seed=9)[0], torch.arange(400))
     return bank.to(device)
@@ -51,7 +51,7 @@ def test_loss_neighbors_and_gradient_equal_those_of_the_cpu(
         results.append((loss.detach().cpu(), v.grad.cpu(), found.similarity.cpu(), found.embedding[:, 0].cpu()))
         assert loss.device == v.device
         assert v.grad.dtype == input_dtype
-    # u may differ by one rounding of float32 between the devices, and so by one of the rows' dtype when it is stored.
+    # u may differ between the devices by one float32 rounding, and so, once stored, by one rounding of the rows' dtype.
     rounding = 0 if dtype == torch.float32 else 0.1 * torch.finfo(dtype).eps
     tolerance = TOLERANCE[input_dtype]
     for ours, theirs in zip(*results, strict=True):

@@ -1,4 +1,4 @@
-"""What the benchmarks measure on a GPU: the time with the host hidden, and where there is none."""
+"""Timing of the benchmarks on a GPU: the time with the host hidden, which is NaN for a call that waits."""
 
 import math
 

@@ -24,7 +24,7 @@ def test_a_bank_on_cuda_equals_the_list_of_its_newest_rows(
     assert slots.tolist() == [-1] * 40 + [i % 50 for i in range(80, 130)]
     assert len(bank) == 50
     assert bank.nonfinite.item() == 1
-    newest = F.normalize(rows[40:], dim=1)[40:].to(dtype)  # shaped as it was pushed: the same bits
+    newest = F.normalize(rows[40:], dim=1)[40:].to(dtype)  # normalized in the shape that was pushed, for the same bits
     newest[20] = torch.nan
     in_order = torch.arange(80, 130) % 50
     torch.testing.assert_close(bank.rows[in_order], newest, rtol=0, atol=0, equal_nan=True)

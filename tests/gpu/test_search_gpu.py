@@ -1,4 +1,4 @@
-"""What differs on a CUDA device: exactness beside TF32 and autocast, streams, memory, NaN in FAISS's kernels."""
+"""What differs on a CUDA device: exactness despite TF32 and autocast, streams, memory, NaN in FAISS's kernels."""
 
 from collections.abc import Callable, Iterator
 
@@ -33,7 +33,7 @@ def user_wants_speed() -> Iterator[None]:
 
 
 def unit_rows(count: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Made on the CPU, so that every device has the same."""
+    """Create rows on the CPU, so that they are the same on every device."""
     rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
     return F.normalize(rows, dim=1).to("cuda", dtype)
 
@@ -100,14 +100,14 @@ def test_a_search_on_another_stream_waits_for_what_is_queued_there(
 ) -> None:
     fresh, queries = unit_rows(5000, 64, dtype, seed=0), unit_rows(16, 64, dtype, seed=1)
     rows = unit_rows(5000, 64, dtype, seed=2)
-    backend.topk(queries, rows, 5)  # whatever is set up once is set up now
+    backend.topk(queries, rows, 5)  # do all one-time setup now
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)  # about 0.1 s during which the rows are the old ones
         rows.copy_(fresh)
         similarity, index = backend.topk(queries, rows, 5)
-        rows.fill_(torch.nan)  # later work on the stream does not reach into the search either
+        rows.fill_(torch.nan)  # later work on the stream must not affect the search either
     stream.synchronize()
     assert_k_nearest(similarity, index, queries, fresh, 5)
 

@@ -47,7 +47,7 @@ def test_auto_uses_triton_without_a_warning(dtype: torch.dtype, limited: bool, w
     random = torch.cuda.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with waiting_is_an_error():  # but for the trial
+        with waiting_is_an_error():  # except in the trial
             found = AutoSearch().general_topk(queries, rows, 5)
     assert torch.equal(torch.cuda.get_rng_state(), random)
     triton = load_backend("triton").general_topk(queries, rows, 5)

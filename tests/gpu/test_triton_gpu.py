@@ -1,4 +1,4 @@
-"""The Triton backend compiled for the GPU at hand: exact at every size, with tensor cores and TF32 as they are."""
+"""The Triton backend compiled for the GPU at hand: exact at every size, with real tensor cores and TF32."""
 
 from collections.abc import Callable
 
@@ -57,7 +57,7 @@ def test_the_k_nearest_are_found(
     rows, queries = unit_rows(n, dim, dtype, seed=0), unit_rows(count, dim, dtype, seed=1)
     rows[torch.randperm(n, device="cuda")[: n // 50]] = torch.nan
     found = triton.topk(queries, rows, k)
-    for start in range(0, count, 256):  # the judge multiplies in float64
+    for start in range(0, count, 256):  # the check multiplies in float64
         part = slice(start, start + 256)
         assert_k_nearest(found[0][part], found[1][part], queries[part], rows, k)
     again = triton.topk(queries, rows, k)
@@ -117,7 +117,7 @@ def test_float32_stays_exact_where_tf32_cannot_tell_rows_apart(
 def test_a_collapsed_encoder_is_searched_by_the_precise_pass(
     triton, assert_k_nearest: Callable[..., None], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """Twice: with the bound on groups as it is, and after k groups at most."""
+    """Once with the default bound on the number of groups, and once with a bound of k groups."""
     from msf_core.search import triton_plan
 
     values = unit_rows(20_000, 512, torch.float32, seed=0, cone=0.01)
@@ -145,7 +145,7 @@ def test_a_query_does_not_find_its_own_row(triton, dtype: torch.dtype) -> None:
 
 
 def test_the_error_of_tf32_stays_within_its_bound(triton) -> None:
-    """The first pass alone, its products told by groups of one... as near as maxima come: the largest of each group."""
+    """Run the first pass alone, and compare the maximum of each group with the exact one."""
     from msf_core.search import triton_backend
     from msf_core.search.triton_plan import plan_for
 

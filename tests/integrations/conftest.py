@@ -1,4 +1,4 @@
-"""A watch on what an example does with the library: every loss, every target's forward, every update."""
+"""A fixture that records what an example does with the library: losses, forwards of the target, and updates."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ class Watch:
     """Parameters that the optimizer was given."""
 
     def is_mean_shift(self, *, k: int, momentum: float, steps: int, updates: int | None = None) -> None:
-        """Assert that each step has one loss of a predictor's v with the target's u, and each update followed one."""
+        """Assert that each step has one loss, of a predictor's v and the target's u, and that updates follow losses."""
         assert len(self.losses) == len(self.targets) == steps
         assert len(self.updates) == self.steps == (steps if updates is None else updates)
         for (criterion, v, u), (_, given) in zip(self.losses, self.targets, strict=True):

@@ -110,7 +110,7 @@ def test_judge_scores_what_can_be_told_and_nothing_else():
 
 
 def test_few_labels_are_few():
-    """Two classes that lie in two places each: one label a class cannot tell both, all labels can."""
+    """Each of two classes lies in two places: one label per class cannot tell both, all labels can."""
     places = torch.arange(80) % 4
     rows, labels = torch.eye(4)[places], places // 2
     full, one, five = example.judge(rows, labels, rows, labels, seed=0)
@@ -142,7 +142,7 @@ def test_the_whole_run_prints_its_tables_and_writes_its_records(tmp_path, capsys
             assert 0 <= np.min(scores) <= np.max(scores) <= 100
         assert (
             min(np.mean(record["values"]["raw features"], axis=0)) > 75
-        )  # standardised columns, labels in their place
+        )  # standardized columns, labels in the right order
 
 
 def test_the_report_says_what_the_records_hold():

@@ -1,4 +1,4 @@
-"""MSF on a model of transformers under accelerate: a run, its resumption, its backbone for from_pretrained."""
+"""MSF on a transformers model under accelerate: a run, resuming it, and its backbone for from_pretrained."""
 
 import os
 import runpy
@@ -57,7 +57,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(example: A
 
 
 def test_several_processes_resume_to_the_bit_too(tmp_path: Path) -> None:
-    """Under torchrun, which starts the processes once: the imports of three runs would take most of a minute."""
+    """Under torchrun, in the same processes for all three runs: importing for each would take most of a minute."""
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [
@@ -79,9 +79,9 @@ def test_several_processes_resume_to_the_bit_too(tmp_path: Path) -> None:
 
 
 def run_the_script_thrice(folder: Path) -> None:
-    """What each of the processes does, with 520 digits.
+    """What each process does, with 520 digits.
 
-    The run that is resumed is not the last before its resumption, so that nothing of it can be left in the process.
+    Another run comes before the first one is resumed, so that nothing of the first one can be left in the process.
     """
     from sklearn import datasets
 
@@ -106,7 +106,7 @@ def test_fewer_images_than_a_batch_are_an_error(example: Any) -> None:
 
 
 def test_the_accuracies_are_of_all_labels_and_of_one_a_class(example: Any) -> None:
-    """Each class lies in two places: one label a class cannot tell both."""
+    """Each class lies in two places, and one label per class cannot tell both."""
 
     class Flat(torch.nn.Module):
         def __init__(self) -> None:

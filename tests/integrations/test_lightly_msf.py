@@ -1,4 +1,4 @@
-"""examples/integrations/lightly_msf.py runs, and its diff turns it into BYOL and back, both of which run too."""
+"""examples/integrations/lightly_msf.py runs, its diff turns BYOL into it and back, and that BYOL runs too."""
 
 import re
 import runpy
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("lightly", reason="lightly is what this example is of: pip install lightly")
+pytest.importorskip("lightly", reason="this example needs lightly: pip install lightly")
 pytest.importorskip("sklearn", reason="the example's digits are scikit-learn's")
 
 from lightly.loss import NegativeCosineSimilarity
@@ -28,7 +28,7 @@ Run = Callable[[Path], dict[str, Any]]
 
 
 def hunks() -> list[tuple[str, str]]:
-    """The text before and after of every hunk of the diff."""
+    """Return the text of every hunk of the diff, before and after it."""
     bodies = re.split(r"^@@.*\n", DIFF.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     pairs = []
     for body in bodies:
@@ -39,7 +39,7 @@ def hunks() -> list[tuple[str, str]]:
 
 
 def byol() -> str:
-    """The example with the diff taken back."""
+    """Return the example with the diff reversed."""
     text = EXAMPLE.read_text(encoding="utf-8")
     for before, after in hunks():
         assert text.count(after) == 1
@@ -49,7 +49,7 @@ def byol() -> str:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a script on a small folder of images, and returns what it has made."""
+    """Run a script on a small folder of images, and return its global variables."""
     images = tmp_path / "images"
     images.mkdir()
     for number in range(IMAGES):
@@ -113,9 +113,9 @@ def test_the_diff_makes_the_example_of_byol_in_fewer_than_15_lines() -> None:
 
 def test_patch_takes_the_diff(tmp_path: Path) -> None:
     if shutil.which("patch") is None:
-        pytest.skip("there is no command `patch` here")
+        pytest.skip("the command `patch` is not installed")
     script = tmp_path / "byol.py"
-    # As lightly's own example is shorter: the places in the diff must not matter.
+    # lightly's own example is shorter, so the line numbers in the diff must not matter.
     script.write_text("".join(byol().splitlines(keepends=True)[20:]), encoding="utf-8")
     subprocess.run(["patch", "byol.py", str(DIFF)], cwd=tmp_path, check=True, capture_output=True, timeout=60)
     expected = "".join(EXAMPLE.read_text(encoding="utf-8").splitlines(keepends=True)[20:])

@@ -1,4 +1,4 @@
-"""The drop-in of examples/integrations/lightly_nnclr.py against lightly's own bank, and in lightly's NNCLR step."""
+"""The drop-in bank of examples/integrations/lightly_nnclr.py, against lightly's own and in lightly's NNCLR step."""
 
 import sys
 from collections import deque
@@ -71,7 +71,7 @@ def test_lightly_loses_rows_at_the_wrap_around_and_ours_is_a_deque() -> None:
         # A row that a bank holds is its own neighbor.
         torch.testing.assert_close(ours(newest), newest, rtol=0, atol=1e-6)
         lost.append(int(((theirs(newest) - newest).abs().amax(dim=1) > 1e-6).sum()))
-    # Of the third batch of eight four rows still fit, and the other four are dropped; so of the sixth, and so on.
+    # Of the eight rows of the third batch, four still fit and the other four are dropped; later, this happens again.
     assert lost == [0, 0, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4], "lightly has changed: the docstring says what it does in 1.6"
 
 
@@ -81,7 +81,7 @@ def test_an_unfilled_slot_is_never_returned() -> None:
     torch.testing.assert_close(ours(first), F.normalize(first, dim=1), rtol=0, atol=1e-6)  # empty: the output itself
     for module in (ours, theirs):
         module(first[:3], update=True)
-    queries = -first[:3]  # far from all there is
+    queries = -first[:3]  # far from all rows
     unit = F.normalize(first[:3], dim=1)
     expected = unit[(F.normalize(queries, dim=1) @ unit.T).argmax(dim=1)]
     torch.testing.assert_close(ours(queries), expected, rtol=0, atol=1e-6)
@@ -138,7 +138,7 @@ def steps(module: nn.Module) -> tuple[list[float], NNCLR]:
 
 def test_nnclr_learns_the_same_with_either_bank() -> None:
     ours, theirs = MSFMemoryBankModule(size=(64, 128)), NNMemoryBankModule(size=(64, 128))
-    ours(theirs.bank, update=True)  # also lightly's random start, so that nothing differs
+    ours(theirs.bank, update=True)  # start with lightly's random rows, so that nothing differs
     our_losses, our_model = steps(ours)
     their_losses, their_model = steps(theirs)
     assert our_losses[-1] < our_losses[0] - 0.1

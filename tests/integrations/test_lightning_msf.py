@@ -1,4 +1,4 @@
-"""examples/integrations/lightning_msf.py under Lightning's real Trainer, on one process and on two."""
+"""examples/integrations/lightning_msf.py under Lightning's real Trainer, in one process and in two."""
 
 import math
 import os
@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from msf_core import knn_classify
 
-SECONDS = 120  # that two ranks may take; a hang is a failure
+SECONDS = 120  # time limit of two ranks; a hang is a failure
 
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    """The example; no import at the top, since Lightning's takes ten seconds of every process that collects tests."""
+    """The example, imported here because Lightning would cost every process that collects tests ten seconds."""
     pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
     from integrations import lightning_msf
 
@@ -29,7 +29,7 @@ def example() -> Any:
 
 
 def few_images(example: Any, batch_size: int = 8) -> Any:
-    """A datamodule of 40 digits to learn from, five batches, and 20 to classify."""
+    """A datamodule of 40 digits (five batches) to learn from and 20 to classify."""
 
     class Few(example.Images):
         def setup(self, stage: str) -> None:
@@ -87,12 +87,12 @@ EACH_EPOCH = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
 def test_a_run_resumed_from_a_checkpoint_ends_with_the_bits_of_one_that_was_not_stopped(
     example: Any, tmp_path: Path, when: dict[str, Any], stop: int, until: dict[str, Any]
 ) -> None:
-    """Every checkpoint after that one is compared."""
+    """Compare every checkpoint after the one that is resumed from."""
 
     def run(part: str, **resumed: Any) -> None:
         checkpoints = example.ModelCheckpoint(tmp_path / part, "{step}", save_top_k=-1, **when)
         trainer = a_trainer(example, tmp_path, callbacks=[checkpoints], **until)
-        # Of a resumed run nothing may come from how it began.
+        # The initial weights of a resumed run must not matter.
         trainer.fit(a_model(example, seed=len(resumed)), few_images(example), **resumed)
 
     run("whole")
@@ -108,7 +108,7 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_bits_of_one_that_was_not_
 def test_the_target_follows_each_step_of_the_optimizer_and_nothing_else(
     example: Any, tmp_path: Path, accumulate: int
 ) -> None:
-    """Five batches an epoch, of which Lightning makes 5, 3 and 2 steps."""
+    """An epoch has five batches, from which Lightning makes 5, 3 or 2 steps."""
     model = a_model(example)
     name = "1.3.weight"  # of the projection
     expected, online = ([model.encoder.state_dict()[name].clone()] for _ in range(2))
@@ -161,7 +161,7 @@ def test_a_checkpoint_gives_the_module_back(example: Any, tmp_path: Path) -> Non
 
 
 def train_on_two_ranks(folder: Path) -> None:
-    """What the process that `two_ranks` starts does: fork two ranks, which keep what the test compares."""
+    """Fork two ranks that keep what the tests compare; runs in the process that `two_ranks` starts."""
     from integrations import lightning_msf as example
 
     torch.set_num_threads(1)
@@ -256,7 +256,7 @@ if __name__ == "__main__":
 
 
 def watched(model: Any, kept: set[float]) -> Any:
-    """A hook that keeps the mean of what a module of the model is given in training."""
+    """Return a hook that keeps the mean of a module's input during training."""
 
     def look(module: Any, given: tuple[Tensor, ...]) -> None:
         if model.training:

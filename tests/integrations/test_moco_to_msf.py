@@ -1,4 +1,4 @@
-"""examples/integrations/moco_to_msf.py: both loops train, and the one is the other with the named parts exchanged."""
+"""examples/integrations/moco_to_msf.py: both loops train, and they differ only in the named parts."""
 
 import copy
 import inspect
@@ -26,7 +26,7 @@ from integrations.moco_to_msf import BATCH, MSF, WeakAndStrong, accuracy, batche
 
 
 def blobs(count: int) -> tuple[Tensor, Tensor]:
-    """Images of a bright quarter each, and which one."""
+    """Return images with one bright quarter each, and which quarter it is."""
     labels = torch.arange(count) % 4
     images = 0.3 * torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(count)) - 1
     for image, label in zip(images, labels.tolist(), strict=True):
@@ -71,7 +71,7 @@ def test_a_step_of_msf_is_that_of_the_paper(watch: Any, monkeypatch: pytest.Monk
 
 
 def test_a_step_of_moco_is_that_of_moco(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every batch of keys is in the queue that the batches after it are told apart from; the target follows by EMA."""
+    """Every batch of keys is in the queue of negatives for later batches; the target follows by EMA."""
     logits, keys, encoders = [], [], []
 
     def watched_copy(module: nn.Module) -> nn.Module:
@@ -103,7 +103,7 @@ def test_a_step_of_moco_is_that_of_moco(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def similarity_of_views(backbone: nn.Module, images: Tensor) -> float:
-    """Cosine of two views of an image, less that of views of different ones, around the mean feature."""
+    """Mean cosine of two views of an image minus that of views of different images, of centered features."""
     torch.manual_seed(5)
     with torch.no_grad():
         first, second = (backbone.eval()(strong(images)) for _ in range(2))
@@ -170,7 +170,7 @@ def views_of(step: int) -> tuple[Tensor, Tensor]:
 
 
 def train_in_ddp(rank: int, folder: str) -> None:
-    """What a rank does: steps as those of main_moco.py, keeping what the test compares."""
+    """Train on one rank like main_moco.py, and keep what the tests compare."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     torch.manual_seed(0)

@@ -1,12 +1,12 @@
-"""The method for solo-learn, on the base class of a solo-learn that can be imported, and on `Hooks`, which needs none.
+"""The method for solo-learn, on solo-learn's base class if it can be imported, and on `Hooks` without solo-learn.
 
-solo-learn is on GitHub only (PyPI has 1.0.2 of 2021, for torch 1.9.1). The tests "in solo_learn" run with a clone::
+solo-learn is only on GitHub (PyPI has 1.0.2 from 2021, for torch 1.9.1). Tests named "in_solo_learn" need a clone::
 
     git clone https://github.com/vturrisi/solo-learn
     pip install einops wandb
     PYTHONPATH=solo-learn pytest tests/integrations/test_solo_learn_msf.py
 
-What ran on 2026-11-25 on a CPU, with an unmodified clone (main at commit 9187ea3, version 1.0.6), Python 3.11, PyTorch
+Run on 2026-11-25 on a CPU, with an unmodified clone (main at commit 9187ea3, version 1.0.6), Python 3.11, PyTorch
 2.14.1 and Lightning 2.6.6: these tests, and the clone's main_pretrain.py on a folder of 147 images with a ResNet-18:
 
 - 3 epochs, as the example's first lines say;
@@ -115,7 +115,7 @@ class Hooks(nn.Module):
         self.last_step = self.trainer.global_step
 
     def log_dict(self, metrics, on_epoch, sync_dist):
-        self.logged |= {name: value.detach() for name, value in metrics.items()}  # as Lightning
+        self.logged |= {name: value.detach() for name, value in metrics.items()}  # like Lightning
 
 
 def example_on(base, monkeypatch):
@@ -183,7 +183,7 @@ def test_the_loss_is_the_papers_of_strong_online_and_weak_target(method):
     model = method(config())
     fit(model, batches(1))
     [_, (online_view, target_view), labels] = batch = list(batches(2))[1]
-    before = copy.deepcopy(model)  # BatchNorm moves in a forward
+    before = copy.deepcopy(model)  # a forward changes BatchNorm's statistics
     loss = model.training_step(batch, 1)
 
     out = [before(view) for view in (online_view, target_view)]
@@ -280,7 +280,7 @@ def test_a_resumed_run_goes_on_exactly(method):
 
 
 def test_a_resumed_run_does_not_move_the_target_before_its_first_step(method):
-    """The base class takes the first batch for a step, which it is not where gradients are accumulated."""
+    """The base class takes the first batch for a step, which is wrong when gradients are accumulated."""
     model = method(config())
     fit(model, batches(2))
     before = copy.deepcopy(model.state_dict())
@@ -346,11 +346,11 @@ def test_every_small_crop_is_drawn_to_the_weak_view(method):
     before = copy.deepcopy(model)
     model.training_step(second, 1)
     strong, weak, *small = second[1]
-    predictions = [before(view)["p"] for view in (strong, weak)]  # in the order of the forwards: BatchNorm moves
+    predictions = [before(view)["p"] for view in (strong, weak)]  # in the order of the forwards, for BatchNorm
     predictions += [predicted(before, view) for view in small]
     u = [before.momentum_forward(view)["z"] for view in (strong, weak)][1]
     rows = torch.cat([before.criterion.bank.rows[:BATCH], u])
-    del predictions[1]  # the weak view is no online view
+    del predictions[1]  # the weak view is not an online view
     expected = torch.stack([reference.mean_shift_loss(p, u, rows, k=3) for p in predictions]).mean()
     torch.testing.assert_close(model.logged["train_msf_loss"].double(), expected, rtol=1e-5, atol=1e-6)
     assert len(model.criterion.bank) == 2 * BATCH, "one target an image"
@@ -389,7 +389,7 @@ def test_older_views_of_an_image_are_no_neighbors_where_asked(method, exclude):
     model.criterion.register_forward_hook(lambda criterion, given, out: found.append(out[1].index[:, 1:]))
     (batch,) = batches(1)
     fit(model, [batch, batch])
-    own = torch.arange(BATCH)[:, None]  # slots of the first time are those of the images
+    own = torch.arange(BATCH)[:, None]  # slots of the first pass are image numbers
     assert (found[1] % BATCH == own).any() != exclude
     ids = model.criterion.bank.ids
     assert ids is None if not exclude else torch.equal(ids[: 2 * BATCH], batch[0].repeat(2))
@@ -399,7 +399,7 @@ def solo_learn(monkeypatch):
     """Return MSF on solo-learn's own base class, and Lightning's Trainer."""
     base = pytest.importorskip(
         "solo.methods.base",
-        reason="no solo-learn that can be imported: it is on GitHub only; see the first lines of this file",
+        reason="solo-learn cannot be imported: it is only on GitHub; see the first lines of this file",
         exc_type=ImportError,
     ).BaseMomentumMethod
     return example_on(base, monkeypatch), importlib.import_module("lightning.pytorch").Trainer
@@ -414,7 +414,7 @@ def test_hooks_have_the_signatures_of_the_base_class(method, name):
     assert parameters_of(getattr(method, name)) == parameters_of(getattr(Hooks, name))
 
 
-@pytest.mark.filterwarnings("ignore")  # of Lightning, on loggers, workers and steps
+@pytest.mark.filterwarnings("ignore")  # Lightning's, about loggers, workers and steps
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["paper", "everything"])
 def test_a_step_in_solo_learn(monkeypatch, tmp_path, options):
     method, trainer_class = solo_learn(monkeypatch)

@@ -1,7 +1,7 @@
 """The method for stable-pretraining, under the installed library's Module, callbacks and Manager.
 
-It is no part of the `integrations` extra: once installed it adds 14 callbacks to every Lightning Trainer of the
-environment, by an entry point, and it brings 45 packages. Run these tests in an environment of their own.
+It is not part of the `integrations` extra: through an entry point, it adds 14 callbacks to every Lightning Trainer in
+the environment, and it installs 45 packages. Run these tests in an environment of their own.
 """
 
 import sys
@@ -17,7 +17,7 @@ from msf_core import knn_classify, reference
 
 pytest.importorskip(
     "stable_pretraining",
-    reason="stable-pretraining is not installed, and changes every Lightning Trainer of the environment that it is in",
+    reason="stable-pretraining is not installed; it would change every Lightning Trainer in the environment",
 )
 pytest.importorskip("sklearn", reason="the example's digits are scikit-learn's")
 
@@ -30,12 +30,12 @@ from torch.utils.data import DataLoader
 from integrations import stable_pretraining_msf as example
 
 BATCH, BATCHES, BANK = 8, 5, 24
-pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning, on loggers, workers and steps
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, about loggers, workers and steps
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the library writes of its own, such as environment.json, goes to a folder that goes away."""
+    """Files that the library writes on its own, such as environment.json, go to a temporary folder."""
     monkeypatch.chdir(tmp_path)
     spt.set(verbose="ERROR", cache_dir=str(tmp_path / "cache"))
     yield
@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Views(torch.utils.data.Dataset):
-    """Digits with views that are always the same, as `digits` gives them, but no image is in two batches of a run."""
+    """Images with fixed views, in the format of `digits`; no image is in two different batches of a run."""
 
     def __init__(self, count: int, training: bool = True) -> None:
         images = torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(count))
@@ -134,7 +134,7 @@ def test_the_teacher_follows_each_step_of_the_optimizer_and_nothing_else(accumul
 
 @pytest.mark.parametrize("accumulate", [1, 5])
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(tmp_path: Path, accumulate: int) -> None:
-    """In all but the kNN's queue, which the library fills after a checkpoint of the same step."""
+    """In all but the kNN queue, which the library fills only after it saves the checkpoint of the same step."""
     saver = ModelCheckpoint(filename="{step}", save_top_k=-1, every_n_train_steps=BATCHES // accumulate)
     whole, resumed = a_model(), a_model(seed=1)
     fit(whole, saver, accumulate=accumulate)

@@ -23,8 +23,8 @@ COLUMNS = {
     "nn1": "1-NN",
     "nn20": "20-NN",
     "linear": "linear",
-    "one_label": "1 label a class",
-    "ten_labels": "10 labels a class",
+    "one_label": "1 label per class",
+    "ten_labels": "10 labels per class",
     "purity": "purity",
 }
 

@@ -65,7 +65,7 @@ class Peers:
         self._thread.join(timeout=self.silence)
 
     def find(self, error: BaseException) -> LostRank:
-        """Return the error to raise instead of the backend's. This takes up to twice ``silence`` seconds."""
+        """Return the error to raise instead of the backend's. This takes up to 2.5 times ``silence`` seconds."""
         self.stop()
         found: list[list[int]] = []
 
@@ -76,7 +76,7 @@ class Peers:
 
         thread = threading.Thread(target=ask, daemon=True)  # a store whose host is gone may take long to fail
         thread.start()
-        thread.join(timeout=1.75 * self.silence)
+        thread.join(timeout=2 * self.silence)
         if not found:
             if len(self.keepers) == self.size:
                 return LostRank(f"lost torchrun's store on {self.hosts[self.rank]}")

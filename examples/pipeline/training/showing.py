@@ -178,7 +178,7 @@ def verdict(rows: dict[str, dict[str, float]], name: str, last: Row, *, with_lab
     after = rows.get(name, {})
     if "one_label" in after:
         others = " and ".join(f"{row['one_label']:.1%} ({title})" for title, row in rows.items() if title != name)
-        return f"{name}, trained {how}: {after['one_label']:.1%} with one label a class" + (
+        return f"{name}, trained {how}: {after['one_label']:.1%} with one label per class" + (
             f", against {others}." if others else "."
         )
     if after:
