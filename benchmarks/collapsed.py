@@ -1,6 +1,6 @@
 """Cost of the CPU's bfloat16 screen if it can exclude only a few rows, as in the bank of a collapsed encoder.
 
-    python benchmarks/collapsed.py           (on an otherwise idle machine: two CPU cores with bfloat16 instructions)
+    python benchmarks/collapsed.py           (on an otherwise idle machine: two CPU cores with fast bfloat16 products)
 
 Each search is timed alternately with the screen and without it (`float32_search`), by calling internal functions of the
 torch backend. "random" is the case that the screen is designed for. The other banks are:
@@ -141,7 +141,7 @@ def measure(kind: str, size: tuple[int, int, int, int], dtype: str, limit: str, 
 def table(records: list[Record]) -> str:
     """Return the records in Markdown."""
     if not records:
-        return "This CPU has no bfloat16 instructions, so no search uses the screen.\n"
+        return "This CPU has no fast bfloat16 or int8 products, so no search uses the screen.\n"
     header = (
         "| bank | N | D | batch | k | dtype | which rows | with the screen (20–80 %) | without | times as long "
         "| rows given up |"

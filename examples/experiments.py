@@ -181,6 +181,7 @@ def report(name: str, runs: Runs, seeds: int, dataset: str) -> None:
         return
     names = list(experiment.variants(dataset))
     of_them = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    where = "" if dataset == "folder" else f" on {dataset}"
     of_seeds = [Run(flags, seed) for flags in experiment.variants(dataset).values() for seed in range(seeds)]
     results = [runs.results(run) for run in of_seeds]
     columns = [key for key in COLUMNS if all(key in row for row in results)]
@@ -189,7 +190,8 @@ def report(name: str, runs: Runs, seeds: int, dataset: str) -> None:
         for key in (*columns, "spread", "rank")
     }
     lines = [
-        f"{experiment.title}: mean and standard deviation over {of_them}, in percent. In the paper {experiment.paper}.",
+        f"{experiment.title}{where}: mean and standard deviation over {of_them}, in percent. "
+        f"In the paper {experiment.paper}.",
         "",
         "| " + " | ".join(["", *(COLUMNS[key] for key in columns), "spread", "rank"]) + " |",
         "|" + " --- |" * (len(columns) + 3),
@@ -211,7 +213,7 @@ def report(name: str, runs: Runs, seeds: int, dataset: str) -> None:
     (runs.folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{text}")
     series = {COLUMNS[key]: values[key] for key in ("nn1", "nn20", "one_label") if key in columns}
-    title = f"{experiment.title}, {of_them}\n{in_words(found_with)}"
+    title = f"{experiment.title}{where}, {of_them}\n{in_words(found_with)}"
     if name == "purity":
         draw_purity(path, runs, experiment.variants(dataset), seeds, title)
     elif not series:

@@ -9,7 +9,8 @@ from benchmarks import collapsed
 
 
 def test_every_bank_is_timed_with_and_without_the_screen(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("msf_core.search.screen.is_fast", lambda: True)
+    monkeypatch.setattr("msf_core.search.screen.multiplies_bfloat16_fast", lambda: True)
+    monkeypatch.setattr("msf_core.search.screen.multiplies_int8_fast", lambda: True)
     monkeypatch.setattr(collapsed, "SIZES", ((8192, 64, 256, 2),))
     monkeypatch.setattr(collapsed, "KINDS", ("within 0.001", "duplicates"))
     collapsed.main(["--repeats", "1", "--out", str(tmp_path)])

@@ -1,6 +1,6 @@
 """The bfloat16 screen of large searches on a CPU: always exact, and given up where it leaves too many rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import collapsed
 from msf_core import available_backends
 from msf_core.rows import packed
-from msf_core.search import Queries, Rows, load_backend, screen
+from msf_core.search import Queries, Rows, cpu, load_backend, screen
 from msf_core.search.auto import AutoSearch
 from msf_core.search.screen import GROUP, Search, screened_search
 from msf_core.search.torch_backend import float32_search
@@ -290,7 +290,8 @@ def test_only_the_rows_that_may_be_neighbors_are_multiplied_again(monkeypatch: p
 
 
 def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "is_fast", lambda: True)
+    monkeypatch.setattr(screen, "multiplies_bfloat16_fast", lambda: True)
+    monkeypatch.setattr(screen, "multiplies_int8_fast", lambda: False)
     q, rows = torch.empty(8, 2048), torch.empty(8192, 2048)
     assert screen.screen_pays(q, rows, 10)
     assert not screen.screen_pays(q, rows, 11)  # too few rows for each neighbor
@@ -300,8 +301,11 @@ def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPat
     assert not screen.screen_pays(q.to("meta"), rows.to("meta"), 5)
     assert not screen.screen_pays(q.half().repeat(31, 1), rows.half(), 5)
     assert screen.screen_pays(q.half().repeat(32, 1), rows.half(), 5)
-    monkeypatch.setattr(screen, "is_fast", lambda: False)
+    assert not screen.screen_pays(q, rows.to(torch.int8), 5)
+    monkeypatch.setattr(screen, "multiplies_bfloat16_fast", lambda: False)
+    monkeypatch.setattr(screen, "multiplies_int8_fast", lambda: True)
     assert not screen.screen_pays(q, rows, 5)
+    assert screen.screen_pays(q, rows.to(torch.int8), 5)
 
     used = []
 
@@ -321,23 +325,64 @@ def test_the_backends_use_the_screen_where_it_pays(monkeypatch: pytest.MonkeyPat
     assert len(used) == 2
 
 
-def test_whether_this_cpu_is_fast_is_asked_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen.is_fast.cache_clear()
-    for bf16, amx in [(False, False), (True, False), (False, True)]:
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bf16)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert screen.is_fast() == (bf16 or amx)
-        screen.is_fast.cache_clear()
-    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    assert not screen.is_fast()
-    screen.is_fast.cache_clear()
+@pytest.fixture
+def unknown_cpu() -> Iterator[None]:
+    """What is known about this CPU is forgotten, before and after."""
+    known = (cpu.is_intel, cpu.multiplies_bfloat16_fast, cpu.multiplies_int8_fast)
+    for one in known:
+        one.cache_clear()
+    yield
+    for one in known:
+        one.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("bf16", "amx", "maker", "bfloat16_is_fast", "int8_is_fast"),
+    [
+        (False, False, "AuthenticAMD", False, False),
+        (True, False, "AuthenticAMD", True, True),
+        (False, False, "GenuineIntel", False, False),
+        (True, False, "GenuineIntel", False, True),
+        (True, True, "GenuineIntel", True, True),
+        (None, None, "GenuineIntel", False, False),  # PyTorch does not say
+    ],
+)
+def test_which_products_are_fast_depends_on_instructions_and_maker(
+    bf16: bool | None,
+    amx: bool | None,
+    maker: str,
+    bfloat16_is_fast: bool,
+    int8_is_fast: bool,
+    unknown_cpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, supported in (("_is_avx512_bf16_supported", bf16), ("_is_amx_tile_supported", amx)):
+        if supported is None:
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, name, lambda supported=supported: supported, raising=False)
+    monkeypatch.setattr(cpu.Path, "read_text", lambda path, encoding: f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(cpu.platform, "processor", lambda: "")
+    assert cpu.is_intel() == (maker == "GenuineIntel")
+    assert (cpu.multiplies_bfloat16_fast(), cpu.multiplies_int8_fast()) == (bfloat16_is_fast, int8_is_fast)
+
+
+def test_without_proc_cpuinfo_the_maker_is_asked_of_the_platform(
+    unknown_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(path: object, encoding: str) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(cpu.Path, "read_text", missing)
+    monkeypatch.setattr(cpu.platform, "processor", lambda: "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel")
+    assert cpu.is_intel()
 
 
 def test_auto_leaves_a_bank_of_few_rows_for_each_neighbor_to_a_fast_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     if available_backends("cpu")["faiss"] is not None:
         pytest.skip(available_backends("cpu")["faiss"])
     used = []
+    monkeypatch.setattr("msf_core.search.auto.is_intel", lambda: False)
     monkeypatch.setattr("msf_core.search.auto.screen_pays", lambda queries, rows, k: True)
     monkeypatch.setattr(
         "msf_core.search.auto.screened_search",

@@ -336,7 +336,10 @@ def test_backends_by_name_are_the_ones_that_serve(backend_name: str) -> None:
     assert find_backend(backend_name, torch.device("cpu")) is served
 
 
-def test_auto_on_the_cpu_is_faiss_for_large_searches_where_it_works_and_torch_otherwise() -> None:
+def test_auto_on_the_cpu_is_faiss_for_large_searches_where_it_is_fast_and_torch_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("msf_core.search.auto.is_intel", lambda: False)
     works = available_backends("cpu")["faiss"] is None
     auto = AutoSearch()
     faiss, rows = load_backend("faiss" if works else "torch"), torch.empty(9999, 512)
@@ -349,6 +352,9 @@ def test_auto_on_the_cpu_is_faiss_for_large_searches_where_it_works_and_torch_ot
     assert auto.choose(Queries(torch.empty(64, 256)), Rows(few[:19_000]), 49) is load_backend("torch")
     assert auto.choose(Queries(torch.empty(64, 257)), Rows(torch.empty(19_999, 257)), 50) is load_backend("torch")
     assert isinstance(load_backend(MemoryBank(2, 2).backend), AutoSearch)
+    monkeypatch.setattr("msf_core.search.auto.is_intel", lambda: True)
+    assert auto.choose(Queries(torch.empty(256, 512)), Rows(rows), 5) is load_backend("torch")
+    assert auto.choose(Queries(torch.empty(64, 256)), Rows(few), 50) is load_backend("torch")
 
 
 @pytest.mark.parametrize("count", [3, 300], ids=["torch", "faiss"])

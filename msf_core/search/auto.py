@@ -6,6 +6,7 @@ from typing import cast
 from torch import Tensor
 
 from msf_core.search.base import GeneralSearch, Queries, Rows, SearchBackend, check_search_arguments
+from msf_core.search.cpu import is_intel
 from msf_core.search.general import leaving_out_own, search_by
 from msf_core.search.registry import load_backend, most_neighbors, why_not
 from msf_core.search.screen import screen_pays, screened_search
@@ -63,6 +64,8 @@ def _most_of_triton() -> int:
 
 def _suits_faiss(queries: Queries, rows: Rows, k: int) -> bool:
     if queries.constrained or rows.scale is not None:  # FAISS does not support these
+        return False
+    if is_intel():  # on a Xeon, FAISS took 3 to 12 times as long as PyTorch (knn_cost_xeon.md)
         return False
     n, dim = rows.values.shape
     selects = dim <= SELECTION_MOST_DIM and n < SELECTION_MOST_ROWS * k

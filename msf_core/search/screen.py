@@ -1,4 +1,4 @@
-"""Exact search on CPUs with bfloat16 instructions: a screen in bfloat16 leaves only a few rows for float32.
+"""Exact search on CPUs with fast bfloat16 products: a screen in bfloat16 leaves only a few rows for float32.
 
 Consecutive rows form groups. The products of a query q with all rows are computed in bfloat16, several times faster
 than in float32, and only the largest product of each group is kept. If this maximum plus the largest possible rounding
@@ -20,12 +20,12 @@ products again is bounded for the whole search, so it takes at most about 1.5 ti
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from msf_core.search.base import Queries, Rows, RunningTopk, exact_float32, rounded_to_int8, without_autocast
+from msf_core.search.cpu import multiplies_bfloat16_fast, multiplies_int8_fast
 
 GROUP = 16  # rows
 CHUNK_ROWS = 2048  # rows whose bfloat16 copies and products fit into the cache
@@ -53,19 +53,13 @@ ROUNDING = 2.0**-8
 Search = Callable[[Queries, Rows, int], tuple[Tensor, Tensor]]
 
 
-@cache
-def is_fast() -> bool:
-    """Return whether this CPU has bfloat16 instructions."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
-
-
 def screen_pays(queries: Tensor, rows: Tensor, k: int) -> bool:
-    """Return whether the screen makes this search faster: a large search on a CPU with bfloat16 instructions."""
+    """Return whether the screen makes this search faster: a large search on a CPU with fast low-precision products."""
     least = LEAST_FLOAT16_QUERIES if rows.dtype == torch.float16 else LEAST_QUERIES
     n = rows.shape[0]
     large = n >= LEAST_ROWS and queries.numel() * n >= LEAST_WORK
     large = large and queries.shape[0] >= least and n >= LEAST_ROWS_FOR_EACH_NEIGHBOR * k
+    is_fast = multiplies_int8_fast if rows.dtype == torch.int8 else multiplies_bfloat16_fast
     return large and rows.device.type == "cpu" and is_fast()
 
 
