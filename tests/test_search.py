@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msf_core import MemoryBank, available_backends
-from msf_core.search import Queries, Rows, SearchBackend, find_backend, load_backend
+from msf_core.search import Queries, Rows, SearchBackend, find_backend, load_backend, torch_backend
 from msf_core.search import base as search_base
 from msf_core.search.auto import AutoSearch
 
@@ -325,6 +325,21 @@ def test_a_bank_takes_any_object_with_topk_and_uses_its_answer() -> None:
     assert torch.equal(queries, torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16))
     assert rows.data_ptr() == bank.rows.data_ptr()
     assert (rows.shape, k) == ((3, 2), 1)
+
+
+def test_for_many_neighbors_a_cpu_searches_more_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = unit_rows(8192, 512, torch.float32, seed=0)
+    products, counts = torch_backend._products, {}
+    for k in (12, 20, 50):
+        seen: list[int] = []
+        monkeypatch.setattr(
+            torch_backend,
+            "_products",
+            lambda queries, part: seen.append(part.values.shape[0]) or products(queries, part),
+        )
+        torch_backend.float32_search(Queries(rows[:2]), Rows(rows), k)
+        counts[k] = seen
+    assert counts == {12: [2048] * 4, 20: [3200, 3200, 1792], 50: [8192]}
 
 
 def test_backends_by_name_are_the_ones_that_serve(backend_name: str) -> None:

@@ -21,6 +21,8 @@ from msf_core.search.screen import screen_pays, screened_search
 # busy.
 CPU_CHUNK_BYTES = 4 << 20
 CUDA_CHUNK_BYTES = 32 << 20
+# With fewer rows in a chunk, selecting k of them takes longer than their products (Intel Xeon, k = 50).
+CPU_CHUNK_ROWS_FOR_EACH_NEIGHBOR, CPU_MOST_CHUNKS_IN_ONE = 160, 4
 
 
 class TorchSearch:
@@ -45,6 +47,8 @@ def float32_search(queries: Queries, rows: Rows, k: int) -> tuple[Tensor, Tensor
     n = rows.values.shape[0]
     chunk_bytes = CUDA_CHUNK_BYTES if rows.values.is_cuda else CPU_CHUNK_BYTES
     chunk = max(1024, chunk_bytes // (4 * max(queries.values.shape)))
+    if not rows.values.is_cuda:
+        chunk = min(max(chunk, CPU_CHUNK_ROWS_FOR_EACH_NEIGHBOR * k), CPU_MOST_CHUNKS_IN_ONE * chunk)
     device = rows.values.device
     with without_autocast(device), exact_float32(device):
         if n <= chunk:
