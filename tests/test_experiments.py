@@ -57,6 +57,8 @@ def test_a_grid_is_run_once_and_drawn(
         if name == "k-5-seed-0":
             assert f"{row['one_label']:.1%} with one label per class.\n" in (folder / "log.txt").read_text()
         assert record["values"]["nn1"][place] == [row["nn1"]]
+        if not place:  # the date of the run, not of the table
+            assert record["date"] == json.loads((folder / "results.json").read_text())["date"]
         with (folder / "metrics.csv").open() as file:
             *_, last = csv.DictReader(file)
         assert record["values"]["spread"][place] == [float(last["spread"])]

@@ -65,7 +65,7 @@ def _most_of_triton() -> int:
 def _suits_faiss(queries: Queries, rows: Rows, k: int) -> bool:
     if queries.constrained or rows.scale is not None:  # FAISS does not support these
         return False
-    if is_intel():  # on a Xeon, FAISS took 3 to 12 times as long as PyTorch (knn_cost_xeon.md)
+    if is_intel():  # on a Xeon, FAISS took 3 to 14 times as long as PyTorch (knn_cost_xeon.md)
         return False
     n, dim = rows.values.shape
     selects = dim <= SELECTION_MOST_DIM and n < SELECTION_MOST_ROWS * k

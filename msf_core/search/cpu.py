@@ -19,7 +19,7 @@ def multiplies_bfloat16_fast() -> bool:
     """Return whether bfloat16 products are faster than float32 ones.
 
     They are with AMX, and with AVX512-BF16 on AMD CPUs: 3.8 times as fast on an EPYC. On an Intel Xeon with AVX512-BF16
-    but without AMX, they took 1.8 times as long (benchmarks/results/knn_cost_cpu.md and knn_cost_xeon.md).
+    but without AMX, they took 1.7 times as long (benchmarks/results/knn_cost_cpu.md and knn_cost_xeon.md).
     """
     return _supports("_is_amx_tile_supported") or (_supports("_is_avx512_bf16_supported") and not is_intel())
 

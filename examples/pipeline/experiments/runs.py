@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pipeline.training.settings import build_parser, complete
 
+FOUND_WITH = ("device", "threads", "instructions", "versions", "date")  # older runs recorded less
 TRAINER = Path(__file__).resolve().parents[2] / "imagenet_train.py"
 
 
@@ -111,6 +112,11 @@ class Runs:
         rows: dict[str, dict[str, float]] = record["rows"]
         *_, row = rows.values()
         return last | row
+
+    def found_with(self, run: Run) -> dict[str, Any] | None:
+        """Return the device, versions and date that a finished run recorded; None if it recorded none."""
+        record = _read(self.folder_of(run) / "results.json")
+        return record and {key: record[key] for key in FOUND_WITH if key in record}
 
     def history(self, run: Run) -> list[dict[str, float]]:
         """Return the averages of every epoch."""
