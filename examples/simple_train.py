@@ -62,7 +62,6 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     torch.manual_seed(flags.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-
     # The data: two views of each image for training, and the plain images for evaluation.
     if flags.data:
         size, hidden, dim, bank_size, lr = 224, 4096, 512, 128_000, 0.05  # as in the paper
@@ -82,8 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
         views, images = Digits(TwoViews(weak, strong)), Digits(T.Compose([T.Resize(size), T.ToTensor()]))
         layers = [(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()) for i, o in ((3, 32), (32, 64), (64, 128))]
         backbone, features = nn.Sequential(*sum(layers, ()), nn.Flatten()), 512
-    workers = 8 if flags.data else 0
-    loader = DataLoader(views, batch_size=256 if flags.data else 64, shuffle=True, drop_last=True, num_workers=workers)
+    batch_size, workers = (256, 8) if flags.data else (64, 0)
+    if len(views) < batch_size:
+        parser.error(f"{flags.data} has {len(views)} images, but a batch needs {batch_size}")
+    loader = DataLoader(views, batch_size, shuffle=True, drop_last=True, num_workers=workers)
 
     # The method: an online encoder with a predictor, a target that averages its weights, a bank and the loss.
     encoder = nn.Sequential(backbone, mlp(features, hidden, dim)).to(device)
@@ -92,7 +93,6 @@ def main(arguments: list[str] | None = None) -> None:
     criterion = MeanShiftLoss(MemoryBank(bank_size, dim), k=5).to(device)
     optimizer = torch.optim.SGD([*encoder.parameters(), *predictor.parameters()], lr, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=flags.epochs * len(loader))
-
     for epoch in range(flags.epochs):
         for (weak_view, strong_view), labels in loader:
             u = target(weak_view.to(device))
