@@ -3,4 +3,4 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))  # before what is installed

@@ -27,14 +27,14 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from wherever the script is started
+
+from benchmarks.breaking import rank
+from benchmarks.breaking.rank import DISK, EPOCH, KILL, OVERFLOW, PLAN, STALL, STALLS, WRITE
+from benchmarks.measuring.arguments import positive
+from pipeline.running.environment import environment
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-from benchmarks.breaking import rank  # noqa: E402
-from benchmarks.breaking.rank import DISK, EPOCH, KILL, OVERFLOW, PLAN, STALL, STALLS, WRITE  # noqa: E402
-from benchmarks.measuring.arguments import positive  # noqa: E402
-from pipeline.running.environment import environment  # noqa: E402
-
 RANKS = 2
 LAYOUTS = ("replicated", "sharded")
 

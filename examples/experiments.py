@@ -173,8 +173,10 @@ def report(name: str, runs: Runs, seeds: int, dataset: str) -> None:
     """Draw the figure, print the table, and write both with a record."""
     experiment = EXPERIMENTS[name]
     path = runs.folder / f"{name}.png"
-    here = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    found_with = runs.found_with(grid(name, seeds, dataset)[0]) or here  # the runs may be another machine's, or older
+    # What the runs recorded: they may be another machine's, or older.
+    found_with = runs.found_with(grid(name, seeds, dataset)[0]) or environment(
+        torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     if name in PICTURES:
         title = f"{experiment.title}\n{in_words(found_with)}"
         PICTURES[name](runs.folder_of(grid(name, seeds, dataset)[0]), path, title)

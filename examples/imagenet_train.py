@@ -2,7 +2,7 @@
 
 Needs, in a clone: pip install -e '.[examples]'
 
-    python examples/imagenet_train.py                    scikit-learn's digits on the CPU, one to two minutes
+    python examples/imagenet_train.py                    scikit-learn's digits on the CPU, a minute or more
     python examples/imagenet_train.py --data IMAGENET    ResNet50 with the paper's settings (use a GPU)
     python examples/imagenet_train.py --dataset cifar10  ResNet18 for small images, which are kept on the device
     python examples/imagenet_train.py --resume RUN       continue a run that was stopped

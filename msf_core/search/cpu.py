@@ -11,7 +11,7 @@ import torch
 @cache
 def multiplies_int8_fast() -> bool:
     """Return whether int8 products are faster than float32 ones: on CPUs with AVX512-BF16 or AMX."""
-    return _supports("_is_avx512_bf16_supported") or _supports("_is_amx_tile_supported")
+    return has_avx512_bf16() or has_amx()
 
 
 @cache
@@ -21,7 +21,7 @@ def multiplies_bfloat16_fast() -> bool:
     They are with AMX, and with AVX512-BF16 on AMD CPUs: 3.8 times as fast on an EPYC. On an Intel Xeon with AVX512-BF16
     but without AMX, they took 1.7 times as long (benchmarks/results/knn_cost_cpu.md and knn_cost_xeon.md).
     """
-    return _supports("_is_amx_tile_supported") or (_supports("_is_avx512_bf16_supported") and not is_intel())
+    return has_amx() or (has_avx512_bf16() and not is_intel())
 
 
 @cache
@@ -33,5 +33,11 @@ def is_intel() -> bool:
     return "GenuineIntel" in maker
 
 
-def _supports(test: str) -> bool:
-    return bool(getattr(torch.cpu, test, bool)())
+def has_avx512_bf16() -> bool:
+    """Return whether PyTorch reports AVX512-BF16."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def has_amx() -> bool:
+    """Return whether PyTorch reports AMX."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import msf_core
+from msf_core.search.cpu import has_amx, has_avx512_bf16
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -47,6 +48,6 @@ def cpu_name() -> str:
 
 def instruction_sets() -> str:
     """Return the CPU's instruction sets that PyTorch uses, such as "AVX2" or "AVX512, AVX512-BF16, AMX"."""
-    further = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
-    found = [name for name, test in further.items() if getattr(torch.cpu, test, bool)()]
+    further = {"AVX512-BF16": has_avx512_bf16(), "AMX": has_amx()}
+    found = [name for name, there in further.items() if there]
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *found])
